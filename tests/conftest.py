@@ -1,0 +1,9 @@
+"""Settings that must be in the environment before torch and deepspeed are imported."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# DeepSpeed guesses the accelerator at import; a forked rank must not guess again.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
