@@ -1,0 +1,1 @@
+"""Pre-trained backbones with a head per task, and their layer groups."""

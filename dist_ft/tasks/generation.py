@@ -1,0 +1,315 @@
+"""Text generation: a causal language model with masked prompt, or sequence to sequence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+import dist_ft.tasks.metrics as metrics
+from dist_ft.data.collate import CollateSpec
+from dist_ft.tasks.base import (
+    IGNORE_INDEX,
+    LossSum,
+    Record,
+    RecordMetrics,
+    Row,
+    check_max_length,
+    choose_metric,
+    input_padding,
+    text_of,
+    token_losses,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from dist_ft.data.loader import MicroBatch
+
+_LOSS_METRICS = {"perplexity": False, "loss": False, "token_accuracy": True}
+_TEXT_METRICS = {"rouge_l": True, "exact_match": True}
+_CLASSES = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The task type ``generation``.
+
+    Attributes:
+        name: name in the recipe.
+        style: ``causal``: the model continues the prompt; ``seq2seq``: it encodes it.
+        prompt: column of the prompt, without loss.
+        response: column of the text to learn; an end token is added.
+        separator: text between prompt and response of a causal model.
+        max_length: longest feature in tokens (causal: prompt and response together). Of a prompt
+            that is too long the beginning is kept.
+        max_target_length: longest response in tokens.
+        max_new_tokens: longest text to generate in evaluation; 0 generates none.
+        metric: primary metric.
+    """
+
+    name: str
+    style: Literal["causal", "seq2seq"] = "causal"
+    prompt: str = "prompt"
+    response: str = "response"
+    separator: str = "\n"
+    max_length: int = 128
+    max_target_length: int = 64
+    max_new_tokens: int = 0
+    metric: str | None = None
+
+    type = "generation"
+    needs_scan = False
+
+    def __post_init__(self) -> None:
+        if self.style not in _CLASSES:
+            raise ValueError(
+                f"tasks.{self.name}.style: {self.style!r} is not one of {', '.join(_CLASSES)}"
+            )
+        if self.style == "causal" and self.max_target_length >= self.max_length:
+            raise ValueError(
+                f"tasks.{self.name}.max_target_length: {self.max_target_length} leaves no room for "
+                f"the prompt in max_length {self.max_length}; lower it or raise max_length"
+            )
+        _ = self.primary_metric
+
+    @property
+    def auto_class(self) -> str:
+        """The transformers auto class whose head and export format the task uses."""
+        return _CLASSES[self.style]
+
+    @property
+    def generates(self) -> bool:
+        """Whether evaluation generates text."""
+        return self.max_new_tokens > 0
+
+    @property
+    def required_columns(self) -> tuple[str, ...]:
+        """Columns of the raw rows that must have a value."""
+        return (self.prompt, self.response)
+
+    @property
+    def primary_metric(self) -> tuple[str, bool]:
+        """Name of the metric that decides, and whether more is better."""
+        known = _LOSS_METRICS | (_TEXT_METRICS if self.generates else {})
+        return choose_metric(self.metric, task=self.name, known=known)
+
+    def scan(self, rows: Iterable[Row]) -> dict[str, Any]:
+        """Returns nothing: there are no labels to find."""
+        del rows
+        return {}
+
+    def with_state(self, state: Mapping[str, Any]) -> Self:
+        """Returns the task."""
+        del state
+        return self
+
+    def config_updates(self) -> dict[str, Any]:
+        """Returns the configuration values of the head: none."""
+        return {}
+
+    def schema(self) -> pa.Schema:
+        """Returns the task's columns, without the base columns."""
+        return pa.schema(
+            [
+                pa.field("labels", pa.list_(pa.int32())),
+                pa.field("prompt_length", pa.int32()),
+                pa.field("response", pa.string()),
+            ]
+        )
+
+    def split_key(self, row: Row) -> str:
+        """Returns the prompt: its responses stay together."""
+        return text_of(row, self.prompt).strip()
+
+    def dedupe_key(self, row: Row) -> str:
+        """Returns prompt and response."""
+        return f"{self.split_key(row)}\x1f{text_of(row, self.response).strip()}"
+
+    def encode(self, rows: list[Row], *, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+        """Returns one feature per raw row.
+
+        Raises:
+            ValueError: a text is none, or the tokenizer has no end token.
+        """
+        check_max_length(self.max_length, task=self.name, tokenizer=tokenizer)
+        encode = self._encode_causal if self.style == "causal" else self._encode_pair
+        features = []
+        for row in rows:
+            feature = encode(
+                text_of(row, self.prompt), text_of(row, self.response), tokenizer=tokenizer
+            )
+            features.append(
+                {
+                    **feature,
+                    "response": text_of(row, self.response),
+                    "source_row": row["source_row"],
+                }
+            )
+        return features
+
+    def collate_spec(self, tokenizer: PreTrainedTokenizerBase, *, evaluation: bool) -> CollateSpec:
+        """Returns the columns of a micro-batch and their padding."""
+        inputs = ("input_ids", "attention_mask")
+        return CollateSpec(
+            ragged={"input_ids": input_padding(tokenizer)["input_ids"], "labels": IGNORE_INDEX},
+            # the model makes the decoder's inputs of a sequence-to-sequence task's labels
+            inputs=inputs if self.style == "causal" else (*inputs, "labels"),
+            targets=("labels",),
+            kept=("prompt_length", "response") if evaluation else (),
+        )
+
+    def loss(self, outputs: Any, targets: Mapping[str, Tensor]) -> LossSum:
+        """Returns the cross-entropy summed over response tokens, computed in float32.
+
+        Args:
+            outputs: ``logits`` [rows, tokens, vocabulary].
+            targets: ``labels`` int64 [rows, tokens], -100 for none; those of a causal model are
+                beside their own tokens and shifted here.
+        """
+        logits, labels = self._aligned(outputs, targets)
+        losses = token_losses(logits, labels)
+        return LossSum(losses.sum(), (labels != IGNORE_INDEX).sum())
+
+    def new_metrics(self) -> RecordMetrics:
+        """Returns empty metrics."""
+        return RecordMetrics(decode=self._decode, score=self._score)
+
+    def generate(
+        self, model: Any, *, batch: MicroBatch, tokenizer: PreTrainedTokenizerBase, synced: bool
+    ) -> list[str]:
+        """Returns one greedily generated text per row.
+
+        Args:
+            model: the ``MultiTaskModel``.
+            batch: a micro-batch of evaluation.
+            tokenizer: the model's tokenizer.
+            synced: whether ranks must run the same number of forwards (partitioned weights).
+        """
+        inputs = {key: batch.inputs[key] for key in ("input_ids", "attention_mask")}
+        if self.style == "causal":
+            inputs = _left_padded_prompts(
+                inputs["input_ids"], lengths=batch.kept["prompt_length"], tokenizer=tokenizer
+            )
+        with torch.no_grad(), model.task_model(self.name) as task_model:
+            generated = task_model.generate(
+                **inputs,
+                max_new_tokens=self.max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=tokenizer.pad_token_id,
+                synced_gpus=synced,
+            )
+        if self.style == "causal":
+            generated = generated[:, inputs["input_ids"].shape[1] :]
+        return tokenizer.batch_decode(generated, skip_special_tokens=True)
+
+    def _encode_causal(
+        self, prompt: str, response: str, *, tokenizer: PreTrainedTokenizerBase
+    ) -> Row:
+        target, lost = self._target(response, tokenizer=tokenizer)
+        separator = tokenizer(self.separator, add_special_tokens=False)["input_ids"]
+        tokens = tokenizer(prompt, verbose=False)["input_ids"]
+        if tokens and tokens[-1] == tokenizer.eos_token_id and len(tokens) > 1:
+            tokens = tokens[:-1]  # some tokenizers end every text
+        room = self.max_length - len(target) - len(separator)
+        lost += max(0, len(tokens) - room)
+        context = [*tokens[:room], *separator]
+        labels = [IGNORE_INDEX] * len(context) + target
+        return {
+            "input_ids": [*context, *target],
+            "labels": labels,
+            "prompt_length": len(context),
+            "loss_count": sum(label != IGNORE_INDEX for label in labels[1:]),
+            "truncated_tokens": lost,
+        }
+
+    def _encode_pair(
+        self, prompt: str, response: str, *, tokenizer: PreTrainedTokenizerBase
+    ) -> Row:
+        target, lost = self._target(response, tokenizer=tokenizer)
+        full = tokenizer(prompt, verbose=False)["input_ids"]
+        tokens = tokenizer(prompt, truncation=True, max_length=self.max_length)["input_ids"]
+        return {
+            "input_ids": tokens,
+            "labels": target,
+            "prompt_length": len(tokens),
+            "loss_count": len(target),
+            "truncated_tokens": lost + len(full) - len(tokens),
+        }
+
+    def _target(
+        self, response: str, *, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[list[int], int]:
+        """The tokens to learn and how many were cut off."""
+        end = tokenizer.eos_token_id
+        if end is None:
+            end = tokenizer.sep_token_id  # BERT-like tokenizers end a text so
+        if not isinstance(end, int):
+            raise ValueError(
+                f"tasks.{self.name}: the tokenizer has no end token (eos), so a model cannot learn "
+                "where a response ends; use another tokenizer"
+            )
+        if self.style == "seq2seq":
+            tokens = tokenizer(text_target=response, verbose=False)["input_ids"]
+            tokens = tokens[:-1] if tokens and tokens[-1] == end else tokens
+        else:
+            tokens = tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
+        kept = tokens[: self.max_target_length - 1]
+        return [*kept, end], len(tokens) - len(kept)
+
+    def _aligned(self, outputs: Any, targets: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        logits, labels = outputs["logits"], targets["labels"]
+        return (logits[:, :-1], labels[:, 1:]) if self.style == "causal" else (logits, labels)
+
+    def _decode(self, outputs: Any, batch: MicroBatch, texts: Sequence[str] | None) -> list[Record]:
+        logits, labels = self._aligned(outputs, batch.targets)
+        records: list[Record] = []
+        for index in range(len(labels)):
+            losses = token_losses(logits[index], labels[index])
+            right = (logits[index].argmax(-1) == labels[index]).sum()
+            record: Record = {
+                "loss": float(losses.double().sum()),
+                "tokens": losses.numel(),
+                "right": int(right),
+            }
+            if texts is not None:
+                record |= {"text": texts[index], "response": batch.kept["response"][index]}
+            records.append(record)
+        return records
+
+    def _score(self, records: Sequence[Record]) -> dict[str, float]:
+        tokens = sum(record["tokens"] for record in records)
+        loss = math.fsum(record["loss"] for record in records) / max(tokens, 1)
+        scores = {
+            "perplexity": math.exp(min(loss, 700.0)),
+            "loss": loss,
+            "token_accuracy": sum(record["right"] for record in records) / max(tokens, 1),
+        }
+        pairs = [(r["text"], r["response"]) for r in records if "text" in r]
+        if pairs:
+            scores["rouge_l"] = float(np.mean([metrics.rouge_l(*pair) for pair in pairs]))
+            matches = [metrics.exact_match(text, [wanted]) for text, wanted in pairs]
+            scores["exact_match"] = float(np.mean(matches))
+        return scores
+
+
+def _left_padded_prompts(
+    input_ids: Tensor, *, lengths: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Tensor]:
+    """The prompts of right-padded features, padded on the left: text continues on the right."""
+    width = max(lengths)
+    pad = tokenizer.pad_token_id
+    assert isinstance(pad, int)
+    prompts = input_ids.new_full((len(lengths), width), pad)
+    mask = torch.zeros_like(prompts)
+    for index, length in enumerate(lengths):
+        prompts[index, width - length :] = input_ids[index, :length]
+        mask[index, width - length :] = 1
+    return {"input_ids": prompts, "attention_mask": mask}
