@@ -1,0 +1,223 @@
+"""What the training loop needs of an engine, whoever executes the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Precision = Literal["fp32", "bf16", "fp16"]
+Switch = Literal["rebuild", "in_place"]
+Returning = Literal["keep", "reset"]
+DTYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+
+
+class LossModule(Protocol):
+    """The module that an engine runs: a forward pass that ends in a summed loss."""
+
+    def __call__(
+        self, task: str, inputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Any]:
+        """Return the loss summed over the micro-batch's loss terms (fp32 scalar) and outputs."""
+        ...
+
+
+class MicroBatchLike(Protocol):
+    """The part of a micro-batch that the engine reads."""
+
+    @property
+    def inputs(self) -> Mapping[str, Tensor]:
+        """Model arguments by name, each with micro-batch rows first."""
+        ...
+
+    @property
+    def targets(self) -> Mapping[str, Tensor]:
+        """Loss arguments by name, each with micro-batch rows first."""
+        ...
+
+    @property
+    def index(self) -> int:
+        """Index of the micro-batch in the global batch, the same for every world size."""
+        ...
+
+    @property
+    def loss_weight(self) -> float:
+        """1, or 0 for a filler that only keeps the ranks in step."""
+        ...
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine computes; the same on every rank.
+
+    Attributes:
+        precision: Of parameters and activations; masters and moments are always fp32.
+        max_grad_norm: Global L2 norm that gradients are clipped to; 0 switches clipping off.
+        betas: AdamW's decay rates.
+        eps: AdamW's epsilon.
+        seed: Dropout of micro-batch j in step s draws from (seed, s, j).
+        returning: What a layer group finds when it trains again: its moments (`keep`) or zeros.
+        activation_checkpointing: Recompute block activations in the backward pass.
+    """
+
+    precision: Precision = "fp32"
+    max_grad_norm: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    seed: int = 0
+    returning: Returning = "keep"
+    activation_checkpointing: Literal["none", "reentrant", "non_reentrant"] = "none"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did.
+
+    Attributes:
+        loss: This rank's share of the global mean loss (fp32 scalar on the device): the sum over
+            ranks is the mean over the global batch.
+        grad_norm: Global L2 norm of the gradient before clipping; None when the engine has none.
+    """
+
+    loss: Tensor
+    grad_norm: float | None
+
+
+@dataclass(frozen=True)
+class PhaseReport:
+    """What a phase change did, measured from the engine on this rank.
+
+    Attributes:
+        switch: How the engine changed.
+        switch_s: Wall time of the change in seconds.
+        trainable_params: Elements that train now.
+        frozen_params: Elements that do not.
+        optimizer_bytes: fp32 masters and moments of this rank on the training device.
+        parked_bytes: Masters and moments of frozen groups kept on the host for their return.
+        gradient_bytes: Bytes that the gradients of one micro-batch have on this rank.
+    """
+
+    switch: Switch
+    switch_s: float
+    trainable_params: int
+    frozen_params: int
+    optimizer_bytes: int
+    parked_bytes: int
+    gradient_bytes: int
+
+
+@dataclass(frozen=True)
+class StateSlice:
+    """A contiguous run of one parameter's elements with its optimizer state.
+
+    Attributes:
+        parameter: Name as in ``named_parameters()``.
+        start: First element of the flattened parameter.
+        values: ``weight`` in the parameter's dtype and, for groups that train or trained,
+            ``master``, ``exp_avg``, ``exp_avg_sq`` (fp32), each one-dimensional and as long.
+    """
+
+    parameter: str
+    start: int
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class EngineState:
+    """An engine's part of a checkpoint, in a form that no world size or ZeRO stage shows through.
+
+    Attributes:
+        slices: This rank's share; the shares of all ranks cover every parameter exactly once.
+        steps: Updates that each parameter group has had.
+        trainable: Layer groups that train.
+    """
+
+    slices: list[StateSlice]
+    steps: dict[str, int]
+    trainable: tuple[str, ...]
+
+
+class StateSource(Protocol):
+    """Where an engine reads saved state from, piece by piece."""
+
+    @property
+    def steps(self) -> Mapping[str, int]:
+        """Updates that each parameter group has had."""
+        ...
+
+    def read(self, kind: str, parameter: str, *, start: int, length: int) -> Tensor | None:
+        """Return `length` elements of a parameter's `kind`, or None if it was never saved."""
+        ...
+
+
+class Engine(Protocol):
+    """Executes steps and phase changes."""
+
+    module: nn.Module
+
+    def train_step(
+        self,
+        step: int,
+        *,
+        task: str,
+        micro_batches: Sequence[MicroBatchLike],
+        global_count: int,
+        learning_rates: Mapping[str, float],
+    ) -> StepResult:
+        """Run one optimizer step over this rank's micro-batches.
+
+        Args:
+            step: Index of the step, from 0.
+            task: The task that every rank runs in this step.
+            micro_batches: As many on every rank.
+            global_count: Loss terms of the global batch; the loss is their mean.
+            learning_rates: By layer group.
+        """
+        ...
+
+    def set_trainable(self, groups: Iterable[str]) -> PhaseReport:
+        """Train exactly these layer groups from the next step on."""
+        ...
+
+    def eval_forward(self, task: str, micro_batch: MicroBatchLike) -> tuple[Tensor, Any]:
+        """Return summed loss and outputs without gradients, dropout off."""
+        ...
+
+    def state(self) -> EngineState:
+        """Return this rank's share of the state, as views: copy before the next step."""
+        ...
+
+    def load_state(self, source: StateSource) -> None:
+        """Take over saved weights, masters, moments and step counts; the phase must be set."""
+        ...
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """Return whole parameters by name on the host: on rank 0, elsewhere an empty dict."""
+        ...
+
+
+def on_device(values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return the tensors on `device`; the copy overlaps with compute where memory is pinned."""
+    return {name: value.to(device, non_blocking=True) for name, value in values.items()}
+
+
+def micro_batch_seed(seed: int, *, step: int, index: int) -> int:
+    """Return the seed of a micro-batch's random numbers, a pure function of its position.
+
+    splitmix64 (Steele et al. 2014) of the three integers, so that neighbouring steps share
+    nothing.
+    """
+    mask = (1 << 64) - 1
+    value = (
+        seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + index * 0x94D049BB133111EB
+    ) & mask
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+    return (value ^ (value >> 31)) & (mask >> 1)

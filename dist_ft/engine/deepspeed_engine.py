@@ -1,0 +1,385 @@
+"""DeepSpeed ZeRO 0-3 behind the engine protocol, with exact phase changes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_ft.engine.base import (
+    DTYPES,
+    EngineOptions,
+    EngineState,
+    MicroBatchLike,
+    PhaseReport,
+    StateSource,
+    StepResult,
+    Switch,
+    micro_batch_seed,
+    on_device,
+)
+from dist_ft.engine.ds_config import DeepSpeedOptions, build_ds_config, clips_itself
+from dist_ft.engine.ds_detach import ModuleSnapshot, collect_garbage
+from dist_ft.engine.ds_setup import set_up_deepspeed
+from dist_ft.engine.ds_state import (
+    MOMENTS,
+    Owner,
+    OwnerLayout,
+    capture,
+    engine_masters,
+    group_steps,
+    install,
+    owner_layouts,
+    read_owner,
+    share_of_owner,
+)
+from dist_ft.engine.ds_weights import WeightAccess
+from dist_ft.engine.layer_modes import LayerModes
+from dist_ft.optim.adamw import GroupAdamW
+from dist_ft.optim.param_groups import ParamGroup
+
+
+class DeepSpeedEngine:
+    """Trains a module under ZeRO and changes what trains without losing a bit of state.
+
+    Every layer group has optimizer parameter groups of its own, so a rank's partition of a group
+    is the same vector in every phase. A phase change moves masters and moments group by group,
+    without communication. There are two ways, chosen by `switch`:
+
+    - ``rebuild``: take the DeepSpeed engine down and build one over the groups that train now.
+      Memory, gradient traffic and all-gather follow the trainable share; costs seconds.
+    - ``in_place``: one engine over every group that ever trains; groups that do not train are
+      skipped by the optimizer and their moments parked on the host; costs milliseconds.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        param_groups: Sequence[ParamGroup],
+        options: EngineOptions,
+        deepspeed_options: DeepSpeedOptions,
+        switch: Switch = "rebuild",
+        modes: LayerModes | None = None,
+    ) -> None:
+        """Take over `module`; the process group must be up. `set_trainable` comes next."""
+        set_up_deepspeed()
+        self.module = module.to(DTYPES[options.precision])
+        self.options = options
+        self.switch: Switch = switch
+        self._ds = deepspeed_options
+        self._modes = modes or LayerModes.none()
+        self._groups = list(param_groups)
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._sizes = _sizes(module, self._groups)
+        self._weights = WeightAccess(module, zero_stage=deepspeed_options.zero_stage)
+        self._snapshot = ModuleSnapshot(module)
+        self._trainable: frozenset[str] = frozenset()
+        self._held: list[ParamGroup] = []  # the engine's parameter groups, in its order
+        self._parked: dict[str, list[Owner]] = {}  # of groups that the engine does not hold
+        self._steps: dict[str, int] = {}
+        self._engine: Any = None
+        self._inner: GroupAdamW | None = None
+        # The universe of an in-place engine; widened by a rebuild when a phase leaves it.
+        self._universe: frozenset[str] = frozenset(g.layer_group for g in self._groups)
+
+    # ---- phase changes -----------------------------------------------------------------------
+
+    def limit_universe(self, groups: Iterable[str]) -> None:
+        """Tell an in-place engine which layer groups can ever train; the others get no state."""
+        self._universe = frozenset(groups)
+
+    def set_trainable(self, groups: Iterable[str]) -> PhaseReport:
+        """Train exactly these layer groups from the next step on; see `Engine.set_trainable`."""
+        began = time.monotonic()
+        wanted = frozenset(groups)
+        returning = wanted - self._trainable
+        held = self._universe | wanted if self.switch == "in_place" else wanted
+        if self._engine is None or held != {g.layer_group for g in self._held}:
+            self._rebuild(held, wanted=wanted)
+            how: Switch = "rebuild"
+        else:
+            self._set_requires_grad(wanted)
+            how = "in_place"
+        if self.options.returning == "reset":
+            self._forget_moments(returning)
+        self._park_inactive(wanted)
+        self._trainable = wanted
+        self._modes.apply(wanted)
+        return self._report(how, seconds=time.monotonic() - began)
+
+    def _rebuild(self, held: frozenset[str], *, wanted: frozenset[str]) -> None:
+        self._take_down()
+        self._held = [g for g in self._groups if g.layer_group in held]
+        parameters = self._weights.parameters()
+        # DeepSpeed leaves out what needs no gradient when it builds its groups.
+        self._set_requires_grad(held)
+        self._inner = GroupAdamW(
+            [
+                {
+                    "params": [parameters[n] for n in g.parameters],
+                    "lr": g.lr,
+                    "weight_decay": g.weight_decay,
+                }
+                for g in self._held
+            ],
+            betas=self.options.betas,
+            eps=self.options.eps,
+        )
+        elements = sum(n for g in self._held for _, n in self._sizes[g.name])
+        config = build_ds_config(self.options, deepspeed=self._ds, trainable_elements=elements)
+        import deepspeed
+
+        self._engine, *_ = deepspeed.initialize(
+            model=self.module, optimizer=self._inner, config=config, dist_init_required=False
+        )
+        for index in range(len(self._held)):
+            self._install_parked(index)
+        self._set_requires_grad(wanted)
+
+    def _take_down(self) -> None:
+        """Park the state of the engine's groups and leave the module as it was before."""
+        if self._engine is None:
+            if self._ds.zero_stage == 3:
+                self._weights.partition(self._ds_config_for_partition())
+                self._snapshot = ModuleSnapshot(self.module)
+            return
+        for index, group in enumerate(self._held):
+            self._steps[group.name] = self._group_steps(index)
+            owners = self._capture(index)
+            parked = self._parked.get(group.name)
+            if parked is not None:  # moments of an in-place group, parked before
+                for owner, earlier in zip(owners, parked, strict=True):
+                    owner.moments = earlier.moments
+            self._parked[group.name] = owners
+        stage3 = self._ds.zero_stage == 3
+        if stage3:
+            self._engine.optimizer._partition_all_parameters()
+            self._engine.empty_partition_cache()
+        self._engine.destroy()
+        self._engine = None
+        self._inner = None
+        self._snapshot.restore(fresh_parameters=not stage3)
+        self._weights.refresh()
+        collect_garbage()
+
+    def _ds_config_for_partition(self) -> dict[str, Any]:
+        return build_ds_config(self.options, deepspeed=self._ds, trainable_elements=0)
+
+    def _set_requires_grad(self, groups: frozenset[str]) -> None:
+        parameters = self._weights.parameters()
+        for group in self._groups:
+            for name in group.parameters:
+                parameters[name].requires_grad_(group.layer_group in groups)
+
+    def _park_inactive(self, wanted: frozenset[str]) -> None:
+        """Move the state of groups that do not train to the host, and back for those that do."""
+        held = {g.name for g in self._held}
+        for name, owners in self._parked.items():
+            if name not in held:
+                for owner in owners:
+                    owner.park(with_master=self._has_masters)
+        assert self._inner is not None
+        for index, group in enumerate(self._held):
+            if group.layer_group in wanted:
+                self._install_parked(index)
+            elif group.name not in self._parked:
+                self._steps[group.name] = self._group_steps(index)
+                self._parked[group.name] = self._capture(index)
+                for master in self._masters(index):
+                    self._inner.state.pop(master, None)
+                for owner in self._parked[group.name]:
+                    # The engine keeps the masters of all its groups; only moments can leave it.
+                    owner.park(with_master=False)
+
+    def _install_parked(self, index: int) -> None:
+        group = self._held[index]
+        parked = self._parked.pop(group.name, None)
+        if parked is None:
+            return
+        assert self._inner is not None
+        install(
+            parked,
+            masters=self._masters(index),
+            inner=self._inner,
+            steps=self._steps.get(group.name, 0),
+        )
+
+    def _forget_moments(self, returning: frozenset[str]) -> None:
+        assert self._inner is not None
+        for index, group in enumerate(self._held):
+            if group.layer_group not in returning:
+                continue
+            self._steps[group.name] = 0
+            for owner in self._parked.get(group.name, []):
+                owner.moments = {}
+            for master in self._masters(index):
+                self._inner.state.pop(master, None)
+
+    def _masters(self, index: int) -> list[Tensor]:
+        return engine_masters(
+            self._engine,
+            zero_stage=self._ds.zero_stage,
+            precision=self.options.precision,
+            index=index,
+        )
+
+    @property
+    def _has_masters(self) -> bool:
+        return self.options.precision != "fp32"
+
+    def _layouts(self, group: ParamGroup) -> list[OwnerLayout]:
+        return owner_layouts(
+            self._sizes[group.name],
+            zero_stage=self._ds.zero_stage,
+            rank=self._rank,
+            world_size=self._world,
+        )
+
+    def _capture(self, index: int) -> list[Owner]:
+        assert self._inner is not None
+        layouts = self._layouts(self._held[index])
+        return capture(self._masters(index), layouts=layouts, inner=self._inner)
+
+    def _group_steps(self, index: int) -> int:
+        assert self._inner is not None
+        return group_steps(self._masters(index), inner=self._inner)
+
+    def _report(self, switch: Switch, *, seconds: float) -> PhaseReport:
+        sizes = {g.name: sum(n for _, n in self._sizes[g.name]) for g in self._groups}
+        trainable = sum(sizes[g.name] for g in self._groups if g.layer_group in self._trainable)
+        return PhaseReport(
+            switch=switch,
+            switch_s=seconds,
+            trainable_params=trainable,
+            frozen_params=sum(sizes.values()) - trainable,
+            optimizer_bytes=self._optimizer_bytes(),
+            parked_bytes=sum(o.nbytes() for owners in self._parked.values() for o in owners),
+            gradient_bytes=trainable * DTYPES[self.options.precision].itemsize,
+        )
+
+    def _optimizer_bytes(self) -> int:
+        """Return masters and moments of this rank's groups; moments exist from the first step."""
+        total = 0
+        for index, group in enumerate(self._held):
+            active = group.layer_group in self._trainable
+            for master in self._masters(index):
+                total += master.numel() * 4 * (1 + (len(MOMENTS) if active else 0))
+        return total
+
+    # ---- steps -------------------------------------------------------------------------------
+
+    def train_step(
+        self,
+        step: int,
+        *,
+        task: str,
+        micro_batches: Sequence[MicroBatchLike],
+        global_count: int,
+        learning_rates: Mapping[str, float],
+    ) -> StepResult:
+        """Run one optimizer step; see `Engine.train_step`."""
+        engine = self._engine
+        engine.train()
+        self._modes.enter_train()
+        loss = torch.zeros((), dtype=torch.float32, device=engine.device)
+        last = len(micro_batches) - 1
+        for position, batch in enumerate(micro_batches):
+            engine.set_gradient_accumulation_boundary(position == last)
+            torch.manual_seed(micro_batch_seed(self.options.seed, step=step, index=batch.index))
+            loss_sum, _ = self._run(task, batch)
+            # DeepSpeed averages over ranks; the loss is a mean over the global batch.
+            share = loss_sum * (batch.loss_weight / global_count)
+            engine.backward(share * self._world, scale_wrt_gas=False)
+            loss += share.detach()
+        self._activate(task, learning_rates)
+        norm = self._clip_whole_gradients()
+        engine.step()
+        if self._ds.zero_stage == 3 and engine.optimizer.grad_partitions_flat_buffer is not None:
+            # A head outside this step's task would find its last gradient here again.
+            engine.optimizer.grad_partitions_flat_buffer.zero_()
+        if norm is None:
+            norm = engine.get_global_grad_norm()
+        return StepResult(loss=loss, grad_norm=None if norm is None else float(norm))
+
+    def _run(self, task: str, batch: MicroBatchLike) -> tuple[Tensor, Any]:
+        device = self._engine.device
+        return self._engine(task, on_device(batch.inputs, device), on_device(batch.targets, device))
+
+    def _activate(self, task: str, learning_rates: Mapping[str, float]) -> None:
+        assert self._inner is not None
+        for group, settings in zip(self._held, self._inner.param_groups, strict=True):
+            settings["lr"] = learning_rates[group.layer_group]
+            settings["active"] = group.layer_group in self._trainable and task in group.tasks
+
+    def _clip_whole_gradients(self) -> float | None:
+        if not clips_itself(self.options, self._ds):
+            return None
+        parameters = [p for p in self._weights.parameters().values() if p.grad is not None]
+        limit = self.options.max_grad_norm or float("inf")
+        return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+
+    @torch.no_grad()
+    def eval_forward(self, task: str, micro_batch: MicroBatchLike) -> tuple[Tensor, Any]:
+        """Return summed loss and outputs without gradients, dropout off."""
+        self._engine.eval()
+        return self._run(task, micro_batch)
+
+    # ---- state -------------------------------------------------------------------------------
+
+    def state(self) -> EngineState:
+        """Return this rank's share of weights, masters, moments and step counts, as views."""
+        slices = self._weights.slices()
+        steps = dict(self._steps)
+        replicated = self._ds.zero_stage == 0
+        live: dict[str, list[Owner]] = {}
+        for index, group in enumerate(self._held):
+            if group.name in self._parked:
+                continue
+            live[group.name] = self._capture(index)
+            steps[group.name] = self._group_steps(index)
+        for owners in [*live.values(), *self._parked.values()]:
+            for owner in owners:
+                slices += share_of_owner(
+                    owner,
+                    with_master=self._has_masters,
+                    share=(self._rank, self._world) if replicated else None,
+                )
+        return EngineState(slices, steps, tuple(sorted(self._trainable)))
+
+    @torch.no_grad()
+    def load_state(self, source: StateSource) -> None:
+        """Take over saved state; the phase that it was saved in, or another, must be set."""
+        assert self._inner is not None
+        self._weights.load(source)
+        self._steps = dict(source.steps)
+        self._parked.clear()
+        index_of = {g.name: i for i, g in enumerate(self._held)}
+        for group in self._groups:
+            steps = self._steps.get(group.name, 0)
+            if group.name not in index_of and steps == 0:
+                continue
+            owners = [
+                read_owner(layout, source=source, stepped=steps > 0)
+                for layout in self._layouts(group)
+            ]
+            self._parked[group.name] = owners
+            if group.name in index_of:
+                self._install_parked(index_of[group.name])
+        self._park_inactive(self._trainable)
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """Return whole parameters by name on the host: on rank 0, elsewhere an empty dict."""
+        return self._weights.gather()
+
+
+def _sizes(module: nn.Module, groups: Sequence[ParamGroup]) -> dict[str, list[tuple[str, int]]]:
+    numel = {
+        name.removeprefix("model."): int(getattr(p, "ds_numel", p.numel()))
+        for name, p in module.named_parameters()
+    }
+    return {g.name: [(n, numel[n]) for n in g.parameters] for g in groups}

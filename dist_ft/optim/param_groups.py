@@ -1,0 +1,82 @@
+"""Optimizer parameter groups: one or two for each layer group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dist_ft.model.layer_groups import LayerGroup
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters that freeze, step, decay and learn together.
+
+    A parameter group never spans layer groups, so the flat ZeRO partition of its parameters is
+    the same in every phase and its optimizer state can move from phase to phase unchanged.
+
+    Attributes:
+        name: Layer group and decay class, like ``block.3/decay``.
+        layer_group: The layer group that it belongs to.
+        parameters: Names as in ``named_parameters()`` of the model.
+        weight_decay: Decoupled weight decay per step and unit of learning rate.
+        lr: Peak learning rate.
+        tasks: Tasks whose loss reaches the parameters.
+    """
+
+    name: str
+    layer_group: str
+    parameters: tuple[str, ...]
+    weight_decay: float
+    lr: float
+    tasks: frozenset[str]
+
+
+@dataclass(frozen=True)
+class LearningRates:
+    """Peak learning rates by depth.
+
+    Attributes:
+        lr: Of the backbone's top group.
+        head_lr: Of the heads; `lr` when None.
+        layer_decay: Factor from a group to the next one below it (layer-wise learning-rate decay,
+            ELECTRA, Clark et al. 2020; discriminative fine-tuning, ULMFiT section 3.2).
+    """
+
+    lr: float
+    head_lr: float | None = None
+    layer_decay: float = 1.0
+
+
+def build_param_groups(
+    layer_groups: Sequence[LayerGroup],
+    *,
+    dimensions: Mapping[str, int],
+    rates: LearningRates,
+    weight_decay: float,
+) -> list[ParamGroup]:
+    """Return the parameter groups, bottom to top.
+
+    Vectors and scalars (biases, normalisation weights) are not decayed, as usual since BERT.
+
+    Args:
+        layer_groups: From the bottom to the top.
+        dimensions: Number of dimensions of each parameter, by name.
+        rates: Peak learning rates.
+        weight_decay: For matrices and embeddings.
+    """
+    backbone = [group.name for group in layer_groups if group.kind not in ("head", "unused")]
+    below_top = {name: len(backbone) - 1 - i for i, name in enumerate(backbone)}
+    result: list[ParamGroup] = []
+    for group in layer_groups:
+        if group.kind == "head":
+            lr = rates.lr if rates.head_lr is None else rates.head_lr
+        else:
+            lr = rates.lr * rates.layer_decay ** below_top.get(group.name, 0)
+        for suffix, decay in (("decay", weight_decay), ("no_decay", 0.0)):
+            names = tuple(n for n in group.parameters if (dimensions[n] > 1) == (suffix == "decay"))
+            if names:
+                result.append(
+                    ParamGroup(f"{group.name}/{suffix}", group.name, names, decay, lr, group.tasks)
+                )
+    return result

@@ -1,0 +1,232 @@
+"""Phase changes under ZeRO 0-3 against the plain-torch reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from dist_ft.engine.base import EngineOptions
+from tests.helpers.phases import (
+    ALL,
+    bitwise_equal,
+    clone,
+    largest_difference,
+    make_deepspeed,
+    make_reference,
+    run,
+)
+from tests.helpers.run_distributed import run_distributed
+from tests.helpers.tiny import TASKS, global_batch, learning_rates, param_groups
+
+HEADS = ("head.a", "head.b")
+GRADUAL = {
+    0: HEADS,
+    5: ("block.3", *HEADS),
+    10: ("block.2", "block.3", *HEADS),
+    15: ("block.1", "block.2", "block.3", *HEADS),
+    20: ALL,
+}
+# Not a suffix, freezing and unfreezing, a head among what changes.
+ANY_SUBSET = {
+    0: ("block.3", *HEADS),
+    4: ("block.1", "head.a"),
+    8: ALL,
+    13: ("embeddings", "block.2", *HEADS),
+    18: ("block.3", "head.b"),
+    24: ALL,
+}
+# fp32 sums over 2 ranks in another order than one process does; AdamW's division by sqrt(v)
+# carries the last bit into the update. The bound is the issue's; measured differences are 2e-7.
+FP32_TOLERANCE = 1e-5
+
+
+def _compare(stage: int, switch: str, schedule: Any, accumulation: int, expected: Any) -> None:
+    world = dist.get_world_size()
+    engine = make_deepspeed(
+        EngineOptions(max_grad_norm=1.0), zero_stage=stage, switch=switch, accumulation=accumulation
+    )
+    run(
+        engine,
+        schedule,
+        steps=range(30),
+        micro_batches=4,
+        share=(dist.get_rank(), world),
+    )
+    weights = engine.full_weights()
+    if dist.get_rank() == 0:
+        difference = largest_difference(weights, expected)
+        assert difference <= FP32_TOLERANCE, (stage, switch, difference)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("switch", ["rebuild", "in_place"])
+@pytest.mark.parametrize("schedule", [GRADUAL, ANY_SUBSET], ids=["gradual", "any_subset"])
+def test_zero_follows_the_reference(stage: int, switch: str, schedule: Any) -> None:
+    reference = make_reference(EngineOptions(max_grad_norm=1.0))
+    run(reference, schedule, steps=range(30), micro_batches=4)
+    run_distributed(_compare, stage, switch, schedule, 2, reference.full_weights())
+
+
+def test_four_ranks_follow_the_reference() -> None:
+    reference = make_reference(EngineOptions(max_grad_norm=1.0))
+    run(reference, ANY_SUBSET, steps=range(30), micro_batches=4)
+    run_distributed(_compare, 2, "rebuild", ANY_SUBSET, 1, reference.full_weights(), world_size=4)
+
+
+def _frozen_stay(stage: int, precision: Any) -> None:
+    for accumulation, clip in ((1, 0.0), (1, 0.5), (4, 0.0), (4, 0.5)):
+        _check_frozen(stage, precision, accumulation, clip, "rebuild")
+    _check_frozen(stage, precision, 1, 0.5, "in_place")
+    _check_frozen(stage, precision, 4, 0.0, "in_place")
+
+
+def _check_frozen(stage: int, precision: Any, accumulation: int, clip: float, switch: str) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    options = EngineOptions(max_grad_norm=clip, precision=precision)
+    engine = make_deepspeed(options, zero_stage=stage, switch=switch, accumulation=accumulation)
+    count = world * accumulation
+    # Everything trains first, so that the groups have momentum that could move them later.
+    run(engine, {0: ALL}, steps=range(5), micro_batches=count, share=(rank, world))
+    before = clone(engine.full_weights())
+    thawed = ("block.2", "block.3", *HEADS)
+    engine.set_trainable(thawed)
+    run(engine, {}, steps=range(5, 55), micro_batches=count, share=(rank, world))
+    after = engine.full_weights()
+    if rank:
+        return
+    frozen = [n for n in before if n.startswith(("embeddings", "blocks.0", "blocks.1"))]
+    assert frozen
+    for name in before:
+        same = torch.equal(before[name], after[name])
+        assert same == (name in frozen), (stage, precision, accumulation, clip, switch, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_frozen_layers_do_not_move_by_a_bit(stage: int, precision: str) -> None:
+    run_distributed(_frozen_stay, stage, precision)
+
+
+def _inactive_head(stage: int, switch: str) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    engine = make_deepspeed(EngineOptions(), zero_stage=stage, switch=switch)
+    run(engine, {0: ALL}, steps=range(4), micro_batches=world, share=(rank, world))
+    before = clone(engine.full_weights())
+    groups = param_groups(engine.module)
+    for step in range(4, 24):
+        batches = global_batch(step, micro_batches=world)
+        engine.train_step(
+            step,
+            task=TASKS[0],
+            micro_batches=batches[rank::world],
+            global_count=sum(len(b.targets["y"]) for b in batches),
+            learning_rates=learning_rates(groups, step),
+        )
+    after = engine.full_weights()
+    if rank == 0:
+        for name in before:
+            assert torch.equal(before[name], after[name]) == name.startswith("heads.b"), name
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_head_of_another_task_does_not_move(stage: int) -> None:
+    run_distributed(_inactive_head, stage, "rebuild")
+    run_distributed(_inactive_head, stage, "in_place")
+
+
+def _no_change(stage: int, precision: Any) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    options = EngineOptions(precision=precision)
+    weights = []
+    for rebuilds in (False, True):
+        engine = make_deepspeed(options, zero_stage=stage, dropout=0.1)
+        schedule = {0: ALL, **({7: (*ALL[1:],), 8: ALL} if rebuilds else {})}
+        # Step 7 would train all but the embeddings; going there and back must cost nothing.
+        run(engine, {0: ALL}, steps=range(7), micro_batches=world, share=(rank, world))
+        if rebuilds:
+            engine.set_trainable(schedule[7])
+            engine.set_trainable(ALL)
+        run(engine, {}, steps=range(7, 12), micro_batches=world, share=(rank, world))
+        weights.append(engine.full_weights())
+    if rank == 0:
+        assert bitwise_equal(*weights)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rebuilding_changes_nothing_by_itself(stage: int, precision: str) -> None:
+    run_distributed(_no_change, stage, precision)
+
+
+def _both_ways(stage: int, precision: Any, offload: bool) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    weights = []
+    for switch in ("rebuild", "in_place"):
+        engine = make_deepspeed(
+            EngineOptions(precision=precision), zero_stage=stage, switch=switch, offload=offload
+        )
+        run(engine, ANY_SUBSET, steps=range(30), micro_batches=world, share=(rank, world))
+        weights.append(engine.full_weights())
+    if rank:
+        return
+    if offload:
+        # DeepSpeed sums offloaded gradient norms parameter by parameter, in another order.
+        assert largest_difference(*weights) <= 1e-6
+    else:
+        assert bitwise_equal(*weights)
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "offload"),
+    [
+        (0, "bf16", False),
+        (2, "bf16", False),
+        (3, "bf16", False),
+        (2, "fp32", True),
+        (3, "bf16", True),
+    ],
+)
+def test_rebuild_and_in_place_agree_bit_for_bit(stage: int, precision: str, offload: bool) -> None:
+    run_distributed(_both_ways, stage, precision, offload)
+
+
+def _reset(stage: int, expected: Any) -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for switch in ("rebuild", "in_place"):
+        engine = make_deepspeed(EngineOptions(returning="reset"), zero_stage=stage, switch=switch)
+        run(engine, ANY_SUBSET, steps=range(30), micro_batches=world, share=(rank, world))
+        weights = engine.full_weights()
+        if rank == 0:
+            assert largest_difference(weights, expected) <= FP32_TOLERANCE, switch
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_reset_forgets_the_moments_of_groups_that_return(stage: int) -> None:
+    reference = make_reference(EngineOptions(returning="reset"))
+    run(reference, ANY_SUBSET, steps=range(30), micro_batches=2)
+    kept = make_reference(EngineOptions(returning="keep"))
+    run(kept, ANY_SUBSET, steps=range(30), micro_batches=2)
+    assert largest_difference(reference.full_weights(), kept.full_weights()) > 1e-3
+    run_distributed(_reset, stage, reference.full_weights())
+
+
+def _bytes(stage: int, switch: str) -> None:
+    engine = make_deepspeed(EngineOptions(), zero_stage=stage, switch=switch)
+    world = dist.get_world_size() if stage else 1
+    for groups in (ALL, ("block.3", *HEADS), ALL, HEADS):
+        report = engine.set_trainable(groups)
+        expected = 12 * report.trainable_params / world
+        padding = 12 * 4 * 2 * len(ALL)  # a few elements per parameter group
+        if switch == "rebuild":
+            assert expected <= report.optimizer_bytes <= expected + padding
+        total = report.trainable_params + report.frozen_params
+        assert total == sum(p.numel() for p in make_reference(EngineOptions()).module.parameters())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_optimizer_bytes_follow_what_trains(stage: int) -> None:
+    run_distributed(_bytes, stage, "rebuild")
