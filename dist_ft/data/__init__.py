@@ -1,0 +1,1 @@
+"""From raw data to padded micro-batches: prepare, shards, order, loader."""

@@ -1,0 +1,162 @@
+"""Streaming readers of raw files: CSV, JSON, JSON lines, Parquet and Arrow."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+Row = dict[str, Any]
+# Called with the message of a row that can't be read; it raises, or counts and lets reading go on.
+OnBadRow = Callable[[str], None]
+
+FORMATS = ("csv", "json", "jsonl", "parquet", "arrow")
+SUFFIXES = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+_BATCH_ROWS = 1000
+# One CSV row must fit into one block; types are inferred from the first one.
+_CSV_BLOCK_BYTES = 16 * 2**20
+# The marker that ends an Arrow stream: 0xFFFFFFFF and a length of 0.
+_STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
+
+
+def read_rows(path: Path, *, file_format: str, on_bad_row: OnBadRow) -> Iterator[Row]:
+    """Yields a file's rows one by one, holding only a small piece of the file.
+
+    The exception is a .json file with one array, which JSON can only read as a whole.
+
+    Args:
+        path: the file.
+        file_format: one of FORMATS.
+        on_bad_row: called for a JSON line that is no row; other formats raise for the whole file.
+
+    Raises:
+        ValueError: the file isn't in its format, naming file and line where known.
+    """
+    if file_format == "jsonl":
+        return _json_lines(path, on_bad_row=on_bad_row)
+    if file_format == "json":
+        return _json(path, on_bad_row=on_bad_row)
+    readers = {"csv": _csv, "parquet": _parquet, "arrow": _arrow}
+    return _named_errors(path, rows=readers[file_format](path), file_format=file_format)
+
+
+def _named_errors(path: Path, *, rows: Iterator[Row], file_format: str) -> Iterator[Row]:
+    try:
+        yield from rows
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path} can't be read as {file_format} ({error}): repair the file, or set the "
+            f"source's format ({', '.join(FORMATS)})"
+        ) from error
+
+
+def _json(path: Path, *, on_bad_row: OnBadRow) -> Iterator[Row]:
+    with path.open("rb") as file:
+        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not start.startswith(b"["):
+        yield from _json_lines(path, on_bad_row=on_bad_row)
+        return
+    try:
+        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): repair the file") from error
+    for number, row in enumerate(rows):
+        if isinstance(row, dict):
+            yield row
+        else:
+            on_bad_row(f"{path}, row {number}: {_kind(row)} is not an object with columns")
+
+
+def _json_lines(path: Path, *, on_bad_row: OnBadRow) -> Iterator[Row]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except (ValueError, RecursionError) as error:
+                on_bad_row(f"{path}, line {number} is not one JSON object in UTF-8 ({error})")
+                continue
+            if isinstance(row, dict):
+                yield row
+            else:
+                on_bad_row(f"{path}, line {number}: {_kind(row)} is not an object with columns")
+
+
+def _kind(value: Any) -> str:
+    return {list: "an array", str: "a string", type(None): "null"}.get(type(value), "a number")
+
+
+def _csv(path: Path) -> Iterator[Row]:
+    reader = _open_csv(path, types={})
+    names = reader.schema.names
+    if len(set(names)) != len(names):
+        raise ValueError(f"{path} has two columns with one name ({names}): rename one")
+    # Only numbers and truth values are worth inferring: a text that looks like a date is a text,
+    # and a column which is empty in the first block may hold anything later.
+    others = [
+        f.name for f in reader.schema if not (_is_plain(f.type) or pa.types.is_string(f.type))
+    ]
+    if others:
+        reader = _open_csv(path, types=dict.fromkeys(others, pa.string()))
+    for batch in reader:
+        yield from _batch_rows(batch)
+
+
+def _is_plain(dtype: pa.DataType) -> bool:
+    return pa.types.is_integer(dtype) or pa.types.is_floating(dtype) or pa.types.is_boolean(dtype)
+
+
+def _open_csv(path: Path, *, types: dict[str, pa.DataType]) -> pyarrow.csv.CSVStreamingReader:
+    return pyarrow.csv.open_csv(
+        path,
+        # One thread: only then do the error messages know the row.
+        read_options=pyarrow.csv.ReadOptions(block_size=_CSV_BLOCK_BYTES, use_threads=False),
+        parse_options=pyarrow.csv.ParseOptions(
+            delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True
+        ),
+        convert_options=pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=False),
+    )
+
+
+def _parquet(path: Path) -> Iterator[Row]:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=_BATCH_ROWS):
+            yield from batch.to_pylist()
+
+
+def _arrow(path: Path) -> Iterator[Row]:
+    with pa.memory_map(str(path)) as source:
+        if source.read(6) == b"ARROW1":
+            reader = pa.ipc.open_file(source)
+            for index in range(reader.num_record_batches):
+                yield from _batch_rows(reader.get_batch(index))
+            return
+        size = source.size()
+        source.seek(max(0, size - len(_STREAM_END)))
+        # Arrow reads a stream that was cut between two messages as if it ended there.
+        if source.read() != _STREAM_END:
+            raise ValueError(
+                f"{path} is an Arrow stream without its end marker, so it was cut: write it again"
+            )
+        source.seek(0)
+        for batch in pa.ipc.open_stream(source):
+            yield from _batch_rows(batch)
+
+
+def _batch_rows(batch: pa.RecordBatch) -> Iterator[Row]:
+    for start in range(0, batch.num_rows, _BATCH_ROWS):
+        yield from batch.slice(start, _BATCH_ROWS).to_pylist()

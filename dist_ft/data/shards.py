@@ -1,0 +1,397 @@
+"""Shards: uncompressed Arrow IPC files with one record batch each, and their reader.
+
+Rows are read as views on the memory-mapped values and offsets buffers. `pyarrow.Table.take` on list
+columns is about fifty times slower, and worker processes cost more than they save.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import xxhash
+
+from dist_ft.data.manifest import (
+    Manifest,
+    ShardInfo,
+    fsync_folder,
+    read_manifest,
+    write_manifest,
+)
+from dist_ft.data.schema import column_kind
+
+__all__ = [
+    "Columns",
+    "Manifest",
+    "ShardInfo",
+    "ShardWriter",
+    "ShardedDataset",
+    "read_manifest",
+    "verify",
+    "write_manifest",
+]
+
+# ragged column -> one view a row; scalar column -> array [rows]; string column -> one str a row
+Columns = dict[str, list[np.ndarray] | np.ndarray | list[str]]
+VerifyLevel = Literal["size", "hash"]
+
+_TARGET_BYTES = 64 * 2**20
+_HISTOGRAM_WIDTH = 8
+_PREPARE_AGAIN = "restore the file or prepare the data again"
+
+
+class ShardWriter:
+    """Writes features into the shards of a folder, holding at most about one shard in memory.
+
+    Args:
+        folder: an existing, empty folder.
+        schema: the columns, from `shard_schema`.
+        target_bytes: a shard is written as soon as it holds this many bytes.
+    """
+
+    def __init__(
+        self, folder: Path, *, schema: pa.Schema, target_bytes: int = _TARGET_BYTES
+    ) -> None:
+        self._folder = folder
+        self._schema = schema
+        self._target_bytes = target_bytes
+        self._pending: list[pa.RecordBatch] = []
+        self._pending_bytes = 0
+        self._shards: list[ShardInfo] = []
+        self._length_counts = np.zeros(0, dtype=np.int64)
+
+    def add(self, features: Sequence[Mapping[str, Any]]) -> None:
+        """Adds rows, each with exactly the columns of the schema.
+
+        Raises:
+            ValueError: a column is missing, unknown, null or doesn't fit its type; a row has no
+                tokens, or a negative token id or loss count.
+        """
+        if not features:
+            return
+        batch = _record_batch(features, schema=self._schema)
+        _check_values(batch)
+        self._pending.append(batch)
+        self._pending_bytes += batch.nbytes
+        if self._pending_bytes >= self._target_bytes:
+            self._flush()
+
+    def close(self) -> tuple[ShardInfo, ...]:
+        """Writes what is left and returns the shards in row order."""
+        self._flush()
+        return tuple(self._shards)
+
+    def length_histogram(self) -> dict[str, Any]:
+        """Returns how many rows have a length of [i * width, (i + 1) * width) tokens."""
+        return {"width": _HISTOGRAM_WIDTH, "counts": self._length_counts.tolist()}
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        batch = pa.Table.from_batches(self._pending).combine_chunks().to_batches()[0]
+        self._pending, self._pending_bytes = [], 0
+        self._count_lengths(batch.column("length").to_numpy())
+        temporary = self._folder / f".shard-{len(self._shards):05d}.tmp"
+        with temporary.open("wb") as file:
+            with pa.ipc.new_file(file, self._schema) as writer:
+                writer.write_batch(batch)
+            file.flush()
+            os.fsync(file.fileno())
+        written = _open_batch(temporary)
+        written.validate(full=True)
+        if not written.equals(batch):
+            raise RuntimeError(f"{temporary} reads back differently: check the disk")
+        info = _shard_info(temporary, batch=batch, index=len(self._shards))
+        temporary.rename(self._folder / info.file)
+        fsync_folder(self._folder)
+        self._shards.append(info)
+
+    def _count_lengths(self, lengths: npt.NDArray[np.int32]) -> None:
+        counts = np.bincount(lengths // _HISTOGRAM_WIDTH, minlength=len(self._length_counts))
+        counts[: len(self._length_counts)] += self._length_counts
+        self._length_counts = counts
+
+
+class ShardedDataset:
+    """The rows of a prepared folder, memory-mapped.
+
+    Args:
+        folder: a folder which `prepare_split` wrote.
+        verify: "size" compares file sizes, rows and lengths with the manifest; "hash" also reads
+            every byte and compares the hashes.
+
+    Attributes:
+        folder: the folder.
+        manifest: what the folder holds.
+        lengths: tokens of each row, int32 [rows].
+        loss_counts: loss terms of each row, int32 [rows].
+
+    Raises:
+        ValueError: the manifest or a shard is missing or not what was written, naming the file.
+    """
+
+    def __init__(self, folder: Path, *, verify: VerifyLevel) -> None:
+        if verify not in ("size", "hash"):
+            raise ValueError(f"verify must be 'size' or 'hash', got {verify!r}")
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        _verify_files(self.folder, manifest=self.manifest, level=verify)
+        self._shards = [
+            _MappedShard(self.folder / info.file, info=info, schema=self.manifest.schema)
+            for info in self.manifest.shards
+        ]
+        counts = np.array([info.rows for info in self.manifest.shards], dtype=np.int64)
+        self._ends = np.cumsum(counts)
+        self._starts = self._ends - counts
+        self._kinds = {field.name: column_kind(field) for field in self.manifest.schema}
+        self.lengths = np.concatenate([shard.scalars["length"] for shard in self._shards])
+        self.loss_counts = np.concatenate([shard.scalars["loss_count"] for shard in self._shards])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def take(
+        self, rows: npt.NDArray[np.int64], *, columns: Collection[str] | None = None
+    ) -> Columns:
+        """Returns columns of the rows, in the order asked for.
+
+        Args:
+            rows: row numbers, int64 [n]; repeats allowed.
+            columns: the columns to read, all by default.
+
+        Returns:
+            By column name: for a list column one read-only numpy view a row, for a number column an
+            array [n], for a string column a list of str.
+
+        Raises:
+            ValueError: a row number is out of range, or a string isn't UTF-8.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        if rows.size and (int(rows.min()) < 0 or int(rows.max()) >= len(self)):
+            raise ValueError(
+                f"rows must lie in [0, {len(self)}), got {int(rows.min())} to {int(rows.max())} "
+                f"for {self.folder}"
+            )
+        numbers = np.searchsorted(self._ends, rows, side="right")
+        local = (rows - self._starts[numbers]).tolist()
+        shards = [self._shards[number] for number in numbers.tolist()]
+        places = list(zip(shards, local, strict=True))
+        taken: Columns = {}
+        for name, kind in self._kinds.items():
+            if columns is not None and name not in columns:
+                continue
+            if kind == "ragged":
+                taken[name] = [shard.view(name, row=row) for shard, row in places]
+            elif kind == "string":
+                taken[name] = [shard.text(name, row=row) for shard, row in places]
+            else:
+                values = [shard.scalars[name][row] for shard, row in places]
+                taken[name] = np.array(values, dtype=self._shards[0].scalars[name].dtype)
+        return taken
+
+    def shard_of(self, row: int) -> str:
+        """Returns the name of the shard file which holds a row."""
+        return self.manifest.shards[int(np.searchsorted(self._ends, row, side="right"))].file
+
+
+def verify(folder: Path, *, vocab_size: int | None = None) -> Manifest:
+    """Checks every byte of a prepared folder and returns its manifest.
+
+    Args:
+        folder: a folder which `prepare_split` wrote.
+        vocab_size: entries of the model's embedding; every token id must be smaller.
+
+    Raises:
+        ValueError: a file is missing, has another size or hash, holds invalid Arrow data, or a
+            token id is outside of the vocabulary.
+    """
+    dataset = ShardedDataset(folder, verify="hash")
+    for info in dataset.manifest.shards:
+        path = dataset.folder / info.file
+        batch = _open_batch(path)
+        try:
+            batch.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise ValueError(
+                f"shard {path} is not valid Arrow data ({error}): {_PREPARE_AGAIN}"
+            ) from error
+        actual = _shard_info(path, batch=batch, index=0)
+        if replace(actual, file=info.file) != info:
+            raise ValueError(f"{path} doesn't hold what the manifest says: {_PREPARE_AGAIN}")
+        if vocab_size is not None and info.max_token_id >= vocab_size:
+            raise ValueError(
+                f"{path} holds token id {info.max_token_id}, but the vocabulary has {vocab_size} "
+                "entries: prepare the data with this model's tokenizer"
+            )
+    return dataset.manifest
+
+
+def _open_batch(path: Path) -> pa.RecordBatch:
+    """Returns the only record batch of a shard; its buffers keep the file mapped."""
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        count = reader.num_record_batches
+        batch = reader.get_batch(0) if count else None
+        if batch is not None:
+            # A damaged header may name buffers that aren't there; touching them would crash.
+            batch.validate()
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"shard {path} can't be read as an Arrow file ({error}): {_PREPARE_AGAIN}"
+        ) from error
+    if batch is None or count != 1:
+        raise ValueError(f"shard {path} has {count} record batches, not 1: {_PREPARE_AGAIN}")
+    return batch
+
+
+class _MappedShard:
+    """Numpy views on the buffers of one shard."""
+
+    def __init__(self, path: Path, *, info: ShardInfo, schema: pa.Schema) -> None:
+        batch = _open_batch(path)
+        if not batch.schema.equals(schema):
+            raise ValueError(f"{path} has other columns than the manifest: {_PREPARE_AGAIN}")
+        self._path = path
+        self.scalars: dict[str, np.ndarray] = {}
+        self._ragged: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._strings: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for field, column in zip(batch.schema, batch.columns, strict=True):
+            kind = column_kind(field)
+            if kind == "scalar":
+                self.scalars[field.name] = column.to_numpy(zero_copy_only=True)
+            elif kind == "ragged":
+                values = column.values.to_numpy(zero_copy_only=True)
+                self._ragged[field.name] = (_offsets(column, len(values), path), values)
+            else:
+                data = column.buffers()[2]
+                text = np.frombuffer(data or b"", dtype=np.uint8)
+                self._strings[field.name] = (_offsets(column, len(text), path), text)
+        self._compare(info)
+
+    def view(self, name: str, *, row: int) -> np.ndarray:
+        """Returns one row of a list column."""
+        offsets, values = self._ragged[name]
+        return values[offsets[row] : offsets[row + 1]]
+
+    def text(self, name: str, *, row: int) -> str:
+        """Returns one row of a string column."""
+        offsets, data = self._strings[name]
+        try:
+            return data[offsets[row] : offsets[row + 1]].tobytes().decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{self._path}, row {row} of the shard: column {name!r} is not UTF-8 ({error}): "
+                f"{_PREPARE_AGAIN}"
+            ) from error
+
+    def _compare(self, info: ShardInfo) -> None:
+        """Compares the cheap numbers; catches two shards of one size which were swapped."""
+        lengths, counts = self.scalars["length"], self.scalars["loss_count"]
+        expected = (info.rows, info.tokens, info.min_length, info.max_length, info.loss_count)
+        actual = (len(lengths), *_length_stats(lengths), int(counts.sum(dtype=np.int64)))
+        if actual != expected or not np.array_equal(np.diff(self._ragged["input_ids"][0]), lengths):
+            raise ValueError(
+                f"{self._path} doesn't hold the rows and lengths of the manifest (rows, tokens, "
+                f"min, max, loss terms are {actual}, expected {expected}): {_PREPARE_AGAIN}"
+            )
+
+
+def _offsets(column: pa.Array, size: int, path: Path) -> np.ndarray:
+    """Returns a column's offsets, int32 [rows + 1], which are known to stay inside its values."""
+    buffer = column.buffers()[1]
+    offsets = np.frombuffer(buffer, dtype=np.int32, count=len(column) + 1)
+    if offsets[0] < 0 or offsets[-1] > size or bool((np.diff(offsets) < 0).any()):
+        raise ValueError(f"{path} has row offsets outside of its values: {_PREPARE_AGAIN}")
+    return offsets
+
+
+def _record_batch(features: Sequence[Mapping[str, Any]], *, schema: pa.Schema) -> pa.RecordBatch:
+    names = set(schema.names)
+    for feature in features:
+        if feature.keys() != names:
+            raise ValueError(
+                f"a feature has the columns {sorted(feature)}, but the task's schema with the base "
+                f"columns has {sorted(names)}: encode() and schema() must agree"
+            )
+    arrays = []
+    for field in schema:
+        try:
+            array = pa.array([feature[field.name] for feature in features], type=field.type)
+        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+            raise ValueError(f"column {field.name!r} is not {field.type}: {error}") from error
+        flat = array.flatten() if column_kind(field) == "ragged" else array
+        if array.null_count or flat.null_count:
+            raise ValueError(f"column {field.name!r} has a null: every feature needs a value")
+        arrays.append(array)
+    return pa.record_batch(arrays, schema=schema)
+
+
+def _check_values(batch: pa.RecordBatch) -> None:
+    ids, lengths = batch.column("input_ids"), batch.column("length").to_numpy()
+    source_rows = batch.column("source_row")
+    if not np.array_equal(np.diff(ids.offsets.to_numpy()), lengths):
+        raise ValueError("column 'length' is not the number of input_ids: encode() is wrong")
+    if int(lengths.min()) < 1:
+        raise ValueError(f"source row {source_rows[int(lengths.argmin())]} has no tokens")
+    if int(ids.flatten().to_numpy().min()) < 0:
+        raise ValueError("column 'input_ids' has a negative token id: check the tokenizer")
+    if int(batch.column("loss_count").to_numpy().min()) < 0:
+        raise ValueError("column 'loss_count' is negative: encode() is wrong")
+
+
+def _length_stats(lengths: np.ndarray) -> tuple[int, int, int]:
+    return int(lengths.sum(dtype=np.int64)), int(lengths.min()), int(lengths.max())
+
+
+def _shard_info(path: Path, *, batch: pa.RecordBatch, index: int) -> ShardInfo:
+    tokens, shortest, longest = _length_stats(batch.column("length").to_numpy())
+    xxh3_128 = _hash(path, algorithm=xxhash.xxh3_128)
+    return ShardInfo(
+        file=f"shard-{index:05d}-{xxh3_128[:8]}.arrow",
+        bytes=path.stat().st_size,
+        rows=batch.num_rows,
+        tokens=tokens,
+        loss_count=int(batch.column("loss_count").to_numpy().sum(dtype=np.int64)),
+        min_length=shortest,
+        max_length=longest,
+        max_token_id=int(batch.column("input_ids").flatten().to_numpy().max()),
+        xxh3_128=xxh3_128,
+        sha256=_hash(path, algorithm=hashlib.sha256),
+    )
+
+
+def _hash(path: Path, *, algorithm: Callable[[], Any]) -> str:
+    """Returns a file's hash in hex: xxh3_128 finds damage at disk speed, sha256 is identity."""
+    state = algorithm()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            state.update(piece)
+    return state.hexdigest()
+
+
+def _verify_files(folder: Path, *, manifest: Manifest, level: VerifyLevel) -> None:
+    # All sizes come before the first hash, and all hashes before the first map: a file cut short
+    # under a memory map kills the process (SIGBUS) instead of raising.
+    for info in manifest.shards:
+        path = folder / info.file
+        if not path.is_file():
+            raise ValueError(f"shard {path} is missing: {_PREPARE_AGAIN}")
+        if (size := path.stat().st_size) != info.bytes:
+            raise ValueError(
+                f"shard {path} has {size} bytes, expected {info.bytes}: {_PREPARE_AGAIN}"
+            )
+    if level == "hash":
+        for info in manifest.shards:
+            path = folder / info.file
+            if (actual := _hash(path, algorithm=xxhash.xxh3_128)) != info.xxh3_128:
+                raise ValueError(
+                    f"shard {path} has the hash {actual}, expected {info.xxh3_128} (xxh3): "
+                    f"{_PREPARE_AGAIN}"
+                )
