@@ -1,0 +1,276 @@
+"""The command line; what a command needs is imported when it runs, so that help is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from dist_ft.config import Recipe
+
+FAILED = 1
+BAD_INPUT = 2
+PREEMPTED = 75
+# torchrun ends with 1 whatever its ranks end with; launch/torchrun.sh asks for the code here.
+EXIT_FILE = "DIST_FT_EXIT_FILE"
+
+app = typer.Typer(
+    name="dist-ft",
+    help="Fine-tune several tasks on one pre-trained transformer, on one or many ranks.\n\n"
+    "Exit codes: 0 done, 1 failed, 2 bad recipe or arguments, 75 stopped after saving "
+    "(start again with --resume).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+recipes_app = typer.Typer(
+    help="List, show or copy the recipes that come with dist_ft.", rich_markup_mode=None
+)
+app.add_typer(recipes_app, name="recipes", invoke_without_command=True)
+
+RecipeArgument = Annotated[
+    str, typer.Argument(help="A YAML file, or the name of a packaged recipe.")
+]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Changes to the recipe: optim.lr=3e-5, tasks.trec.max_length=64. "
+        "Relative paths start where the recipe's own do.",
+    ),
+]
+RunArgument = Annotated[Path, typer.Argument(help="The folder of a run.")]
+
+
+@app.callback(invoke_without_command=True)
+def _top(
+    *,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    del debug  # main() takes it out of the arguments, so that it may stand anywhere
+    if version:
+        from dist_ft import __version__
+
+        typer.echo(f"dist-ft {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def prepare(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Turn the recipe's data into tokenised shards; quick if they are there already."""
+    loaded = _load(recipe, overrides)
+    from dist_ft.train import build
+
+    build.prepare(loaded)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the latest checkpoint, if there is one.")
+    ] = False,
+) -> None:
+    """Train on this process, or on all ranks when torchrun starts it (launch/torchrun.sh)."""
+    loaded = _load(recipe, overrides)
+    from dist_ft.train import build
+
+    raise typer.Exit(build.train(loaded, resume=resume))
+
+
+@app.command()
+def evaluate(run: RunArgument) -> None:
+    """Score the validation and test splits with the run's latest weights."""
+    _require_run(run)
+    from dist_ft.train import finished
+
+    _print_metrics(finished.evaluate(run))
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    *,
+    task: Annotated[str | None, typer.Option("--task", help="Only this task.")] = None,
+) -> None:
+    """Write a plain transformers folder for each task."""
+    _require_run(run)
+    from dist_ft.train import finished
+
+    for folder in finished.export(run, task=task):
+        typer.echo(f"exported {folder}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs.")],
+) -> None:
+    """Write an HTML page about one run, or about several side by side."""
+    for run in runs:
+        _require_run(run)
+    from dist_ft.report import write_report
+
+    typer.echo(f"report {write_report(runs)}")
+
+
+@app.command()
+def check(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Say everything that is wrong with a recipe, one line each, without loading a model."""
+    from dist_ft.recipe import RecipeError
+
+    try:
+        loaded = _load(recipe, overrides)
+    except RecipeError as error:
+        typer.echo("\n".join(error.errors))
+        raise typer.Exit(BAD_INPUT) from None
+    tasks = ", ".join(task.name for task in loaded.tasks)
+    typer.echo(f"{recipe}: no errors ({loaded.name}: {tasks}; freezing {loaded.freezing.policy})")
+
+
+@app.command()
+def doctor() -> None:
+    """Look at versions, devices, backends, disk and memory; exit 1 if something is broken."""
+    from dist_ft.doctor import examine, print_findings
+
+    findings = examine()
+    print_findings(findings)
+    raise typer.Exit(FAILED if any(finding.is_broken for finding in findings) else 0)
+
+
+@recipes_app.callback()
+def _recipes(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        list_recipes()
+
+
+@recipes_app.command("ls")
+def list_recipes() -> None:
+    """List the packaged recipes."""
+    from dist_ft.recipe import packaged_recipes
+
+    for name, path in packaged_recipes().items():
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        typer.echo(f"{name:<20} {first.removeprefix('# What:').strip()}")
+
+
+@recipes_app.command("show")
+def show_recipe(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+    """Print a packaged recipe."""
+    typer.echo(_packaged(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes_app.command("cp")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    target: Annotated[
+        Path | None, typer.Argument(metavar="FILE", help="NAME.yaml by default.")
+    ] = None,
+) -> None:
+    """Copy a packaged recipe, to be changed."""
+    source = _packaged(name)
+    file = target or Path(f"{name}.yaml")
+    if file.is_dir():
+        file /= source.name
+    if file.exists():
+        raise ValueError(f"{file} exists already: choose another name or remove it")
+    if not file.parent.is_dir():
+        raise ValueError(f"{file.parent} is no folder: make it first")
+    file.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    typer.echo(f"copied to {file}; its relative paths start from {file.resolve().parent}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit code.
+
+    Args:
+        arguments: The command line without the program's name; that of this process by default.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    code = _run([word for word in words if word != "--debug"], debug=debug)
+    return _leave_code(code)
+
+
+def _run(words: list[str], *, debug: bool) -> int:
+    try:
+        app(words)
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
+    except ValueError as error:
+        _report_error(error, debug=debug)
+        return BAD_INPUT
+    except (RuntimeError, OSError) as error:
+        _report_error(error, debug=debug)
+        return FAILED
+    return 0
+
+
+def _report_error(error: Exception, *, debug: bool) -> None:
+    """Say what is wrong on one line; of an error that all ranks have, on rank 0 only."""
+    if debug:
+        traceback.print_exc()
+    rank = os.environ.get("RANK", "0")
+    lines = getattr(error, "errors", None)
+    if isinstance(lines, list):
+        # A RecipeError: every rank reads the same file and finds the same.
+        if rank == "0":
+            typer.echo("\n".join(f"error: {line}" for line in lines), err=True)
+        return
+    text = " ".join(str(error).split()) or type(error).__name__
+    prefix = f"[rank {rank}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    typer.echo(f"{prefix}error: {text}", err=True)
+
+
+def _leave_code(code: int) -> int:
+    """Write the exit code where launch/torchrun.sh looks for it, and return what torchrun needs."""
+    file = os.environ.get(EXIT_FILE)
+    if not file:
+        return code
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        Path(file).write_text(f"{code}\n", encoding="utf-8")
+    # torchrun would call an orderly stop a failure, kill the other ranks and print their traces.
+    return 0 if code == PREEMPTED else code
+
+
+def _load(recipe: str, overrides: list[str] | None) -> Recipe:
+    from dist_ft.recipe import load_recipe
+
+    return load_recipe(recipe, overrides=overrides or ())
+
+
+def _require_run(run: Path) -> None:
+    if not (run / "recipe.json").is_file():
+        raise ValueError(f"{run} holds no run (no recipe.json): name a folder that train has made")
+
+
+def _packaged(name: str) -> Path:
+    from dist_ft.recipe import packaged_recipes
+
+    known = packaged_recipes()
+    if name not in known:
+        raise ValueError(f"no packaged recipe {name!r}: use one of {', '.join(known)}")
+    return known[name]
+
+
+def _print_metrics(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
+    """Print the metrics of each task and split as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("task", "split", "metric", "value")
+    for task, splits in metrics.items():
+        for split, values in splits.items():
+            for name, value in values.items():
+                shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+                table.add_row(task, split, name, shown)
+    Console().print(table)

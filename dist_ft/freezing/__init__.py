@@ -1,0 +1,1 @@
+"""What trains when: schedules and policies of freezing."""

@@ -1,0 +1,115 @@
+"""What a schema can't say: files that must exist, sections that must agree with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+from dist_ft.config import ExplicitFreezing, GradualFreezing, PlateauFreezing, Recipe
+from dist_ft.duration import Duration
+from dist_ft.recipe.deepspeed_json import check_deepspeed
+from dist_ft.recipe.errors import Finding, closest, show_value
+from dist_ft.recipe.model_folder import check_model, count_blocks
+from dist_ft.recipe.reading import RawPath
+from dist_ft.recipe.source_checks import check_sources
+from dist_ft.recipe.validate import Draft
+
+# Numbers of blocks that a policy may name, and what they do.
+_BLOCK_KEYS = ("depth", "max_depth", "first", "blocks")
+
+
+def check(draft: Draft) -> list[Finding]:
+    """Return what is wrong between the sections of a recipe and with the files that it names."""
+    recipe = draft.recipe
+    assert recipe is not None
+    return [
+        *check_model(draft, recipe.model),
+        *check_sources(draft, recipe),
+        *_check_labels(draft, recipe),
+        *_check_depth(draft, recipe),
+        *_check_plateau(draft, recipe),
+        *_check_durations(draft, recipe),
+        *check_deepspeed(draft, recipe),
+    ]
+
+
+def _check_labels(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
+    for index, task in enumerate(recipe.tasks):
+        labels = getattr(task, "labels", None)
+        if labels is None or not draft.is_sure("tasks", index, "labels"):
+            continue
+        path: RawPath = ("tasks", index, "labels")
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            yield Finding(path, f"must differ, got {show_value(twice[0])} twice: remove one")
+        if getattr(task, "problem", None) == "regression":
+            yield Finding(path, f"a regression has none, got {show_value(labels)}: remove them")
+        elif not labels:
+            yield Finding(path, "must not be empty, got []: list the labels, or leave it out")
+
+
+def _check_depth(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
+    blocks = count_blocks(recipe.model.path) if draft.is_sure("model", "path") else None
+    if blocks is None:
+        return
+    for key in _BLOCK_KEYS:
+        value = getattr(recipe.freezing, key, None)
+        if value is not None and value > blocks and draft.is_sure("freezing", key):
+            rule = f"must be at most {blocks}, the number of the model's blocks"
+            yield Finding(("freezing", key), f"{rule}, got {value}: lower it")
+
+
+def _check_plateau(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
+    freezing = recipe.freezing
+    if not isinstance(freezing, PlateauFreezing) or freezing.task is None:
+        return
+    names = [task.name for task in recipe.tasks]
+    if freezing.task in names or not draft.is_sure("freezing", "task"):
+        return
+    meant = closest(freezing.task, names)
+    remedy = f"did you mean {meant}?" if meant else f"use one of {', '.join(names)}"
+    text = f"must be the name of a task, got {show_value(freezing.task)}: {remedy}"
+    yield Finding(("freezing", "task"), text)
+
+
+def _check_durations(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
+    whole = recipe.train.max_duration
+    for path, duration in _intervals(recipe):
+        if duration.value <= 0 and draft.is_sure(*path):
+            yield Finding(path, f"must be longer than nothing, got '{duration}': raise it")
+    for path, duration in _moments(recipe):
+        sure = draft.is_sure(*path) and draft.is_sure("train", "max_duration")
+        if sure and duration.unit == whole.unit and duration.value >= whole.value > 0:
+            rule = f"must come before train.max_duration ({whole})"
+            yield Finding(path, f"{rule}, got '{duration}': lower it or train longer")
+    phases = _phase_starts(recipe)
+    for (_, earlier), (path, later) in pairwise(phases):
+        ordered = earlier.unit != later.unit or earlier.value < later.value
+        if not ordered and draft.is_sure("freezing"):
+            text = f"must be later than the phase before ({earlier}), got '{later}': sort them"
+            yield Finding(path, text)
+
+
+def _intervals(recipe: Recipe) -> Iterator[tuple[RawPath, Duration]]:
+    places: list[tuple[RawPath, Any]] = [
+        (("train", "max_duration"), recipe.train.max_duration),
+        (("evaluation", "every"), recipe.evaluation.every),
+        (("checkpoint", "every"), recipe.checkpoint.every),
+        (("freezing", "every"), getattr(recipe.freezing, "every", None)),
+    ]
+    yield from ((path, duration) for path, duration in places if duration is not None)
+
+
+def _moments(recipe: Recipe) -> Iterator[tuple[RawPath, Duration]]:
+    yield ("optim", "schedule", "warmup"), recipe.optim.schedule.warmup
+    yield from _phase_starts(recipe)
+
+
+def _phase_starts(recipe: Recipe) -> list[tuple[RawPath, Duration]]:
+    freezing = recipe.freezing
+    if isinstance(freezing, GradualFreezing):
+        return [(("freezing", "at", i), at) for i, at in enumerate(freezing.at or [])]
+    if isinstance(freezing, ExplicitFreezing):
+        return [(("freezing", "phases", i, "at"), p.at) for i, p in enumerate(freezing.phases)]
+    return []

@@ -1,0 +1,266 @@
+"""Checkpoints that exist or don't: written aside, hashed, renamed, and only then found.
+
+A checkpoint is a folder ``step-00001000`` with one safetensors file per rank, ``trainer.json`` and
+``manifest.json``. Every tensor is a run of one parameter's elements named
+``kind|parameter|start``, so a checkpoint can be read by any world size and any ZeRO stage. Nothing
+in it is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dist_ft import dist
+from dist_ft.engine.base import EngineState
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+TRAINER = "trainer.json"
+_NAME = re.compile(r"step-(\d{8,})")
+_FREE_SPACE_MARGIN = 64 * 2**20
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written or read."""
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the folder name of the checkpoint after `step` optimizer steps."""
+    return f"step-{step:08d}"
+
+
+def save_checkpoint(
+    root: Path, *, step: int, state: EngineState, trainer: Mapping[str, Any], keep_last: int
+) -> tuple[Path, int]:
+    """Write a checkpoint on all ranks; return its folder and its size in bytes.
+
+    Args:
+        root: The run's ``checkpoints`` folder, shared by all ranks.
+        step: Optimizer steps done.
+        state: This rank's share.
+        trainer: What else the run needs to go on, as JSON; the same on every rank.
+        keep_last: Checkpoints to keep; older ones are removed after this one exists.
+
+    Raises:
+        CheckpointError: If any rank could not write; the earlier checkpoints are untouched.
+    """
+    rank = dist.rank()
+    final, temporary = root / checkpoint_name(step), root / f".tmp-{checkpoint_name(step)}"
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    dist.barrier()
+    entry, problem = _write_rank_file(temporary, rank=rank, state=state)
+    gathered = dist.all_gather_object((entry, problem))
+    problems = [f"rank {r}: {p}" for r, (_, p) in enumerate(gathered) if p]
+    if not problems and rank == 0:
+        body = {**trainer, "steps": state.steps, "trainable": list(state.trainable)}
+        files = [entry for entry, _ in gathered]
+        problems = _commit(temporary, final, step=step, trainer=body, files=files)
+    problems = dist.broadcast_object(problems)
+    if problems:
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise CheckpointError(
+            f"checkpoint of step {step} was not written ({'; '.join(problems)}): free space in "
+            f"{root} or point output_dir elsewhere; earlier checkpoints are intact"
+        )
+    if rank == 0:
+        _remove_old(root, keep_last=keep_last)
+    dist.barrier()
+    return final, sum(entry["bytes"] for entry, _ in gathered)
+
+
+def _write_rank_file(
+    folder: Path, *, rank: int, state: EngineState
+) -> tuple[dict[str, Any], str | None]:
+    tensors: dict[str, Tensor] = {}
+    for piece in state.slices:
+        for kind, value in piece.values.items():
+            # Views of one flat buffer would be refused or stored whole.
+            tensors[f"{kind}|{piece.parameter}|{piece.start}"] = value.detach().cpu().clone()
+    path = folder / f"rank-{rank:05d}.safetensors"
+    needed = sum(t.numel() * t.element_size() for t in tensors.values())
+    try:
+        free = shutil.disk_usage(folder).free
+        if free < needed + _FREE_SPACE_MARGIN:
+            return {}, f"{needed} bytes are needed and {free} are free"
+        save_file(tensors, path)
+        _fsync(path)
+        return {"file": path.name, **_fingerprint(path)}, None
+    except (OSError, RuntimeError) as error:
+        return {}, str(error)
+
+
+def _commit(
+    temporary: Path,
+    final: Path,
+    *,
+    step: int,
+    trainer: Mapping[str, Any],
+    files: list[dict[str, Any]],
+) -> list[str]:
+    """Write the JSON files, make everything durable and give the folder its name."""
+    try:
+        _write_json(temporary / TRAINER, trainer)
+        files = [*files, {"file": TRAINER, **_fingerprint(temporary / TRAINER)}]
+        manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
+        _write_json(temporary / MANIFEST, manifest)
+        _fsync(temporary)
+        replaced = final.with_name(f".old-{final.name}")
+        if final.exists():  # left by a run that went back to an earlier checkpoint
+            final.rename(replaced)
+        temporary.rename(final)
+        _fsync(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except OSError as error:
+        return [f"rank 0: {error}"]
+    return []
+
+
+def _remove_old(root: Path, *, keep_last: int) -> None:
+    for _, folder in _by_step(root)[:-keep_last]:
+        # Without its manifest a folder is no checkpoint, even if removing the rest is cut short.
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _by_step(root: Path) -> list[tuple[int, Path]]:
+    if not root.is_dir():
+        return []
+    found = [(m, p) for p in root.iterdir() if (m := _NAME.fullmatch(p.name))]
+    return sorted((int(m.group(1)), p) for m, p in found)
+
+
+def find_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint whose files are all there and unchanged, or None.
+
+    Rank 0 looks and every rank gets its answer, so that all ranks resume alike. The second value
+    says which newer ones were passed over, and why.
+    """
+    found: tuple[str | None, list[str]] = (None, [])
+    if dist.rank() == 0:
+        passed_over: list[str] = []
+        for _, folder in reversed(_by_step(root)):
+            damage = verify_checkpoint(folder)
+            if damage is None:
+                found = (str(folder), passed_over)
+                break
+            passed_over.append(f"{folder.name}: {damage}")
+        else:
+            found = (None, passed_over)
+    path, passed_over = dist.broadcast_object(found)
+    return (None if path is None else Path(path)), passed_over
+
+
+def verify_checkpoint(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint, or None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        return "it has no manifest: writing it was cut short"
+    except (OSError, ValueError) as error:
+        return f"its manifest cannot be read ({error})"
+    if manifest.get("format_version") != FORMAT_VERSION:
+        return f"format version {manifest.get('format_version')}, expected {FORMAT_VERSION}"
+    damage = (_file_damage(folder, entry) for entry in manifest["files"])
+    return next((d for d in damage if d is not None), None)
+
+
+def _file_damage(folder: Path, entry: Mapping[str, Any]) -> str | None:
+    path = folder / Path(entry["file"]).name
+    if not path.is_file():
+        return f"{path.name} is missing"
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        return f"{path.name} has {size} bytes, expected {entry['bytes']}"
+    if _fingerprint(path)["xxh3"] != entry["xxh3"]:
+        return f"{path.name} was changed: its hash is not the manifest's"
+    return None
+
+
+@dataclass(frozen=True)
+class _Run:
+    start: int
+    length: int
+    key: str
+    file: int
+
+
+class CheckpointReader:
+    """Reads a verified checkpoint piece by piece; a `StateSource` for any engine."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open `folder`, which `verify_checkpoint` has found whole."""
+        self.folder = folder
+        self.trainer: dict[str, Any] = json.loads((folder / TRAINER).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text())
+        names = [f["file"] for f in manifest["files"] if f["file"].endswith(".safetensors")]
+        self._files = [safe_open(folder / name, framework="pt") for name in names]
+        self._runs: dict[tuple[str, str], list[_Run]] = defaultdict(list)
+        for index, file in enumerate(self._files):
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                kind, parameter, start = key.split("|")
+                length = file.get_slice(key).get_shape()[0]
+                self._runs[kind, parameter].append(_Run(int(start), length, key, index))
+        for runs in self._runs.values():
+            runs.sort(key=lambda run: run.start)
+
+    @property
+    def steps(self) -> Mapping[str, int]:
+        """Updates that each parameter group has had."""
+        return self.trainer["steps"]
+
+    def read(self, kind: str, parameter: str, *, start: int, length: int) -> Tensor | None:
+        """Return `length` elements of a parameter's `kind`, or None if it was never saved."""
+        parts: list[Tensor] = []
+        position, end = start, start + length
+        for run in self._runs.get((kind, parameter), []):
+            first, last = max(position, run.start), min(end, run.start + run.length)
+            if first >= last or first != position:
+                continue
+            piece = self._files[run.file].get_slice(run.key)
+            parts.append(piece[first - run.start : last - run.start])
+            position = last
+        if position != end:
+            return None
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+    def numel(self, parameter: str) -> int:
+        """Return the number of elements that are saved of a parameter's weight."""
+        return sum(run.length for run in self._runs.get(("weight", parameter), []))
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "xxh3": digest.hexdigest()}
+
+
+def _write_json(path: Path, body: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(body, indent=1, sort_keys=True))
+    _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

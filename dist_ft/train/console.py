@@ -1,0 +1,101 @@
+"""What a person sees of a run: a progress bar and one line per event, from rank 0."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import dataclass, field
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dist_ft.engine.base import PhaseReport
+from dist_ft.freezing.schedule import Phase
+from dist_ft.train.evaluate import Scores
+
+log = logging.getLogger("dist_ft")
+
+
+@dataclass
+class Console:
+    """Prints on rank 0; on a pipe it prints plain lines instead of a bar.
+
+    Attributes:
+        main: Whether this rank prints.
+        every: Steps between plain progress lines.
+        losses: Latest mean training loss of each task.
+        tokens_per_s: Latest throughput over all ranks, padding not counted.
+    """
+
+    main: bool
+    every: int = 10
+    losses: dict[str, float] = field(default_factory=dict)
+    tokens_per_s: float = 0.0
+    _bar: Progress | None = None
+    _total: int = 0
+    _phase: int = 0
+
+    def __post_init__(self) -> None:
+        self._rich = RichConsole(file=sys.stderr, soft_wrap=True)
+
+    def say(self, text: str) -> None:
+        """Print a line and log it."""
+        log.info("%s", text)
+        if self.main:
+            self._rich.print(text, highlight=False, markup=False)
+
+    def start(self, total: int, *, done: int) -> None:
+        """Show the bar at `done` of `total` steps."""
+        self._total = total
+        if not (self.main and self._rich.is_terminal):
+            return
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=self._rich,
+        )
+        self._bar.start()
+        self._bar.add_task("training", total=total, completed=done, text="")
+
+    def advance(self, step: int, *, task: str) -> None:
+        """Show that `step` steps are done, the last one of `task`."""
+        text = f"phase {self._phase} | {task} | {self._figures()}"
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step, text=text)
+        elif step % (10 * self.every) == 0:
+            self.say(f"step {step}/{self._total} | {text}")
+
+    def _figures(self) -> str:
+        losses = " ".join(f"{task} {loss:.3f}" for task, loss in sorted(self.losses.items()))
+        return f"loss {losses or '-'} | {self.tokens_per_s:,.0f} tokens/s"
+
+    def phase(self, step: int, phase: Phase, report: PhaseReport) -> None:
+        """Say what trains from now on."""
+        self._phase = phase.index
+        total = report.trainable_params + report.frozen_params
+        self.say(
+            f"step {step}: phase {phase.index} trains {_short(phase.trainable)}: "
+            f"{report.trainable_params:,} of {total:,} parameters, optimizer "
+            f"{report.optimizer_bytes / 2**20:.1f} MiB per rank "
+            f"({report.switch}, {report.switch_s:.2f} s)"
+        )
+
+    def scores(self, step: int, scores: Scores) -> None:
+        """Say what a task scored."""
+        figures = ", ".join(f"{name} {value:.4f}" for name, value in scores.metrics.items())
+        self.say(f"step {step}: {scores.task}/{scores.split}: {figures} ({scores.seconds:.1f} s)")
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _short(names: tuple[str, ...]) -> str:
+    if len(names) <= 4:
+        return ", ".join(names)
+    return f"{names[0]} .. {names[-1]} ({len(names)} layer groups)"

@@ -1,0 +1,155 @@
+"""Prepares the data of a recipe's tasks and opens what is prepared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dist_ft.config import Recipe, SourceConfig, TaskConfig
+from dist_ft.data.fingerprint import tokenizer_fingerprint
+from dist_ft.data.manifest import fingerprint
+from dist_ft.data.prepare import (
+    PreparedSplit,
+    PrepareSpec,
+    RowFunctions,
+    SplitPlan,
+    prepare_split,
+)
+from dist_ft.data.shards import ShardedDataset
+from dist_ft.data.sources import SourceSpec
+from dist_ft.tasks import build_task
+from dist_ft.tasks.base import Task
+
+# Task settings that change how rows are scored or named, not what is in them.
+NOT_IN_FEATURES = {"name", "data", "metric", "max_answer_length", "max_new_tokens", "on_error"}
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class PreparedTask:
+    """A task that knows its labels, with the data of each split."""
+
+    task: Task
+    datasets: dict[str, ShardedDataset]
+
+
+def prepare_tasks(
+    recipe: Recipe, *, tokenizer: PreTrainedTokenizerBase, say: Say
+) -> list[PreparedTask]:
+    """Return every task with its splits, preparing what is not prepared yet.
+
+    Any number of processes may call this at once: for each split one works and the others wait.
+
+    Raises:
+        ValueError: If a source, a column, a label or a row is bad.
+    """
+    return [
+        _prepare_task(config, recipe=recipe, tokenizer=tokenizer, say=say)
+        for config in recipe.tasks
+    ]
+
+
+def _prepare_task(
+    config: TaskConfig, *, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, say: Say
+) -> PreparedTask:
+    plan = split_plan(config)
+    task = build_task(config.model_dump(exclude={"data", "on_error"}))
+    spec = _spec(config, task=task, plan=plan, tokenizer=tokenizer)
+    if task.needs_scan:
+        state = _scanned(spec, task=task, folder=recipe.data_dir / config.name)
+        task = task.with_state(state)
+        spec = _spec(config, task=task, plan=plan, tokenizer=tokenizer)
+    datasets: dict[str, ShardedDataset] = {}
+    for split in plan.splits:
+        prepared = prepare_split(spec, split=split, data_dir=recipe.data_dir, rebuild=True)
+        say(_describe(config.name, split, prepared))
+        datasets[split] = ShardedDataset(prepared.folder, verify="hash")
+    return PreparedTask(task, datasets)
+
+
+def _describe(task: str, split: str, prepared: PreparedSplit) -> str:
+    manifest = prepared.manifest
+    how = "ready" if prepared.reused else "prepared"
+    return f"{task}/{split}: {manifest.rows:,} rows, {manifest.tokens:,} tokens ({how})"
+
+
+def _spec(
+    config: TaskConfig, *, task: Task, plan: SplitPlan, tokenizer: PreTrainedTokenizerBase
+) -> PrepareSpec:
+    def encode(rows: list[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+        return task.encode(rows, tokenizer=tokenizer)
+
+    return PrepareSpec(
+        task=config.name,
+        plan=plan,
+        functions=RowFunctions(
+            schema=task.schema(),
+            required_columns=task.required_columns,
+            split_key=task.split_key,
+            dedupe_key=task.dedupe_key,
+            encode=encode,
+        ),
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        arguments={
+            **config.model_dump(mode="json", exclude=NOT_IN_FEATURES),
+            "labels": None if task.needs_scan else task.config_updates().get("label2id"),
+        },
+        on_error=config.on_error,
+    )
+
+
+def split_plan(config: TaskConfig) -> SplitPlan:
+    """Return where the splits of a task come from."""
+    sources: dict[str, SourceSpec] = {"train": _source(config.data.train)}
+    fractions: dict[str, float] = {}
+    for name, value in (("validation", config.data.validation), ("test", config.data.test)):
+        if isinstance(value, SourceConfig):
+            sources[name] = _source(value)
+        elif value is not None:
+            fractions[name] = value
+    # Paths in a loaded recipe are absolute already.
+    return SplitPlan(sources=sources, base_dir=Path(), fractions=fractions)
+
+
+def _source(config: SourceConfig) -> SourceSpec:
+    return SourceSpec(**config.model_dump())
+
+
+def _scanned(spec: PrepareSpec, *, task: Task, folder: Path) -> dict[str, Any]:
+    """Return what `task` must know of its training rows, remembered from the last time."""
+    key = fingerprint(
+        {
+            "sources": {s: spec.plan.source_of(s).fingerprint for s in spec.plan.splits},
+            "fractions": dict(spec.plan.fractions),
+            "arguments": dict(spec.arguments),
+        }
+    )
+    path = folder / "scan.json"
+    if path.is_file():
+        known = json.loads(path.read_text())
+        if known["key"] == key:
+            return known["state"]
+    state = task.scan(spec.raw_rows("train"))
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{id(state)}.tmp")
+    temporary.write_text(json.dumps({"key": key, "state": state}, indent=1))
+    temporary.replace(path)
+    return state
+
+
+def steps_per_epoch(tasks: Sequence[PreparedTask], *, global_batch_size: int) -> float:
+    """Return the optimizer steps in which every task's rows are used once on average."""
+    rows = sum(len(t.datasets["train"]) for t in tasks)
+    return rows / global_batch_size
+
+
+def tokens_per_step(tasks: Sequence[PreparedTask], *, global_batch_size: int) -> float:
+    """Return the mean useful tokens of a step when the tasks take turns."""
+    means = [float(t.datasets["train"].lengths.mean()) for t in tasks]
+    return global_batch_size * sum(means) / len(means)

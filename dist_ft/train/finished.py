@@ -1,0 +1,137 @@
+"""What can be done with a run's latest weights: score them and export them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_ft import dist
+from dist_ft.config import Recipe
+from dist_ft.data.loader import MicroBatch
+from dist_ft.engine.loss_module import LossModule
+from dist_ft.model.backbone import MultiTaskModel
+from dist_ft.train.checkpoint import CheckpointReader, find_checkpoint
+from dist_ft.train.evaluate import evaluate_task
+from dist_ft.train.export import export_task
+from dist_ft.train.parts import Parts, eval_data, make_parts
+from dist_ft.train.recorder import Recorder, surviving_events
+from dist_ft.train.run_folder import RunFolder
+
+log = logging.getLogger("dist_ft")
+
+SPLITS = ("validation", "test")
+
+
+def open_finished(run: Path) -> tuple[Recipe, Parts, RunFolder]:
+    """Return recipe, parts with the newest checkpoint's weights, and folder of a run.
+
+    Raises:
+        ValueError: If the folder holds no run or no whole checkpoint.
+    """
+    folder = RunFolder(run)
+    recipe = Recipe.model_validate(folder.read_recipe())
+    path, passed_over = find_checkpoint(folder.checkpoints)
+    if path is None:
+        raise ValueError(
+            f"{run} has no whole checkpoint{': ' + '; '.join(passed_over) if passed_over else ''}: "
+            "train it first"
+        )
+    parts = make_parts(recipe, log.info)
+    load_weights(parts.model, CheckpointReader(path))
+    return recipe, parts, folder
+
+
+@torch.no_grad()
+def load_weights(model: MultiTaskModel, reader: CheckpointReader) -> None:
+    """Put a checkpoint's weights into a whole model, in the precision that was trained.
+
+    Raises:
+        ValueError: If the checkpoint lacks a parameter.
+    """
+    for name, parameter in model.named_parameters():
+        weight = reader.read("weight", name, start=0, length=parameter.numel())
+        if weight is None:
+            raise ValueError(f"{reader.folder} has no weights for {name}: it is another model's")
+        parameter.data = weight.view(parameter.shape).clone()
+
+
+def evaluate(run: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Return metrics by task and split of a run's newest checkpoint, and record them.
+
+    Raises:
+        ValueError: If the folder holds no run or no whole checkpoint.
+    """
+    recipe, parts, folder = open_finished(run)
+    forward = _forward(parts)
+    world = dist.World(rank=0, local_rank=0, world_size=1)
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    recorder = Recorder(folder.metrics)
+    step = last_step(folder.metrics)
+    for split in SPLITS:
+        for data in eval_data(recipe, parts, split=split):
+            scores = evaluate_task(data, forward=forward, world=world)
+            results.setdefault(scores.task, {})[split] = scores.metrics
+            recorder.event("eval", step=step, task=scores.task, split=split, metrics=scores.metrics)
+    recorder.close()
+    return results
+
+
+def _forward(parts: Parts) -> Any:
+    module = LossModule(parts.model, {t.task.name: t.task.loss for t in parts.tasks}).eval()
+
+    @torch.no_grad()
+    def forward(task: str, batch: MicroBatch) -> tuple[Tensor, Any]:
+        return module(task, batch.inputs, batch.targets)
+
+    return forward
+
+
+def export(run: Path, *, task: str | None = None) -> list[Path]:
+    """Write a plain transformers folder for each task (or the one named); return the folders.
+
+    Raises:
+        ValueError: If there is no such task, or an export folder exists already.
+    """
+    recipe, parts, folder = open_finished(run)
+    names = [t.task.name for t in parts.tasks]
+    if task is not None and task not in names:
+        raise ValueError(f"--task: the run has no task {task!r}; its tasks are {', '.join(names)}")
+    wanted = names if task is None else [task]
+    existing = [folder.export / name for name in wanted if (folder.export / name).exists()]
+    if existing:
+        raise ValueError(
+            f"{', '.join(map(str, existing))} exists already: remove it, or move it away"
+        )
+    scores = last_scores(folder.metrics)
+    return [
+        export_task(
+            parts.model,
+            parts.tokenizer,
+            task=name,
+            folder=folder.export / name,
+            card={
+                "metrics": scores.get(name, {}),
+                "recipe": recipe.model_dump(mode="json"),
+            },
+        )
+        for name in wanted
+    ]
+
+
+def last_step(metrics: Path) -> int:
+    """Return the last step of a run's record."""
+    return max((e["step"] for e in surviving_events(metrics)), default=0)
+
+
+def last_scores(metrics: Path) -> Mapping[str, dict[str, float]]:
+    """Return the latest validation metrics of each task."""
+    return {
+        e["task"]: e["metrics"]
+        for e in surviving_events(metrics)
+        if e["event"] == "eval" and e["split"] == "validation"
+    }

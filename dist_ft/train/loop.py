@@ -1,0 +1,134 @@
+"""The training loop: the only one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from dist_ft.data.loader import StepBatch, StepLoader
+from dist_ft.engine.base import Engine, PhaseReport, StepResult
+from dist_ft.freezing.policies import FreezePolicy
+from dist_ft.freezing.schedule import Phase
+from dist_ft.train.agreement import StepPlan, agree
+
+
+@dataclass
+class Progress:
+    """How far a run has come: everything that is not in the engine.
+
+    Attributes:
+        step: Optimizer steps done.
+        tokens: Useful tokens seen, over all ranks.
+        phase: Index of the phase of the last step; -1 before the first.
+        thawed_at: Step at which each trainable layer group began to train.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    phase: int = -1
+    thawed_at: dict[str, int] = field(default_factory=dict)
+
+
+class Callback(Protocol):
+    """Something that watches the run; called on every rank, in order."""
+
+    def on_fit_start(self, run: Run) -> None:
+        """Before the first step of this process."""
+        ...
+
+    def on_phase(self, run: Run, phase: Phase, report: PhaseReport) -> None:
+        """After what trains has changed."""
+        ...
+
+    def on_step_end(self, run: Run, batch: StepBatch, result: StepResult) -> None:
+        """After every optimizer step; `run.progress` counts it already."""
+        ...
+
+    def on_fit_end(self, run: Run) -> None:
+        """After the last step, also when the run was asked to stop."""
+        ...
+
+
+@dataclass
+class Run:
+    """The parts of a run, put together by ``build``.
+
+    Attributes:
+        engine: Executes steps and phase changes.
+        loader: Step to micro-batches.
+        policy: Step to phase.
+        learning_rates: (step, thawed_at) to the learning rate of each layer group.
+        trainable_now: Reads the layer groups that require a gradient from the parameters.
+        total_steps: Length of the run.
+        callbacks: Watchers, in order.
+        stop_signal: Returns the signal that asked this rank to stop, or 0.
+        progress: How far the run has come.
+        stopped_by: The signal that ended the loop before its time, or 0.
+    """
+
+    engine: Engine
+    loader: StepLoader
+    policy: FreezePolicy
+    learning_rates: Callable[[int, Mapping[str, int]], dict[str, float]]
+    trainable_now: Callable[[], tuple[str, ...]]
+    total_steps: int
+    callbacks: Sequence[Callback] = ()
+    stop_signal: Callable[[], int] = lambda: 0
+    progress: Progress = field(default_factory=Progress)
+    stopped_by: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps besides the engine's state, as JSON."""
+        return {
+            "progress": vars(self.progress) | {"thawed_at": dict(self.progress.thawed_at)},
+            "data": self.loader.state_dict(self.progress.step),
+            "policy": self.policy.state_dict(),
+        }
+
+
+def fit(run: Run) -> Run:
+    """Train until the last step or until a rank is asked to stop; return the run."""
+    for callback in run.callbacks:
+        callback.on_fit_start(run)
+    with closing(run.loader.iterate(run.progress.step)) as batches:
+        while run.progress.step < run.total_steps:
+            change_phase(run)
+            batch = next(batches)
+            plan = StepPlan(batch.step, batch.task, run.trainable_now(), len(batch.micro_batches))
+            run.stopped_by = agree(plan, stop=run.stop_signal())
+            if run.stopped_by:
+                break
+            result = run.engine.train_step(
+                batch.step,
+                task=batch.task,
+                micro_batches=batch.micro_batches,
+                global_count=batch.global_count,
+                learning_rates=run.learning_rates(batch.step, run.progress.thawed_at),
+            )
+            run.progress.step += 1
+            run.progress.tokens += batch.global_tokens
+            for callback in run.callbacks:
+                callback.on_step_end(run, batch, result)
+    for callback in run.callbacks:
+        callback.on_fit_end(run)
+    return run
+
+
+def change_phase(run: Run) -> None:
+    """Bring the engine into the phase of the coming step if it is not in it yet."""
+    phase = run.policy.phase_at(run.progress.step)
+    if phase.index == run.progress.phase:
+        return
+    enter_phase(run, phase)
+
+
+def enter_phase(run: Run, phase: Phase) -> None:
+    """Train the phase's layer groups from now on and tell the callbacks."""
+    report = run.engine.set_trainable(phase.trainable)
+    kept = run.progress.thawed_at
+    run.progress.thawed_at = {g: kept.get(g, run.progress.step) for g in phase.trainable}
+    run.progress.phase = phase.index
+    for callback in run.callbacks:
+        callback.on_phase(run, phase, report)

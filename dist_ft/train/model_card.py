@@ -1,0 +1,104 @@
+"""The README.md of an exported model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+import dist_ft
+
+PIPELINES = {
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+}
+CUSTOM_PIPELINES = {"question-answering", "text2text-generation"}
+_EXAMPLES = {
+    "text-classification": '"a text"',
+    "token-classification": '"a text"',
+    "question-answering": 'question="Who did it?", context="Ada did it."',
+    "text-generation": '"a prompt"',
+    "text2text-generation": '"a text"',
+}
+_RESERVED = {"metrics", "recipe", "base_model"}
+
+
+def model_card(
+    *, task: str, auto_class: str, labels: Sequence[str], card: Mapping[str, Any]
+) -> str:
+    """Returns the model card as Markdown.
+
+    Args:
+        task: task name.
+        auto_class: transformers auto class to load the folder with.
+        labels: label names, empty for tasks without.
+        card: ``metrics`` (name -> value), ``recipe`` (the resolved recipe), ``base_model``; any
+            other key becomes a section.
+    """
+    recipe = card.get("recipe") or {}
+    base = card.get("base_model") or _base_model(recipe)
+    pipeline = PIPELINES[auto_class]
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": pipeline,
+        "tags": ["dist_ft", "generated_from_trainer"],
+    }
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+        f"# {task}\n",
+        f"A model for {pipeline.replace('-', ' ')}, fine-tuned from `{base}` with dist_ft "
+        f"{dist_ft.__version__}. It needs transformers only.\n",
+        f"## Use\n\n{_usage(auto_class, pipeline)}\n",
+        f"## Metrics\n\n{_table(card.get('metrics') or {})}\n",
+    ]
+    if labels:
+        names = "\n".join(f"{index}. {name}" for index, name in enumerate(labels))
+        parts.append(f"## Labels\n\n{names}\n")
+    for key, value in card.items():
+        if key not in _RESERVED:
+            parts.append(f"## {key.replace('_', ' ').capitalize()}\n\n{_block(value)}\n")
+    parts.append(f"## Recipe\n\n{_block(recipe)}\n")
+    return "\n".join(parts)
+
+
+def _base_model(recipe: Mapping[str, Any]) -> str:
+    model = recipe.get("model")
+    return str(model.get("path", "unknown")) if isinstance(model, Mapping) else "unknown"
+
+
+def _usage(auto_class: str, pipeline: str) -> str:
+    trust = ", trust_remote_code=True" if pipeline in CUSTOM_PIPELINES else ""
+    lines = [
+        "```python",
+        f"from transformers import AutoTokenizer, {auto_class}, pipeline",
+        "",
+        f'pipe = pipeline("{pipeline}", model="THIS FOLDER"{trust})',
+        f"pipe({_EXAMPLES[pipeline]})",
+        "",
+        f'model = {auto_class}.from_pretrained("THIS FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")',
+        "```",
+    ]
+    if trust:
+        lines.append(
+            "\nThe pipeline's code is the Python file in this folder: transformers has none of its "
+            "own for this task any more. The model itself loads without it."
+        )
+    return "\n".join(lines)
+
+
+def _table(metrics: Mapping[str, float]) -> str:
+    if not metrics:
+        return "Not evaluated."
+    rows = [f"| {name} | {value:.4f} |" for name, value in metrics.items()]
+    return "\n".join(["| metric | value |", "|---|---|", *rows])
+
+
+def _block(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return f"```yaml\n{yaml.safe_dump(value, sort_keys=False, allow_unicode=True)}```"

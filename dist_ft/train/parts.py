@@ -1,0 +1,96 @@
+"""What a run is made of before it has an engine: data, model, layer groups, schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dist_ft.config import ModelConfig, Recipe
+from dist_ft.duration import Duration
+from dist_ft.freezing.policies import FreezePolicy
+from dist_ft.freezing.schedule import LayerOrder
+from dist_ft.model.backbone import HeadSpec, ModelSource, MultiTaskModel, load_model, load_tokenizer
+from dist_ft.model.layer_groups import LayerGroup, find_layer_groups
+from dist_ft.train.data import PreparedTask, prepare_tasks, steps_per_epoch, tokens_per_step
+from dist_ft.train.evaluate import EvalData
+from dist_ft.train.policy import make_policy
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Turns durations into steps for the tasks of a run."""
+
+    epoch: float
+    tokens: float
+
+    def steps(self, duration: Duration) -> int:
+        """Return the duration in optimizer steps."""
+        return duration.steps(steps_per_epoch=self.epoch, tokens_per_step=self.tokens)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of before an engine exists."""
+
+    tokenizer: PreTrainedTokenizerBase
+    tasks: list[PreparedTask]
+    model: MultiTaskModel
+    groups: list[LayerGroup]
+    policy: FreezePolicy
+    total_steps: int
+    lengths: Lengths
+
+
+def make_parts(recipe: Recipe, say: Callable[[str], None]) -> Parts:
+    """Return data, model, layer groups and schedule; needs no process group."""
+    source = model_source(recipe.model)
+    tokenizer = load_tokenizer(source)
+    tasks = prepare_tasks(recipe, tokenizer=tokenizer, say=say)
+    heads = [HeadSpec(t.task.name, t.task.auto_class, t.task.config_updates()) for t in tasks]
+    model, _ = load_model(source, heads=heads, dtype=torch.float32, seed=recipe.seed)
+    groups = find_layer_groups(model, overrides=recipe.freezing.layer_groups or None)
+    size = recipe.train.global_batch_size
+    lengths = Lengths(
+        steps_per_epoch(tasks, global_batch_size=size),
+        tokens_per_step(tasks, global_batch_size=size),
+    )
+    total = lengths.steps(recipe.train.max_duration)
+    policy = make_policy(
+        recipe.freezing,
+        order=LayerOrder.of([(g.name, g.kind) for g in groups]),
+        to_steps=lengths.steps,
+        total_steps=total,
+        seed=recipe.seed,
+    )
+    return Parts(tokenizer, tasks, model, groups, policy, total, lengths)
+
+
+def model_source(config: ModelConfig) -> ModelSource:
+    """Return where the model comes from."""
+    return ModelSource(
+        path=config.path,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        allow_pickle=config.allow_pickle,
+        attention=None if config.attention == "auto" else config.attention,
+        pad_token=config.pad_token,
+    )
+
+
+def eval_data(recipe: Recipe, parts: Parts, *, split: str) -> list[EvalData]:
+    """Return what is scored on `split`; tasks without it are left out."""
+    size = recipe.evaluation.micro_batch_size or 2 * recipe.train.micro_batch_size
+    return [
+        EvalData(
+            task=t.task,
+            split=split,
+            dataset=t.datasets[split],
+            spec=t.task.collate_spec(parts.tokenizer, evaluation=True),
+            micro_batch_size=size,
+        )
+        for t in parts.tasks
+        if split in t.datasets
+    ]

@@ -1,0 +1,105 @@
+"""Makes the freezing policy of a recipe for the layer groups of its model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from dist_ft.config import (
+    BottomUpFreezing,
+    ExplicitFreezing,
+    FreezingConfig,
+    GradualFreezing,
+    NoFreezing,
+    RandomBlockFreezing,
+    StaticFreezing,
+)
+from dist_ft.duration import Duration
+from dist_ft.freezing.policies import BlockPolicy, FreezePolicy, ScheduledPolicy
+from dist_ft.freezing.schedule import (
+    BlockDraw,
+    LayerOrder,
+    bottom_up,
+    equal_steps,
+    every_steps,
+    gradual,
+    make_phases,
+)
+
+ToSteps = Callable[[Duration], int]
+
+
+def make_policy(
+    config: FreezingConfig, *, order: LayerOrder, to_steps: ToSteps, total_steps: int, seed: int
+) -> FreezePolicy:
+    """Return the policy that `config` describes.
+
+    Args:
+        config: The recipe's ``freezing`` section.
+        order: The model's layer groups.
+        to_steps: Turns a duration into optimizer steps.
+        total_steps: Length of the run.
+        seed: Of random draws.
+
+    Raises:
+        ValueError: If the section does not fit the model.
+    """
+    if isinstance(config, RandomBlockFreezing):
+        always = order.match(config.always, where="freezing.always") if config.always else ()
+        return BlockPolicy(
+            BlockDraw(
+                order, config.blocks, max(1, to_steps(config.every)), config.order, always, seed
+            )
+        )
+    starts = _starts(config, order=order, to_steps=to_steps, total_steps=total_steps)
+    return ScheduledPolicy(make_phases(starts, order=order))
+
+
+def _starts(
+    config: FreezingConfig, *, order: LayerOrder, to_steps: ToSteps, total_steps: int
+) -> list[tuple[int, tuple[str, ...]]]:
+    match config:
+        case NoFreezing():
+            return [(0, order.everything)]
+        case StaticFreezing():
+            return [(0, _static(config, order))]
+        case GradualFreezing():
+            return gradual(
+                order,
+                first=config.first,
+                groups_per_phase=config.groups_per_phase,
+                change_steps=_change_steps(config, to_steps=to_steps, total_steps=total_steps),
+            )
+        case BottomUpFreezing():
+            return bottom_up(
+                order,
+                groups_per_phase=config.groups_per_phase,
+                change_steps=every_steps(to_steps(config.every), total_steps=total_steps),
+                max_depth=config.max_depth or len(order.blocks),
+            )
+        case ExplicitFreezing():
+            return [
+                (to_steps(p.at), order.match(p.trainable, where=f"freezing.phases[{i}].trainable"))
+                for i, p in enumerate(config.phases)
+            ]
+        case _:
+            raise ValueError(
+                f"freezing.policy {config.policy} is not available yet: use none, static, "
+                "gradual, bottom_up, random_block or explicit"
+            )
+
+
+def _static(config: StaticFreezing, order: LayerOrder) -> tuple[str, ...]:
+    if config.depth is not None:
+        return order.above(config.depth)
+    if config.trainable is not None:
+        return order.match(config.trainable, where="freezing.trainable")
+    frozen = set(order.match(config.frozen or [], where="freezing.frozen"))
+    return tuple(name for name in order.everything if name not in frozen)
+
+
+def _change_steps(config: GradualFreezing, *, to_steps: ToSteps, total_steps: int) -> list[int]:
+    if config.at is not None:
+        return [to_steps(at) for at in config.at]
+    if config.every is not None:
+        return every_steps(to_steps(config.every), total_steps=total_steps)
+    return equal_steps(config.phases or 1, total_steps=total_steps)

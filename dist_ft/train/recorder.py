@@ -1,0 +1,67 @@
+"""The run's record: one JSON object per event in ``metrics.jsonl``, written by rank 0."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+class Recorder:
+    """Appends events; a run that is resumed goes on in the same file."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Open `path` for appending; None (every rank but 0) records nothing."""
+        self._began = time.monotonic()
+        self._file = None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _mend(path)
+            self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def event(self, kind: str, *, step: int, **fields: Any) -> None:
+        """Write an event with the seconds since this process began to record."""
+        if self._file is None:
+            return
+        body = {"event": kind, "step": step, "time_s": round(time.monotonic() - self._began, 3)}
+        self._file.write(json.dumps({**body, **fields}) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _mend(path: Path) -> None:
+    """End a line that a killed process left unfinished, so that the next event has its own."""
+    if path.exists() and (data := path.read_bytes()) and not data.endswith(b"\n"):
+        with path.open("ab") as file:
+            file.write(b"\n")
+
+
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the events of a run's record, leaving out a line that was never finished."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                event = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(event, dict):
+                yield event
+
+
+def surviving_events(path: Path) -> list[dict[str, Any]]:
+    """Return the events of the run as it went in the end.
+
+    Work that a crash undid was done again after the resume; its events are left out.
+    """
+    events: list[dict[str, Any]] = []
+    for event in read_events(path):
+        if event["event"] == "resume":
+            events = [e for e in events if e["step"] <= event["step"]]
+        events.append(event)
+    return events

@@ -1,0 +1,149 @@
+"""The folder of a run: where its files are and what they say about how it was started."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dist_ft import dist
+
+VERSIONS = ("torch", "transformers", "deepspeed", "datasets", "pyarrow", "numpy")
+# What may change when a run goes on: how it is computed and watched, not what is computed.
+FREE_ON_RESUME = {
+    "name",
+    "output_dir",
+    "data_dir",
+    "engine",
+    "evaluation",
+    "checkpoint",
+    "logging",
+    "train.micro_batch_size",
+}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside ``runs/<name>``."""
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.root / "recipe.json"
+
+    @property
+    def metrics(self) -> Path:
+        """The events of the run."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The checkpoints."""
+        return self.root / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """The exported tasks."""
+        return self.root / "export"
+
+    def read_recipe(self) -> dict[str, Any]:
+        """Return the resolved recipe of the run.
+
+        Raises:
+            ValueError: If the folder holds no run.
+        """
+        if not self.recipe.is_file():
+            raise ValueError(f"{self.root} holds no run (no recipe.json): give a run's folder")
+        return json.loads(self.recipe.read_text())
+
+    def start(self, recipe: Mapping[str, Any], *, resume: bool) -> None:
+        """Make the folder, or check that the run in it may go on with `recipe`.
+
+        Raises:
+            ValueError: If a run is there and is not to be resumed, or its recipe differs in what
+                is computed.
+        """
+        if not self.recipe.is_file():
+            self.root.mkdir(parents=True, exist_ok=True)
+            self.write_json("recipe.json", recipe)
+            return
+        if not resume:
+            raise ValueError(
+                f"name: {self.root} holds a run already: go on with it by --resume, or choose "
+                "another name"
+            )
+        changed = sorted(_differences(self.read_recipe(), recipe))
+        if changed:
+            raise ValueError(
+                f"{self.root} was started with another recipe; what differs: {', '.join(changed)}."
+                " Resume with the recipe that it was started with, or choose another name"
+            )
+
+    def write_json(self, name: str, body: Mapping[str, Any]) -> None:
+        """Write a JSON file into the folder."""
+        (self.root / name).write_text(json.dumps(body, indent=1, default=str) + "\n")
+
+    def log_to_file(self, world: dist.World) -> None:
+        """Send this rank's log to ``logs/rank<N>.log``."""
+        folder = self.root / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(folder / f"rank{world.rank}.log")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logger = logging.getLogger("dist_ft")
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+def _differences(old: Any, new: Any, *, path: str = "") -> list[str]:
+    if path in FREE_ON_RESUME:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            difference
+            for key in sorted(old.keys() | new.keys())
+            for difference in _differences(
+                old.get(key), new.get(key), path=f"{path}.{key}" if path else key
+            )
+        ]
+    return [] if old == new else [f"{path} (was {old!r}, is {new!r})"]
+
+
+def environment(world: dist.World, device: torch.device) -> dict[str, Any]:
+    """Return commit, versions, devices and launcher, for ``env.json``."""
+    return {
+        "dist_ft": importlib.metadata.version("dist-ft"),
+        "commit": _commit(),
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "world_size": world.world_size,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "command": sys.argv,
+    }
+
+
+def _commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
