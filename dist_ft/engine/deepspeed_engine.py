@@ -23,7 +23,7 @@ from dist_ft.engine.base import (
     on_device,
 )
 from dist_ft.engine.ds_config import DeepSpeedOptions, build_ds_config, clips_itself
-from dist_ft.engine.ds_detach import ModuleSnapshot, collect_garbage
+from dist_ft.engine.ds_detach import ModuleSnapshot, collect_garbage, exempt_from_collection
 from dist_ft.engine.ds_setup import set_up_deepspeed
 from dist_ft.engine.ds_state import (
     MOMENTS,
@@ -134,6 +134,7 @@ class DeepSpeedEngine:
         config = build_ds_config(self.options, deepspeed=self._ds, trainable_elements=elements)
         import deepspeed
 
+        exempt_from_collection()
         self._engine, *_ = deepspeed.initialize(
             model=self.module, optimizer=self._inner, config=config, dist_init_required=False
         )
@@ -149,13 +150,9 @@ class DeepSpeedEngine:
                 self._snapshot = ModuleSnapshot(self.module)
             return
         for index, group in enumerate(self._held):
-            self._steps[group.name] = self._group_steps(index)
-            owners = self._capture(index)
-            parked = self._parked.get(group.name)
-            if parked is not None:  # moments of an in-place group, parked before
-                for owner, earlier in zip(owners, parked, strict=True):
-                    owner.moments = earlier.moments
-            self._parked[group.name] = owners
+            if group.name not in self._parked:
+                self._steps[group.name] = self._group_steps(index)
+            self._parked[group.name] = self._whole(index)
         stage3 = self._ds.zero_stage == 3
         if stage3:
             self._engine.optimizer._partition_all_parameters()
@@ -244,6 +241,15 @@ class DeepSpeedEngine:
         assert self._inner is not None
         layouts = self._layouts(self._held[index])
         return capture(self._masters(index), layouts=layouts, inner=self._inner)
+
+    def _whole(self, index: int) -> list[Owner]:
+        """Return a held group's masters with its moments, parked or not."""
+        owners = self._capture(index)
+        for owner, parked in zip(
+            owners, self._parked.get(self._held[index].name, owners), strict=True
+        ):
+            owner.moments = parked.moments
+        return owners
 
     def _group_steps(self, index: int) -> int:
         assert self._inner is not None
@@ -336,13 +342,12 @@ class DeepSpeedEngine:
         slices = self._weights.slices()
         steps = dict(self._steps)
         replicated = self._ds.zero_stage == 0
-        live: dict[str, list[Owner]] = {}
+        groups = dict(self._parked)
         for index, group in enumerate(self._held):
-            if group.name in self._parked:
-                continue
-            live[group.name] = self._capture(index)
-            steps[group.name] = self._group_steps(index)
-        for owners in [*live.values(), *self._parked.values()]:
+            if group.name not in self._parked:
+                steps[group.name] = self._group_steps(index)
+            groups[group.name] = self._whole(index)
+        for owners in groups.values():
             for owner in owners:
                 slices += share_of_owner(
                     owner,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -19,9 +22,27 @@ def set_up_deepspeed() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Third-party deprecations that a user can do nothing about.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
-    import deepspeed
+    with _no_stderr():
+        import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Silence the linker that DeepSpeed runs at import to see which extensions it could build.
+
+    An import that fails still raises.
+    """
+    sys.stderr.flush()
+    saved, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)

@@ -20,19 +20,22 @@ class StepPlan:
     Attributes:
         step: Optimizer step.
         task: The task of the step.
-        trainable: Layer groups whose parameters require a gradient, read from the parameters.
         micro_batches: Micro-batches of this rank.
+        phase: Index of the phase that the step belongs to.
+        trainable: Layer groups that are to train in the step.
+        trainable_before: Layer groups that require a gradient now, read from the parameters.
     """
 
     step: int
     task: str
-    trainable: tuple[str, ...]
     micro_batches: int
+    phase: int
+    trainable: tuple[str, ...]
+    trainable_before: tuple[str, ...]
 
     def fingerprint(self) -> int:
         """Return a 62-bit hash of the plan."""
-        text = "\n".join([str(self.step), self.task, str(self.micro_batches), *self.trainable])
-        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(repr(self).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "big") >> 2
 
 
@@ -58,8 +61,7 @@ def agree(plan: StepPlan, *, stop: int) -> int:
 
 def describe(plans: Sequence[StepPlan]) -> str:
     """Return which ranks differ from the most common plan, and in what."""
-    keys = [(p.step, p.task, p.micro_batches, p.trainable) for p in plans]
-    common = plans[keys.index(max(keys, key=keys.count))]
+    common = max(plans, key=plans.count)
     parts: list[str] = []
     for rank, plan in enumerate(plans):
         differences = _differences(plan, common)
@@ -79,10 +81,17 @@ def _differences(plan: StepPlan, common: StepPlan) -> list[str]:
         found.append(f"runs task {plan.task}, others {common.task}")
     if plan.micro_batches != common.micro_batches:
         found.append(f"has {plan.micro_batches} micro-batches, others {common.micro_batches}")
-    extra = sorted(set(plan.trainable) - set(common.trainable))
-    missing = sorted(set(common.trainable) - set(plan.trainable))
-    if extra:
-        found.append(f"trains {', '.join(extra)}, which others freeze")
-    if missing:
-        found.append(f"freezes {', '.join(missing)}, which others train")
+    if plan.phase != common.phase:
+        found.append(f"is in phase {plan.phase}, others in {common.phase}")
+    found += _mask_differences(plan.trainable, common.trainable, verb="would train")
+    found += _mask_differences(plan.trainable_before, common.trainable_before, verb="trains")
     return found
+
+
+def _mask_differences(mine: Sequence[str], common: Sequence[str], *, verb: str) -> list[str]:
+    extra = sorted(set(mine) - set(common))
+    missing = sorted(set(common) - set(mine))
+    parts = [f"{verb} {', '.join(extra)}, which others freeze"] if extra else []
+    if missing:
+        parts.append(f"{verb} all but {', '.join(missing)}, which others train")
+    return parts

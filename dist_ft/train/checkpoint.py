@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import xxhash
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -102,7 +102,7 @@ def _write_rank_file(
         save_file(tensors, path)
         _fsync(path)
         return {"file": path.name, **_fingerprint(path)}, None
-    except (OSError, RuntimeError) as error:
+    except (OSError, SafetensorError) as error:
         return {}, str(error)
 
 

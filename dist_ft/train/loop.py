@@ -94,12 +94,13 @@ def fit(run: Run) -> Run:
         callback.on_fit_start(run)
     with closing(run.loader.iterate(run.progress.step)) as batches:
         while run.progress.step < run.total_steps:
-            change_phase(run)
             batch = next(batches)
-            plan = StepPlan(batch.step, batch.task, run.trainable_now(), len(batch.micro_batches))
-            run.stopped_by = agree(plan, stop=run.stop_signal())
+            phase = run.policy.phase_at(batch.step)
+            run.stopped_by = agree(plan_of(run, batch, phase), stop=run.stop_signal())
             if run.stopped_by:
                 break
+            if phase.index != run.progress.phase:
+                enter_phase(run, phase)
             result = run.engine.train_step(
                 batch.step,
                 task=batch.task,
@@ -116,12 +117,16 @@ def fit(run: Run) -> Run:
     return run
 
 
-def change_phase(run: Run) -> None:
-    """Bring the engine into the phase of the coming step if it is not in it yet."""
-    phase = run.policy.phase_at(run.progress.step)
-    if phase.index == run.progress.phase:
-        return
-    enter_phase(run, phase)
+def plan_of(run: Run, batch: StepBatch, phase: Phase) -> StepPlan:
+    """Return what this rank is about to do, for the others to compare before it is done."""
+    return StepPlan(
+        step=batch.step,
+        task=batch.task,
+        micro_batches=len(batch.micro_batches),
+        phase=phase.index,
+        trainable=phase.trainable,
+        trainable_before=run.trainable_now(),
+    )
 
 
 def enter_phase(run: Run, phase: Phase) -> None:

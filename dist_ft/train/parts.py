@@ -75,9 +75,17 @@ def model_source(config: ModelConfig) -> ModelSource:
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
         allow_pickle=config.allow_pickle,
-        attention=None if config.attention == "auto" else config.attention,
+        attention=_attention(config.attention),
         pad_token=config.pad_token,
     )
+
+
+def _attention(choice: str) -> str | None:
+    if choice != "auto":
+        return choice
+    # On a CPU torch's fused attention measured slower than plain matrix products: 2.4 s against
+    # 1.5 s of CPU time for MiniLM, bf16, 16 x 256 tokens, forward and backward.
+    return None if torch.cuda.is_available() else "eager"
 
 
 def eval_data(recipe: Recipe, parts: Parts, *, split: str) -> list[EvalData]:

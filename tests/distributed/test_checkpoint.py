@@ -1,0 +1,213 @@
+"""Checkpoints: what comes back is what was saved, on any ZeRO stage and world size."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from dist_ft.engine.base import EngineOptions
+from dist_ft.train.checkpoint import (
+    CheckpointError,
+    CheckpointReader,
+    find_checkpoint,
+    save_checkpoint,
+)
+from tests.helpers.phases import (
+    ALL,
+    bitwise_equal,
+    largest_difference,
+    make_deepspeed,
+    make_reference,
+    run,
+)
+from tests.helpers.run_distributed import run_distributed
+
+HEADS = ("head.a", "head.b")
+# Saved after step 14, inside a phase in which a group that trained before is frozen.
+SCHEDULE = {
+    0: ("block.3", *HEADS),
+    4: ALL,
+    9: ("block.1", "block.2", *HEADS),
+    17: ("block.0", "block.3", "head.a"),
+    21: ALL,
+}
+SAVED_AT, STEPS = 14, 28
+MICRO_BATCHES = 4
+
+
+def _share() -> tuple[int, int]:
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _engine(stage: int, precision: Any, switch: Any) -> Any:
+    accumulation = MICRO_BATCHES // dist.get_world_size()
+    options = EngineOptions(precision=precision)
+    return make_deepspeed(
+        options, zero_stage=stage, switch=switch, accumulation=accumulation, dropout=0.1
+    )
+
+
+def _train(engine: Any, steps: range, schedule: Any = SCHEDULE) -> None:
+    run(engine, schedule, steps=steps, micro_batches=MICRO_BATCHES, share=_share())
+
+
+def _save(root: Path, engine: Any, step: int, keep_last: int = 2) -> Path:
+    path, _ = save_checkpoint(
+        root, step=step, state=engine.state(), trainer={}, keep_last=keep_last
+    )
+    return path
+
+
+def _resume(root: Path, stage: int, precision: Any, switch: Any) -> Any:
+    path, passed_over = find_checkpoint(root)
+    assert path is not None
+    assert not passed_over
+    reader = CheckpointReader(path)
+    engine = _engine(stage, precision, switch)
+    engine.set_trainable(reader.trainer["trainable"])
+    engine.load_state(reader)
+    return engine
+
+
+def _interrupted(root: Path, stage: int, precision: Any, switch: Any) -> None:
+    straight = _engine(stage, precision, switch)
+    _train(straight, range(STEPS))
+    expected = straight.full_weights()
+    first = _engine(stage, precision, switch)
+    _train(first, range(SAVED_AT))
+    _save(root, first, SAVED_AT)
+    second = _resume(root, stage, precision, switch)
+    _train(second, range(SAVED_AT, STEPS))
+    weights = second.full_weights()
+    if dist.get_rank() == 0:
+        assert bitwise_equal(weights, expected)
+
+
+@pytest.mark.parametrize("switch", ["rebuild", "in_place"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_interrupted_equals_uninterrupted_bit_for_bit(
+    stage: int, precision: str, switch: str, tmp_path: Path
+) -> None:
+    run_distributed(_interrupted, tmp_path, stage, precision, switch)
+
+
+def _first_half(root: Path, stage: int) -> None:
+    engine = _engine(stage, "fp32", "rebuild")
+    _train(engine, range(SAVED_AT))
+    _save(root, engine, SAVED_AT)
+
+
+def _second_half(root: Path, stage: int, expected: Any) -> None:
+    engine = _resume(root, stage, "fp32", "rebuild")
+    _train(engine, range(SAVED_AT, STEPS))
+    weights = engine.full_weights()
+    if dist.get_rank() == 0:
+        # The world size changes the order of sums, nothing else.
+        assert largest_difference(weights, expected) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [((1, 2), (3, 2)), ((3, 2), (2, 4)), ((2, 4), (0, 1)), ((0, 2), (1, 1)), ((2, 1), (3, 4))],
+    ids=lambda v: f"zero{v[0]}x{v[1]}",
+)
+def test_any_stage_and_world_size_goes_on(
+    saved: tuple[int, int], loaded: tuple[int, int], tmp_path: Path
+) -> None:
+    reference = make_reference(EngineOptions(), dropout=0.1)
+    run(reference, SCHEDULE, steps=range(STEPS), micro_batches=MICRO_BATCHES)
+    run_distributed(_first_half, tmp_path, saved[0], world_size=saved[1])
+    run_distributed(
+        _second_half, tmp_path, loaded[0], reference.full_weights(), world_size=loaded[1]
+    )
+
+
+def _other_mask(root: Path, groups: tuple[str, ...], expected: Any) -> None:
+    engine = _resume(root, 2, "fp32", "rebuild")
+    engine.set_trainable(groups)
+    _train(engine, range(SAVED_AT, 20), {})
+    weights = engine.full_weights()
+    if dist.get_rank() == 0:
+        assert largest_difference(weights, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("groups", [ALL, HEADS], ids=["larger", "smaller"])
+def test_a_checkpoint_loads_under_another_mask(groups: tuple[str, ...], tmp_path: Path) -> None:
+    reference = make_reference(EngineOptions(), dropout=0.1)
+    run(reference, SCHEDULE, steps=range(SAVED_AT), micro_batches=MICRO_BATCHES)
+    run(reference, {SAVED_AT: groups}, steps=range(SAVED_AT, 20), micro_batches=MICRO_BATCHES)
+    run_distributed(_first_half, tmp_path, 2)
+    run_distributed(_other_mask, tmp_path, groups, reference.full_weights())
+
+
+def _damaged(root: Path, damage: str) -> None:
+    engine = _engine(2, "fp32", "rebuild")
+    for step in (3, 6):
+        _train(engine, range(step - 3, step), {0: ALL})
+        newest = _save(root, engine, step)
+    if dist.get_rank() == 0:
+        victim = newest / "rank-00001.safetensors"
+        data = bytearray(victim.read_bytes())
+        if damage == "flipped":
+            data[len(data) // 2] ^= 1
+            victim.write_bytes(data)
+        elif damage == "truncated":
+            victim.write_bytes(data[:-10])
+        elif damage == "missing":
+            victim.unlink()
+        else:
+            (newest / "manifest.json").unlink()
+    dist.barrier()
+    path, passed_over = find_checkpoint(root)
+    assert path is not None
+    assert path.name == "step-00000003"
+    assert len(passed_over) == 1
+    assert passed_over[0].startswith("step-00000006: ")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "no manifest"])
+def test_a_damaged_checkpoint_is_passed_over_by_all_ranks(damage: str, tmp_path: Path) -> None:
+    run_distributed(_damaged, tmp_path, damage)
+
+
+def _unwritable(root: Path) -> None:
+    engine = _engine(1, "fp32", "rebuild")
+    _train(engine, range(2), {0: ALL})
+    good = _save(root, engine, 2)
+    if dist.get_rank() == 1:
+        # A file where the rank's own file must go: the write fails on this rank only.
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        import signal
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with pytest.raises(CheckpointError, match="rank 1"):
+        _save(root, engine, 3)
+    dist.barrier()
+    path, _ = find_checkpoint(root)
+    assert path == good
+    assert [p.name for p in sorted(root.iterdir())] == [good.name]
+
+
+def test_a_rank_that_cannot_write_loses_nothing(tmp_path: Path) -> None:
+    run_distributed(_unwritable, tmp_path)
+
+
+def _retention(root: Path) -> None:
+    engine = _engine(0, "fp32", "rebuild")
+    for step in range(1, 6):
+        _train(engine, range(step - 1, step), {0: ALL})
+        _save(root, engine, step, keep_last=2)
+    if dist.get_rank() == 0:
+        assert sorted(os.listdir(root)) == ["step-00000004", "step-00000005"]  # noqa: PTH208
+    dist.barrier()
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
+    run_distributed(_retention, tmp_path)

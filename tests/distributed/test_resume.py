@@ -1,0 +1,58 @@
+"""A run that is stopped and goes on ends exactly where an undisturbed one does."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.tiny_run import events, newest_checkpoint, state_hash, train, write_recipe
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_sigterm_at_a_random_step_changes_nothing(
+    stage: int, precision: str, tmp_path: Path
+) -> None:
+    engine = [f"engine.zero_stage={stage}", f"engine.precision={precision}"]
+    recipe = write_recipe(tmp_path)
+    train(recipe, [*engine, "name=straight"])
+    stop_at = random.Random(f"{stage}{precision}").randint(1, 20)
+    train(recipe, [*engine, "name=stopped"], stop_at=stop_at, exit_code=75)
+    stopped = events(tmp_path / "runs/stopped")[-1]
+    assert stopped["event"] == "stop"
+    assert stop_at <= stopped["step"] < 24
+    train(recipe, [*engine, "name=stopped"], resume=True)
+    assert newest_checkpoint(tmp_path / "runs/stopped").name == "step-00000024"
+    assert state_hash(tmp_path / "runs/stopped") == state_hash(tmp_path / "runs/straight")
+
+
+def test_another_world_size_and_stage_may_go_on(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, train={"micro_batch_size": 2})
+    train(recipe, ["name=a"], stop_at=9, exit_code=75)
+    train(recipe, ["name=a", "engine.zero_stage=3"], world_size=4, resume=True)
+    assert newest_checkpoint(tmp_path / "runs/a").name == "step-00000024"
+
+
+def test_resuming_with_another_recipe_is_refused(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    train(recipe, ["name=a"], stop_at=5, exit_code=75)
+    with pytest.raises(Exception, match=r"optim\.lr \(was 0\.001, is 0\.5\)"):
+        train(recipe, ["name=a", "optim.lr=0.5"], resume=True)
+    with pytest.raises(Exception, match="holds a run already"):
+        train(recipe, ["name=a"])
+
+
+def test_the_record_has_every_event(tmp_path: Path) -> None:
+    train(write_recipe(tmp_path))
+    found = events(tmp_path / "runs/tiny")
+    kinds = [e["event"] for e in found]
+    assert kinds.count("phase") == 3
+    assert kinds.count("checkpoint") == 3
+    assert {e["task"] for e in found if e["event"] == "eval"} == {"text", "tags", "spans"}
+    for event in found:
+        if event["event"] == "step":
+            assert {"task", "loss", "lr", "grad_norm", "tokens", "tokens_per_s"} <= event.keys()
+        if event["event"] == "phase":
+            assert event["optimizer_bytes_per_rank"] > 0
+    params = [e["trainable_params"] for e in found if e["event"] == "phase"]
+    assert params == sorted(params)

@@ -1,0 +1,172 @@
+"""A whole run that takes seconds: tiny model folder, raw files, recipe, forked ranks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import BertConfig, BertModel
+
+from dist_ft.recipe import load_recipe
+from dist_ft.train import build
+from tests.helpers.run_distributed import run_distributed
+from tests.helpers.tiny_tokenizers import wordpiece
+
+WORDS = ("ada", "wrote", "the", "program", "in", "a", "did", "who", "it", "love")
+
+
+def write_model(folder: Path, *, layers: int = 4) -> Path:
+    """Save a tiny random BERT with its tokenizer as a model folder."""
+    tokenizer = wordpiece()
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+    )
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_data(folder: Path, *, rows: int = 60) -> None:
+    """Write raw files for three tasks: a label for texts, tags for words, spans in contexts."""
+    draw = random.Random(7)
+    texts, tagged, questions = [], [], []
+    for i in range(rows):
+        words = [draw.choice(WORDS) for _ in range(draw.randint(3, 12))]
+        texts.append({"text": f"{' '.join(words)} {i}", "label": "yes" if "ada" in words else "no"})
+        tags = ["B-PER" if w == "ada" else "O" for w in words]
+        tagged.append({"tokens": [*words, str(i)], "tags": [*tags, "O"]})
+        context = f"{' '.join(words)} {i}"
+        answer = draw.choice(words)
+        questions.append(
+            {
+                "id": str(i),
+                "question": f"who did {answer}",
+                "context": context,
+                "answers": {"text": [answer], "answer_start": [context.index(answer)]},
+            }
+        )
+    for name, items in (("texts", texts), ("tagged", tagged), ("questions", questions)):
+        lines = "".join(json.dumps(item) + "\n" for item in items)
+        (folder / f"{name}.jsonl").write_text(lines)
+
+
+def write_recipe(folder: Path, **changes: Any) -> Path:
+    """Write model, data and a recipe of three tasks and three phases; return the recipe's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_model(folder / "model")
+    write_data(folder)
+    recipe: dict[str, Any] = {
+        "name": "tiny",
+        "seed": 3,
+        "output_dir": "runs",
+        "data_dir": "data",
+        "model": {"path": "model"},
+        "tasks": [
+            {
+                "name": "text",
+                "type": "text_classification",
+                "data": {"train": "texts.jsonl", "validation": 0.2},
+                "max_length": 32,
+            },
+            {
+                "name": "tags",
+                "type": "token_classification",
+                "data": {"train": "tagged.jsonl", "validation": 0.2},
+                "max_length": 32,
+            },
+            {
+                "name": "spans",
+                "type": "question_answering",
+                "data": {"train": "questions.jsonl", "validation": 0.2},
+                "max_length": 32,
+                "doc_stride": 8,
+            },
+        ],
+        "freezing": {"policy": "gradual", "phases": 3, "groups_per_phase": 2},
+        "optim": {"lr": 1e-3, "head_lr": 5e-3, "schedule": {"type": "linear", "warmup": "3step"}},
+        "engine": {"zero_stage": 2},
+        "train": {"max_duration": "24step", "global_batch_size": 8, "micro_batch_size": 4},
+        "evaluation": {"every": "12step"},
+        "checkpoint": {"every": "8step"},
+        "logging": {"every": 1},
+    }
+    for key, value in changes.items():
+        recipe[key] = {**recipe[key], **value} if isinstance(value, dict) else value
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def train(
+    recipe: Path,
+    overrides: Sequence[str] = (),
+    *,
+    world_size: int = 2,
+    resume: bool = False,
+    stop_at: int | None = None,
+    exit_code: int = 0,
+) -> None:
+    """Train on forked ranks; with `stop_at`, rank 1 gets SIGTERM once that step is logged."""
+    run_distributed(
+        _rank_trains, recipe, tuple(overrides), resume, stop_at, exit_code, world_size=world_size
+    )
+
+
+def _rank_trains(
+    path: Path, overrides: Sequence[str], resume: bool, stop_at: int | None, exit_code: int
+) -> None:
+    recipe = load_recipe(path, overrides=overrides)
+    if stop_at is not None and os.environ["RANK"] == "1":
+        metrics = recipe.output_dir / recipe.name / "metrics.jsonl"
+        threading.Thread(target=_terminate_at, args=(metrics, stop_at), daemon=True).start()
+    assert build.train(recipe, resume=resume) == exit_code
+
+
+def _terminate_at(metrics: Path, step: int) -> None:
+    while True:
+        if metrics.exists() and any(
+            e.get("event") == "step" and e.get("step", 0) >= step for e in events(metrics.parent)
+        ):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
+        time.sleep(0.002)
+
+
+def events(run: Path) -> list[dict[str, Any]]:
+    """Return the events of a run, leaving out an unfinished last line."""
+    found = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return found
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """Return the folder of the newest checkpoint."""
+    return max((run / "checkpoints").glob("step-*"))
+
+
+def state_hash(run: Path) -> str:
+    """Return the sha256 of all tensors of the newest checkpoint, weights and optimizer state."""
+    digest = hashlib.sha256()
+    for path in sorted(newest_checkpoint(run).glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
