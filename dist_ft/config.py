@@ -24,12 +24,13 @@ DurationField = Annotated[Duration, BeforeValidator(_parse_duration), PlainSeria
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
 
 class Section(BaseModel):
     """Base of every recipe section: unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -79,7 +80,7 @@ class DataConfig(Section):
 class TaskBase(Section):
     """What every task has."""
 
-    name: Name
+    name: TaskName
     data: DataConfig
     max_length: Positive = 128
     on_error: Literal["stop", "skip"] = "stop"
@@ -137,6 +138,7 @@ class GenerationConfig(TaskBase):
     style: Literal["causal", "seq2seq"] = "causal"
     prompt: str = "prompt"
     response: str = "response"
+    separator: str = "\n"
     max_target_length: Positive = 64
     max_new_tokens: Annotated[int, Field(ge=0)] = 0
     metric: str | None = None
@@ -352,6 +354,7 @@ class LoggingConfig(Section):
     """How often a step event is written."""
 
     every: Positive = 10
+    groups_every: Positive | None = None
 
 
 class Recipe(Section):

@@ -190,6 +190,10 @@ class Engine(Protocol):
         """Return summed loss and outputs without gradients, dropout off."""
         ...
 
+    def moment_norms(self) -> dict[str, float]:
+        """Return the L2 norm of Adam's first moment by layer group that trains; on every rank."""
+        ...
+
     def state(self) -> EngineState:
         """Return this rank's share of the state, as views: copy before the next step."""
         ...

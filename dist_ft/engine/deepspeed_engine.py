@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dist_ft.dist import all_reduce_sum
 from dist_ft.engine.base import (
     DTYPES,
     EngineOptions,
@@ -334,6 +335,22 @@ class DeepSpeedEngine:
         """Return summed loss and outputs without gradients, dropout off."""
         self._engine.eval()
         return self._run(task, micro_batch)
+
+    def moment_norms(self) -> dict[str, float]:
+        """Return the L2 norm of Adam's first moment by layer group that trains."""
+        squares = dict.fromkeys((g.layer_group for g in self._groups), 0.0)
+        for index, group in enumerate(self._held):
+            if group.layer_group in self._trainable:
+                for owner in self._capture(index):
+                    if "exp_avg" in owner.moments:
+                        squares[group.layer_group] += float(owner.moments["exp_avg"].square().sum())
+        replicas = self._world if self._ds.zero_stage == 0 else 1
+        sums = all_reduce_sum(list(squares.values()))
+        return {
+            name: (total / replicas) ** 0.5
+            for name, total in zip(squares, sums, strict=True)
+            if name in self._trainable
+        }
 
     # ---- state -------------------------------------------------------------------------------
 

@@ -151,6 +151,17 @@ class ReferenceEngine:
         self.module.eval()
         return self._run(task, micro_batch)
 
+    def moment_norms(self) -> dict[str, float]:
+        """Return the L2 norm of Adam's first moment by layer group that trains."""
+        squares: dict[str, float] = {}
+        for group in self._groups:
+            for name in group.parameters if group.layer_group in self._trainable else ():
+                moments = self._optimizer.state.get(self._parameters[name])
+                if moments:
+                    square = float(moments["exp_avg"].square().sum())
+                    squares[group.layer_group] = squares.get(group.layer_group, 0.0) + square
+        return {name: square**0.5 for name, square in squares.items()}
+
     def state(self) -> EngineState:
         """Return the whole state: the only rank has it all."""
         slices: list[StateSlice] = []

@@ -71,7 +71,9 @@ def probe_task(model: MultiTaskModel, *, task: str, watched: Mapping[str, nn.Mod
                 stack.callback(handle.remove)
         with model.task_model(task) as task_model:
             inputs = dummy_inputs(task_model)
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), _YesOnMeta():
+        if next(model.parameters()).is_meta:
+            stack.enter_context(_YesOnMeta())
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
             outputs = model(task, inputs)
         tensors = [outputs[key] for key in LOSS_OUTPUTS if key in outputs]
         probe.first_use = _first_use(tensors, model)

@@ -13,6 +13,7 @@ from dist_ft.recipe.errors import Finding, closest, show_value
 from dist_ft.recipe.model_folder import check_model, count_blocks
 from dist_ft.recipe.reading import RawPath
 from dist_ft.recipe.source_checks import check_sources
+from dist_ft.recipe.task_checks import check_tasks
 from dist_ft.recipe.validate import Draft
 
 # Numbers of blocks that a policy may name, and what they do.
@@ -26,27 +27,12 @@ def check(draft: Draft) -> list[Finding]:
     return [
         *check_model(draft, recipe.model),
         *check_sources(draft, recipe),
-        *_check_labels(draft, recipe),
+        *check_tasks(draft, recipe),
         *_check_depth(draft, recipe),
         *_check_plateau(draft, recipe),
         *_check_durations(draft, recipe),
         *check_deepspeed(draft, recipe),
     ]
-
-
-def _check_labels(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
-    for index, task in enumerate(recipe.tasks):
-        labels = getattr(task, "labels", None)
-        if labels is None or not draft.is_sure("tasks", index, "labels"):
-            continue
-        path: RawPath = ("tasks", index, "labels")
-        twice = sorted({label for label in labels if labels.count(label) > 1})
-        if twice:
-            yield Finding(path, f"must differ, got {show_value(twice[0])} twice: remove one")
-        if getattr(task, "problem", None) == "regression":
-            yield Finding(path, f"a regression has none, got {show_value(labels)}: remove them")
-        elif not labels:
-            yield Finding(path, "must not be empty, got []: list the labels, or leave it out")
 
 
 def _check_depth(draft: Draft, recipe: Recipe) -> Iterator[Finding]:

@@ -117,7 +117,7 @@ def _read(path: Path) -> Mapping[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else str(error.strerror)
-        raise ValueError(f"{reason}, got {show_value(str(path))}: correct the path") from None
+        raise ValueError(f"{reason}, got {str(path)!r}: correct the path") from None
     except ValueError as error:
         raise ValueError(f"must be JSON, got {_name(path)} ({error}): correct it") from None
     if not isinstance(config, dict):

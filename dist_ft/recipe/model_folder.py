@@ -36,11 +36,11 @@ def check_model(draft: Draft, model: ModelConfig) -> Iterator[Finding]:
     elif exists(model.path) and Path(model.path).is_dir():
         text = _wrong_folder(Path(model.path), allow_pickle=model.allow_pickle)
     elif exists(model.path) and Path(model.path).is_absolute():
-        text = f"must be a folder, got the file {show_value(model.path)}: name its folder"
+        text = f"must be a folder, got the file {model.path!r}: name its folder"
     elif _HUB_ID.fullmatch(model.path):
         text = None
     else:
-        text = f"no such folder, got {show_value(model.path)}: correct it, or use a hub id"
+        text = f"no such folder, got {model.path!r}: correct it, or use a hub id"
     if text is not None:
         yield Finding(_PATH, text)
 
@@ -106,7 +106,7 @@ def _wrong_package(path: str) -> str | None:
 
 
 def _wrong_folder(folder: Path, *, allow_pickle: bool) -> str | None:
-    where = show_value(str(folder))
+    where = repr(str(folder))
     if not (folder / "config.json").is_file():
         return f"must hold config.json, got {where}: save the model with save_pretrained"
     if any(folder.glob("*.safetensors")):

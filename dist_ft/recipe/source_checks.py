@@ -51,7 +51,7 @@ def _check_source(
     if not source.path or (local and not glob.has_magic(source.path) and not exists(source.path)):
         yield Finding(
             path,
-            f"no such file or folder, got {show_value(source.path)}: correct it (relative "
+            f"no such file or folder, got {source.path!r}: correct it (relative "
             "paths start from the recipe's folder)",
         )
         return

@@ -125,6 +125,14 @@ class Task(Protocol):
         """Returns the key of which only the first row is kept."""
         ...
 
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Checks that the task's settings and the tokenizer fit, before any row is encoded.
+
+        Raises:
+            ValueError: they do not.
+        """
+        ...
+
     def encode(self, rows: list[Row], *, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
         """Returns the features of raw rows; a row gives none, one or several.
 
@@ -239,6 +247,19 @@ def text_of(row: Row, column: str) -> str:
             f"column {column!r} must hold text, got {value!r} in row {row.get('source_row')}"
         )
     return value
+
+
+def check_fast(tokenizer: PreTrainedTokenizerBase, *, task: str) -> None:
+    """Checks that the tokenizer tells where its tokens come from.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"tasks.{task}: this task needs a fast tokenizer (tokenizer.json), "
+            f"{type(tokenizer).__name__} is none; use another model, or convert the tokenizer"
+        )
 
 
 def check_max_length(

@@ -132,13 +132,22 @@ class Generation:
         """Returns prompt and response."""
         return f"{self.split_key(row)}\x1f{text_of(row, self.response).strip()}"
 
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Checks that the settings and the tokenizer fit.
+
+        Raises:
+            ValueError: the model has fewer positions, or the tokenizer has no end token.
+        """
+        check_max_length(self.max_length, task=self.name, tokenizer=tokenizer)
+        end_token(tokenizer, task=self.name)
+
     def encode(self, rows: list[Row], *, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
         """Returns one feature per raw row.
 
         Raises:
             ValueError: a text is none, or the tokenizer has no end token.
         """
-        check_max_length(self.max_length, task=self.name, tokenizer=tokenizer)
+        self.check_tokenizer(tokenizer)
         encode = self._encode_causal if self.style == "causal" else self._encode_pair
         features = []
         for row in rows:
@@ -248,21 +257,17 @@ class Generation:
         self, response: str, *, tokenizer: PreTrainedTokenizerBase
     ) -> tuple[list[int], int]:
         """The tokens to learn and how many were cut off."""
-        end = tokenizer.eos_token_id
-        if end is None:
-            end = tokenizer.sep_token_id  # BERT-like tokenizers end a text so
-        if not isinstance(end, int):
-            raise ValueError(
-                f"tasks.{self.name}: the tokenizer has no end token (eos), so a model cannot learn "
-                "where a response ends; use another tokenizer"
-            )
+        end = end_token(tokenizer, task=self.name)
         if self.style == "seq2seq":
             tokens = tokenizer(text_target=response, verbose=False)["input_ids"]
-            tokens = tokens[:-1] if tokens and tokens[-1] == end else tokens
         else:
             tokens = tokenizer(response, add_special_tokens=False, verbose=False)["input_ids"]
-        kept = tokens[: self.max_target_length - 1]
-        return [*kept, end], len(tokens) - len(kept)
+        body, tail = tokens, [end]
+        if end in tokens[-2:]:  # the tokenizer ends texts itself, mBART's with a language token
+            last = len(tokens) - 1 - tokens[::-1].index(end)
+            body, tail = tokens[:last], tokens[last:]
+        kept = body[: self.max_target_length - len(tail)]
+        return [*kept, *tail], len(body) - len(kept)
 
     def _aligned(self, outputs: Any, targets: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         logits, labels = outputs["logits"], targets["labels"]
@@ -298,6 +303,21 @@ class Generation:
             matches = [metrics.exact_match(text, [wanted]) for text, wanted in pairs]
             scores["exact_match"] = float(np.mean(matches))
         return scores
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase, *, task: str) -> int:
+    """Returns the token that ends a text: eos, or sep for BERT-like tokenizers.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for token in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        if isinstance(token, int):
+            return token
+    raise ValueError(
+        f"tasks.{task}: the tokenizer has no end token (eos), so a model cannot learn where a "
+        "response ends; use another model"
+    )
 
 
 def _left_padded_prompts(

@@ -24,6 +24,7 @@ from dist_ft.tasks.base import (
     Record,
     RecordMetrics,
     Row,
+    check_fast,
     check_max_length,
     choose_metric,
     input_padding,
@@ -140,18 +141,22 @@ class QuestionAnswering(NoGeneration):
         """Returns question and context."""
         return f"{text_of(row, self.question).strip()}\x1f{self.split_key(row)}"
 
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Checks that the settings and the tokenizer fit.
+
+        Raises:
+            ValueError: the model has fewer positions, or the tokenizer gives no offsets.
+        """
+        check_max_length(self.max_length, task=self.name, tokenizer=tokenizer)
+        check_fast(tokenizer, task=self.name)
+
     def encode(self, rows: list[Row], *, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
         """Returns one feature per window, one or more per raw row.
 
         Raises:
             ValueError: the tokenizer gives no offsets, or an answer is not at its place.
         """
-        check_max_length(self.max_length, task=self.name, tokenizer=tokenizer)
-        if not tokenizer.is_fast:
-            raise ValueError(
-                f"tasks.{self.name}: question answering needs a fast tokenizer (tokenizer.json), "
-                f"{type(tokenizer).__name__} is none"
-            )
+        self.check_tokenizer(tokenizer)
         answers = [self._answers(row) for row in rows]
         encoding = tokenizer(
             self._short_questions(rows, tokenizer=tokenizer),

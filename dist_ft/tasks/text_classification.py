@@ -148,13 +148,21 @@ class TextClassification(NoGeneration):
         """Returns the texts."""
         return self.split_key(row)
 
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Checks that the settings and the tokenizer fit.
+
+        Raises:
+            ValueError: the model has fewer positions.
+        """
+        check_max_length(self.max_length, task=self.name, tokenizer=tokenizer)
+
     def encode(self, rows: list[Row], *, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
         """Returns one feature per raw row.
 
         Raises:
             ValueError: a text is none, or a label is not known.
         """
-        check_max_length(self.max_length, task=self.name, tokenizer=tokenizer)
+        self.check_tokenizer(tokenizer)
         texts = [text_of(row, self.text) for row in rows]
         pairs = [text_of(row, self.text_pair) for row in rows] if self.text_pair else None
         encoding = tokenizer(texts, pairs, truncation=False, verbose=False)

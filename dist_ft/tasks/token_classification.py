@@ -19,6 +19,7 @@ from dist_ft.tasks.base import (
     Record,
     RecordMetrics,
     Row,
+    check_fast,
     check_max_length,
     choose_metric,
     input_padding,
@@ -139,6 +140,15 @@ class TokenClassification(NoGeneration):
         """Returns the words."""
         return self.split_key(row)
 
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Checks that the settings and the tokenizer fit.
+
+        Raises:
+            ValueError: the model has fewer positions, or the tokenizer cannot tell words.
+        """
+        check_max_length(self.max_length, task=self.name, tokenizer=tokenizer)
+        check_fast(tokenizer, task=self.name)
+
     def encode(self, rows: list[Row], *, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
         """Returns one feature per raw row.
 
@@ -146,12 +156,7 @@ class TokenClassification(NoGeneration):
             ValueError: the tokenizer cannot tell words, words and tags differ in number, or a
                 label is not known.
         """
-        check_max_length(self.max_length, task=self.name, tokenizer=tokenizer)
-        if not tokenizer.is_fast:
-            raise ValueError(
-                f"tasks.{self.name}: token classification needs a fast tokenizer (tokenizer.json), "
-                f"{type(tokenizer).__name__} is none"
-            )
+        self.check_tokenizer(tokenizer)
         labels = known_labels(self.labels, task=self.name)
         pairs = [self._words(row) for row in rows]
         spaced = needs_leading_space(tokenizer)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,10 +23,12 @@ from dist_ft.model.backbone import load_tokenizer
 from dist_ft.model.layer_groups import LayerGroup
 from dist_ft.optim.lr_schedules import LrSchedule, thaw_factor
 from dist_ft.optim.param_groups import LearningRates, ParamGroup, build_param_groups
+from dist_ft.train.adapt import WatchGroups
 from dist_ft.train.callbacks import Checkpoint, Evaluate, LogSteps
 from dist_ft.train.checkpoint import CheckpointReader, find_checkpoint
 from dist_ft.train.console import Console
 from dist_ft.train.data import prepare_tasks
+from dist_ft.train.deciders import deciders
 from dist_ft.train.loop import Progress, Run, fit
 from dist_ft.train.parts import Parts, eval_data, make_parts, model_source
 from dist_ft.train.recorder import Recorder
@@ -56,6 +56,12 @@ def train(recipe: Recipe, *, resume: bool) -> int:
     Raises:
         ValueError: If the recipe does not fit the model, the data or the number of ranks.
     """
+    stop = StopRequest()
+    with stop.listening():
+        return _train(recipe, resume=resume, stop=stop)
+
+
+def _train(recipe: Recipe, *, resume: bool, stop: StopRequest) -> int:
     world = dist.world_from_environment()
     check_world(recipe, world)
     console = Console(main=world.is_main, every=recipe.logging.every)
@@ -70,8 +76,8 @@ def train(recipe: Recipe, *, resume: bool) -> int:
                        console=console, recorder=recorder)  # fmt: skip
         if resume:
             restore(run, folder=folder, recorder=recorder, console=console)
-        with run.stop.listening():
-            fit(run)
+        run.stop_signal = lambda: stop.signal
+        fit(run)
         return finish(run, recorder=recorder, console=console)
     finally:
         dist.shut_down()
@@ -114,13 +120,6 @@ def _open_folder(
         raise ValueError(problem)
 
 
-@dataclass
-class TrainingRun(Run):
-    """A run that listens to signals and knows its checkpoints."""
-
-    stop: StopRequest = dataclasses.field(default_factory=StopRequest)
-
-
 def make_run(
     recipe: Recipe,
     parts: Parts,
@@ -130,7 +129,7 @@ def make_run(
     device: torch.device,
     console: Console,
     recorder: Recorder,
-) -> TrainingRun:
+) -> Run:
     """Return the run with engine, loader and callbacks."""
     param_groups = build_param_groups(
         parts.groups,
@@ -155,16 +154,13 @@ def make_run(
         plan=plan,
         mixture=RoundRobin(len(parts.tasks)),
     )
-    stop = StopRequest()
-    run = TrainingRun(
+    run = Run(
         engine=engine,
         loader=loader,
         policy=parts.policy,
         learning_rates=_learning_rates(recipe, parts, param_groups),
         trainable_now=lambda: trainable_groups(module, parts.groups),
         total_steps=parts.total_steps,
-        stop_signal=lambda: stop.signal,
-        stop=stop,
     )
     run.callbacks = _callbacks(recipe, parts, folder, world, console, recorder)
     return run
@@ -281,7 +277,13 @@ def _callbacks(
         },
     )
     steps = LogSteps(recorder=recorder, console=console, world=world, every=recipe.logging.every)
-    return [steps, evaluate, checkpoint]
+    groups = WatchGroups(
+        recorder=recorder,
+        every=recipe.logging.groups_every or 10 * recipe.logging.every,
+        layer_group_of={name: g.name for g in parts.groups for name in g.parameters},
+    )
+    # A decision is part of the checkpoint of its step.
+    return [steps, groups, evaluate, *deciders(recipe, parts, evaluate), checkpoint]
 
 
 def restore(run: Run, *, folder: RunFolder, recorder: Recorder, console: Console) -> None:

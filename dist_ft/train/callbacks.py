@@ -149,7 +149,7 @@ class Evaluate(Watcher):
     data: Sequence[EvalData]
     every: int | None
     last: dict[str, Scores] = field(default_factory=dict)
-    _done_at: int = -1
+    done_at: int = -1
 
     def on_step_end(self, run: Run, batch: StepBatch, result: StepResult) -> None:
         """Score when the interval ends."""
@@ -159,12 +159,12 @@ class Evaluate(Watcher):
 
     def on_fit_end(self, run: Run) -> None:
         """Score a finished run that was resumed after its last step."""
-        if run.progress.step == run.total_steps and self._done_at < 0:
+        if run.progress.step == run.total_steps and self.done_at < 0:
             self.evaluate(run)
 
     def evaluate(self, run: Run) -> None:
         """Score every task now."""
-        self._done_at = run.progress.step
+        self.done_at = run.progress.step
         for data in self.data:
             scores = evaluate_task(data, forward=run.engine.eval_forward, world=self.world)
             self.last[scores.task] = scores

@@ -60,6 +60,7 @@ def _prepare_task(
 ) -> PreparedTask:
     plan = split_plan(config)
     task = build_task(config.model_dump(exclude={"data", "on_error"}))
+    task.check_tokenizer(tokenizer)
     spec = _spec(config, task=task, plan=plan, tokenizer=tokenizer)
     if task.needs_scan:
         state = _scanned(spec, task=task, folder=recipe.data_dir / config.name)

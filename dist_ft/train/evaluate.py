@@ -27,6 +27,7 @@ class EvalData:
     dataset: ShardedDataset
     spec: CollateSpec
     micro_batch_size: int
+    generate: Callable[[MicroBatch], list[str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,11 @@ def evaluate_task(data: EvalData, *, forward: Forward, world: dist.World) -> Sco
         world_size=world.world_size,
     ):
         loss, outputs = forward(data.task.name, batch)
+        # Fillers generate too: under ZeRO-3 every rank must run the same modules.
+        texts = None if data.generate is None else data.generate(batch)
         if batch.loss_weight > 0:
             loss_sum += float(loss)
-            metrics.update(outputs, batch)
+            metrics.update(outputs, batch, texts=texts)
     (total,) = dist.all_reduce_sum([loss_sum])
     gathered = [
         record for records in dist.all_gather_object(metrics.records()) for record in records

@@ -116,7 +116,7 @@ def export(run: Path, *, task: str | None = None) -> list[Path]:
             folder=folder.export / name,
             card={
                 "metrics": scores.get(name, {}),
-                "recipe": recipe.model_dump(mode="json"),
+                "recipe": recipe.model_dump(mode="json", exclude={"output_dir", "data_dir"}),
             },
         )
         for name in wanted

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from dist_ft.config import ModelConfig, Recipe
+from dist_ft.data.loader import MicroBatch
 from dist_ft.duration import Duration
 from dist_ft.freezing.policies import FreezePolicy
 from dist_ft.freezing.schedule import LayerOrder
@@ -98,7 +99,26 @@ def eval_data(recipe: Recipe, parts: Parts, *, split: str) -> list[EvalData]:
             dataset=t.datasets[split],
             spec=t.task.collate_spec(parts.tokenizer, evaluation=True),
             micro_batch_size=size,
+            generate=_generator(parts, t, recipe) if t.task.generates else None,
         )
         for t in parts.tasks
         if split in t.datasets
     ]
+
+
+def _generator(
+    parts: Parts, prepared: PreparedTask, recipe: Recipe
+) -> Callable[[MicroBatch], list[str]]:
+    synced = recipe.engine.type == "deepspeed" and recipe.engine.zero_stage == 3
+
+    def generate(batch: MicroBatch) -> list[str]:
+        device = next(parts.model.parameters()).device
+        inputs = {name: value.to(device) for name, value in batch.inputs.items()}
+        return prepared.task.generate(
+            parts.model,
+            batch=replace(batch, inputs=inputs),
+            tokenizer=parts.tokenizer,
+            synced=synced,
+        )
+
+    return generate

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dist_ft.config import (
+    AdaptiveFreezing,
     BottomUpFreezing,
     ExplicitFreezing,
     FreezingConfig,
     GradualFreezing,
     NoFreezing,
+    PlateauFreezing,
     RandomBlockFreezing,
     StaticFreezing,
 )
 from dist_ft.duration import Duration
+from dist_ft.freezing.adaptive import PlateauPolicy, SettledPolicy
 from dist_ft.freezing.policies import BlockPolicy, FreezePolicy, ScheduledPolicy
 from dist_ft.freezing.schedule import (
     BlockDraw,
@@ -50,6 +53,22 @@ def make_policy(
                 order, config.blocks, max(1, to_steps(config.every)), config.order, always, seed
             )
         )
+    if isinstance(config, PlateauFreezing):
+        return PlateauPolicy(
+            order,
+            direction=config.direction,
+            first=config.first,
+            groups_per_phase=config.groups_per_phase,
+            patience=config.patience,
+            min_delta=config.min_delta,
+        )
+    if isinstance(config, AdaptiveFreezing):
+        return SettledPolicy(
+            order,
+            percentile=config.percentile,
+            max_depth=config.max_depth,
+            is_rate=config.signal == "plasticity",
+        )
     starts = _starts(config, order=order, to_steps=to_steps, total_steps=total_steps)
     return ScheduledPolicy(make_phases(starts, order=order))
 
@@ -82,10 +101,7 @@ def _starts(
                 for i, p in enumerate(config.phases)
             ]
         case _:
-            raise ValueError(
-                f"freezing.policy {config.policy} is not available yet: use none, static, "
-                "gradual, bottom_up, random_block or explicit"
-            )
+            raise ValueError(f"freezing.policy {config.policy} has no schedule of its own")
 
 
 def _static(config: StaticFreezing, order: LayerOrder) -> tuple[str, ...]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# One request may come as several signals: a pre-empting scheduler signals every process of a job,
+# and the launcher passes its own signal on.
+SAME_REQUEST_S = 5.0
 
 
 class StopRequest:
@@ -17,6 +21,7 @@ class StopRequest:
     def __init__(self) -> None:
         """Start with nothing asked."""
         self.signal = 0
+        self._since = 0.0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -29,6 +34,8 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - handler
-        if self.signal:
+        now = time.monotonic()
+        if not self.signal:
+            self.signal, self._since = number, now
+        elif now - self._since > SAME_REQUEST_S:
             os._exit(128 + number)
-        self.signal = number

@@ -146,7 +146,7 @@ SEQ2SEQ: dict[str, dict[str, Any]] = {
     "m2m_100": _SEQ2SEQ,
     "blenderbot": _SEQ2SEQ,
     "prophetnet": {
-        "vocab_size": VOCABULARY, "hidden_size": SIZE, "num_encoder_layers": 2,
+        "vocab_size": VOCABULARY, "hidden_size": SIZE, "num_encoder_layers": 3,
         "num_decoder_layers": 3, "num_encoder_attention_heads": 2,
         "num_decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24,
         "max_position_embeddings": 64, "pad_token_id": 0,

@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 _WORDS = ("who", "did", "it", "the", "ada", "love", "##lace", "wrote", "a", "program", "in")
 
 
-def wordpiece(*, max_length: int = 64) -> PreTrainedTokenizerBase:
+def wordpiece(*, max_length: int = 512) -> PreTrainedTokenizerBase:
     """Lower-casing WordPiece with [CLS] text [SEP] pair [SEP]; unknown words become letters."""
     letters = list(string.ascii_lowercase + string.digits)
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *string.punctuation, *letters]
@@ -33,7 +33,7 @@ def wordpiece(*, max_length: int = 64) -> PreTrainedTokenizerBase:
     )
 
 
-def byte_level(*, max_length: int = 64, pad: bool = True) -> PreTrainedTokenizerBase:
+def byte_level(*, max_length: int = 512, pad: bool = True) -> PreTrainedTokenizerBase:
     """Byte-level BPE without merges and without special tokens around the text."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {t: i for i, t in enumerate(["<pad>", "<eos>", *alphabet])}

@@ -160,6 +160,17 @@ def test_positions_of_the_decoder_come_after_the_encoder() -> None:
     assert names[:4] == ["embeddings", "encoder.block.0", "encoder.block.1", "decoder.embeddings"]
 
 
+def test_parameters_belong_to_their_lowest_user_among_the_tasks() -> None:
+    # the decoder-only task meets the shared embeddings just before the decoder's blocks
+    heads = [HeadSpec("decoder", "AutoModelForCausalLM"), HeadSpec("both", "AutoModelForSeq2SeqLM")]
+    groups = {group.name: group for group in find_layer_groups(build("bart", heads))}
+    assert "backbone.shared.weight" in groups["embeddings"].parameters
+    assert groups["embeddings"].tasks == {"decoder", "both"}
+    assert groups["decoder.block.0"].tasks >= {"decoder", "both"}
+    names = list(groups)
+    assert names.index("encoder.block.1") < names.index("decoder.block.0")
+
+
 def test_composite_model_has_both_stacks() -> None:
     part = tiny_config("bert")
     config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(part, part)
@@ -207,7 +218,7 @@ def test_the_model_is_left_as_it_was() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "t5", "mixtral"])
+@pytest.mark.parametrize("name", ["bert", "llama", "t5", "bart"])
 def test_groups_are_found_without_memory_for_the_weights(name: str) -> None:
     with torch.device("meta"):
         model = build(name)

@@ -1,0 +1,70 @@
+"""Connects a measuring freeze policy of a recipe with what it measures."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from dist_ft.config import AdaptiveFreezing, PlateauFreezing, Recipe
+from dist_ft.data.loader import eval_batches
+from dist_ft.engine.layer_modes import group_modules
+from dist_ft.freezing.adaptive import PlateauPolicy, SettledPolicy
+from dist_ft.train.adapt import (
+    DecideByMeasurement,
+    DecideByScore,
+    Measure,
+    RepresentationChange,
+    gradient_norms,
+    mean_score,
+)
+from dist_ft.train.callbacks import Evaluate, Watcher
+from dist_ft.train.parts import Parts, eval_data
+
+WATCHED_ROWS = 64
+
+
+def deciders(recipe: Recipe, parts: Parts, evaluate: Evaluate) -> list[Watcher]:
+    """Return the callbacks that let the recipe's policy decide; none for a pure schedule.
+
+    Raises:
+        ValueError: If a plateau policy has no evaluation, or names a task or metric that is not
+            there.
+    """
+    config, policy = recipe.freezing, parts.policy
+    if isinstance(config, PlateauFreezing) and isinstance(policy, PlateauPolicy):
+        if recipe.evaluation.every is None:
+            raise ValueError(
+                "freezing.policy: plateau needs scores during the run, but evaluation.every is not "
+                "given: give it, for example evaluation.every: 0.5ep"
+            )
+        names = [d.task.name for d in evaluate.data]
+        tasks = names if config.task is None else [config.task]
+        return [
+            DecideByScore(policy, evaluate, partial(mean_score, tasks=tasks, metric=config.metric))
+        ]
+    if isinstance(config, AdaptiveFreezing) and isinstance(policy, SettledPolicy):
+        measure: Measure = gradient_norms
+        if config.signal == "plasticity":
+            measure = _representation_change(recipe, parts)
+        every = max(1, parts.lengths.steps(config.every))
+        return [DecideByMeasurement(policy, measure, every)]
+    return []
+
+
+def _representation_change(recipe: Recipe, parts: Parts) -> RepresentationChange:
+    blocks = {
+        g.name: group_modules(parts.model, g.parameters)[0]
+        for g in parts.groups
+        if g.kind == "block"
+    }
+    data = eval_data(recipe, parts, split="validation")[0]
+    # The longest rows come first; every rank watches the same ones.
+    batch = next(
+        eval_batches(
+            data.dataset,
+            spec=data.spec,
+            micro_batch_size=min(WATCHED_ROWS, len(data.dataset)),
+            rank=0,
+            world_size=1,
+        )
+    )
+    return RepresentationChange(blocks, (data.task.name, batch))
