@@ -253,7 +253,7 @@ class RandomBlockFreezing(FreezingBase):
     blocks: Positive = 2
     every: DurationField
     order: Literal["random", "ascending", "descending"] = "random"
-    always: list[str] = ["embeddings", "final_norm", "pooler", "head.*"]
+    always: list[str] | None = None
 
 
 class ExplicitPhase(Section):

@@ -69,6 +69,7 @@ class DeepSpeedEngine:
     ) -> None:
         """Take over `module`; the process group must be up. `set_trainable` comes next."""
         set_up_deepspeed()
+        exempt_from_collection()
         self.module = module.to(DTYPES[options.precision])
         self.options = options
         self.switch: Switch = switch
@@ -135,7 +136,6 @@ class DeepSpeedEngine:
         config = build_ds_config(self.options, deepspeed=self._ds, trainable_elements=elements)
         import deepspeed
 
-        exempt_from_collection()
         self._engine, *_ = deepspeed.initialize(
             model=self.module, optimizer=self._inner, config=config, dist_init_required=False
         )

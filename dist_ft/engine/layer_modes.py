@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import nn
 
+from dist_ft.model.backbone import MultiTaskModel
 from dist_ft.model.layer_groups import LayerGroup
 
 Checkpointing = Literal["none", "reentrant", "non_reentrant"]
@@ -53,7 +54,7 @@ class LayerModes:
     @classmethod
     def of(
         cls,
-        model: nn.Module,
+        model: MultiTaskModel,
         *,
         groups: Sequence[LayerGroup],
         checkpointing: Checkpointing,
@@ -61,6 +62,11 @@ class LayerModes:
     ) -> LayerModes:
         """Return the modes of `model`, whose parameters `groups` name."""
         backbone = [g for g in groups if g.kind != "head"]
+        if checkpointing != "none":
+            # Gives every block that can recompute the function to do it with; `apply` says which.
+            model.backbone.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": checkpointing == "reentrant"}
+            )
         return cls(
             order=tuple(g.name for g in backbone),
             modules={g.name: group_modules(model, g.parameters) for g in backbone},

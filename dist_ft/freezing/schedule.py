@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import random
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -217,14 +216,16 @@ class BlockDraw:
         """Return the groups that train in period `period`."""
         blocks = self.order.blocks
         if self.kind == "random":
-            # A string seed goes through SHA-512: the same on every platform and Python version.
-            draw = random.Random(f"{self.seed}:{period}")
-            chosen = draw.sample(blocks, min(self.blocks, len(blocks)))
+            # Ordering by a hash instead of a random stream: no library's shuffle is a contract.
+            chosen = sorted(blocks, key=lambda name: self._hash(period, name))[: self.blocks]
         else:
             turn = blocks if self.kind == "ascending" else blocks[::-1]
             begin = period * self.blocks
             chosen = [turn[(begin + i) % len(turn)] for i in range(min(self.blocks, len(turn)))]
         return self.order.sorted([*chosen, *self.always])
+
+    def _hash(self, period: int, name: str) -> bytes:
+        return hashlib.blake2b(f"{self.seed}:{period}:{name}".encode(), digest_size=8).digest()
 
 
 def phase_of(phases: Sequence[Phase], step: int) -> Phase:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from dist_ft import dist
 from dist_ft.data.loader import MicroBatch, StepBatch
-from dist_ft.engine.base import Engine, StepResult
+from dist_ft.engine.base import Engine, PhaseReport, StepResult
 from dist_ft.freezing.adaptive import MeasuredPolicy, PlateauPolicy, SettledPolicy
+from dist_ft.freezing.schedule import Phase
 from dist_ft.freezing.similarity import linear_cka
 from dist_ft.train.callbacks import Evaluate, Watcher
 from dist_ft.train.loop import Run
@@ -34,8 +35,17 @@ class WatchGroups(Watcher):
     layer_group_of: Mapping[str, str]
     _start: dict[tuple[str, int], Tensor] = field(default_factory=dict)
 
+    def on_phase(self, run: Run, phase: Phase, report: PhaseReport) -> None:
+        """Remember this rank's share of the weights in host memory, at the first phase."""
+        if not self._start:
+            self._remember(run)
+
     def on_fit_start(self, run: Run) -> None:
-        """Remember this rank's share of the weights in host memory."""
+        """Remember the weights of a resumed run, whose phase is set already."""
+        if run.progress.phase >= 0:
+            self._remember(run)
+
+    def _remember(self, run: Run) -> None:
         for piece in _weight_slices(run.engine):
             self._start[piece[0], piece[1]] = piece[2].detach().to("cpu", copy=True)
 

@@ -17,7 +17,7 @@ from dist_ft.model.backbone import HeadSpec, ModelSource, MultiTaskModel, load_m
 from dist_ft.model.layer_groups import LayerGroup, find_layer_groups
 from dist_ft.train.data import PreparedTask, prepare_tasks, steps_per_epoch, tokens_per_step
 from dist_ft.train.evaluate import EvalData
-from dist_ft.train.policy import make_policy
+from dist_ft.train.policy import check_every_task_trains, make_policy
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,11 @@ def make_parts(recipe: Recipe, say: Callable[[str], None]) -> Parts:
         to_steps=lengths.steps,
         total_steps=total,
         seed=recipe.seed,
+    )
+    check_every_task_trains(
+        policy,
+        tasks=[t.task.name for t in tasks],
+        reach={g.name: g.tasks for g in groups},
     )
     return Parts(tokenizer, tasks, model, groups, policy, total, lengths)
 

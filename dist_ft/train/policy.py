@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from dist_ft.config import (
     AdaptiveFreezing,
@@ -47,7 +47,10 @@ def make_policy(
         ValueError: If the section does not fit the model.
     """
     if isinstance(config, RandomBlockFreezing):
-        always = order.match(config.always, where="freezing.always") if config.always else ()
+        # By default everything but the blocks, as LISA does.
+        always = order.bottom + order.top + order.heads
+        if config.always is not None:
+            always = order.match(config.always, where="freezing.always")
         return BlockPolicy(
             BlockDraw(
                 order, config.blocks, max(1, to_steps(config.every)), config.order, always, seed
@@ -119,3 +122,26 @@ def _change_steps(config: GradualFreezing, *, to_steps: ToSteps, total_steps: in
     if config.every is not None:
         return every_steps(to_steps(config.every), total_steps=total_steps)
     return equal_steps(config.phases or 1, total_steps=total_steps)
+
+
+def check_every_task_trains(
+    policy: FreezePolicy, *, tasks: Sequence[str], reach: Mapping[str, frozenset[str]]
+) -> None:
+    """Check that every phase trains something that each task's loss reaches.
+
+    Args:
+        policy: The run's policy; only listed phases need the check, others keep the heads.
+        tasks: Names of the tasks.
+        reach: The tasks whose loss reaches each layer group.
+
+    Raises:
+        ValueError: If a step of some task could train nothing at all.
+    """
+    phases = policy.phases if isinstance(policy, ScheduledPolicy) else [policy.phase_at(0)]
+    for phase in phases:
+        idle = [t for t in tasks if not any(t in reach[g] for g in phase.trainable)]
+        if idle:
+            raise ValueError(
+                f"freezing: the phase from step {phase.start_step} trains nothing that the loss of "
+                f"task {', '.join(idle)} reaches: let its head or a block train in every phase"
+            )

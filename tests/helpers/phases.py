@@ -10,7 +10,7 @@ from dist_ft.engine.base import Engine, EngineOptions
 from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
 from dist_ft.engine.ds_config import DeepSpeedOptions
 from dist_ft.engine.reference import ReferenceEngine
-from tests.helpers.tiny import TASKS, TinyModel, global_batch, learning_rates, param_groups
+from tests.helpers.tiny import TASKS, WIDTH, TinyModel, global_batch, learning_rates, param_groups
 
 Schedule = Mapping[int, Sequence[str]]
 ALL = ("embeddings", "block.0", "block.1", "block.2", "block.3", "head.a", "head.b")
@@ -26,7 +26,7 @@ def make_deepspeed(
     options: EngineOptions, *, zero_stage: int, dropout: float = 0.0, **kwargs: Any
 ) -> DeepSpeedEngine:
     """Return a DeepSpeed engine over the tiny model."""
-    model = TinyModel(dropout=dropout)
+    model = TinyModel(dropout=dropout, width=kwargs.pop("width", WIDTH))
     return DeepSpeedEngine(
         model,
         param_groups=param_groups(model),
@@ -48,6 +48,7 @@ def run(
     steps: range,
     micro_batches: int,
     share: tuple[int, int] = (0, 1),
+    width: int = WIDTH,
 ) -> list[float]:
     """Run `steps`, changing phase where the schedule says; return the gradient norms.
 
@@ -55,7 +56,7 @@ def run(
     """
     rank, world = share
     norms: list[float] = []
-    groups = param_groups(TinyModel())
+    groups = param_groups(TinyModel(width=width))
     for step in steps:
         if step in schedule:
             engine.set_trainable(schedule[step])

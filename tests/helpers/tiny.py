@@ -11,6 +11,7 @@ from dist_ft.model.layer_groups import LayerGroup
 from dist_ft.optim.param_groups import LearningRates, ParamGroup, build_param_groups
 
 BLOCKS = 4
+WIDTH = 12
 TASKS = ("a", "b")
 
 
@@ -33,7 +34,7 @@ class Block(nn.Module):
 class TinyModel(nn.Module):
     """Embeddings, blocks and one head per task; returns the summed squared error."""
 
-    def __init__(self, *, width: int = 12, dropout: float = 0.0, seed: int = 0) -> None:
+    def __init__(self, *, width: int = WIDTH, dropout: float = 0.0, seed: int = 0) -> None:
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -48,7 +49,7 @@ class TinyModel(nn.Module):
         for block in self.blocks:
             hidden = block(hidden)
         out = self.heads[task](hidden)
-        loss = ((out.float() - targets["y"]) ** 2).sum()
+        loss = ((out - targets["y"]).to(torch.promote_types(out.dtype, torch.float32)) ** 2).sum()
         return loss, (None if self.training else out)
 
 

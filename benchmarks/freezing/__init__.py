@@ -1,0 +1,1 @@
+"""The systems that `freeze_correctness.py` compares, one file each."""

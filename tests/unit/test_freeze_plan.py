@@ -1,0 +1,82 @@
+"""`dist-ft freeze-plan`: what it writes and what it refuses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dist_ft import cli
+from tests.helpers.tiny_run import write_recipe
+
+
+def recipe_with(folder: Path, freezing: dict[str, Any]) -> Path:
+    path = write_recipe(folder)
+    body = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**body, "freezing": freezing}))
+    return path
+
+
+def test_the_plan_is_printed_and_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_with(tmp_path, {"policy": "gradual", "phases": 3, "groups_per_phase": 2})
+    file = tmp_path / "plan.yaml"
+    words = ["freeze-plan", str(recipe), "train.max_duration=30step", "--output", str(file)]
+    assert cli.main(words) == 0
+    assert str(file) in capsys.readouterr().out
+    text = file.read_text()
+    assert [(p["at"], len(p["trainable"])) for p in yaml.safe_load(text)["freezing"]["phases"]] == [
+        ("0step", 4),
+        ("10step", 6),
+        ("20step", 9),
+    ]
+    shares = [line for line in text.splitlines() if "# phase" in line]
+    assert "steps 0 to 9" in shares[0]
+    assert "steps 20 to 29" in shares[2]
+    assert "(100.0 %)" in shares[2]
+    assert cli.main(words) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert cli.main(words[:3]) == 0
+    assert capsys.readouterr().out == text
+
+
+def test_periods_of_random_block_can_be_limited(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    freezing = {"policy": "random_block", "blocks": 1, "every": "2step", "always": ["head.*"]}
+    recipe = recipe_with(tmp_path, freezing)
+    assert cli.main(["freeze-plan", str(recipe), "--periods", "3"]) == 0
+    text = capsys.readouterr().out
+    plan = yaml.safe_load(text)["freezing"]
+    assert plan["switch"] == "in_place"
+    assert max(int(p["at"].removesuffix("step")) for p in plan["phases"]) <= 4
+    assert "change again at step" in text.replace("\n# ", " ")
+    assert "Never trained here: " in text  # 3 of 4 blocks at most
+
+
+@pytest.mark.parametrize(
+    ("freezing", "words", "message"),
+    [
+        ({"policy": "plateau"}, [], "plateau decides its phases from measurements"),
+        ({"policy": "adaptive", "every": "5step"}, [], "adaptive decides its phases"),
+        ({"policy": "none"}, ["--periods", "2"], "only random_block has periods"),
+        (
+            {"policy": "random_block", "every": "2step"},
+            ["--periods", "0"],
+            "--periods must be at least 1, got 0",
+        ),
+    ],
+)
+def test_what_has_no_plan_is_refused(
+    tmp_path: Path,
+    freezing: dict[str, Any],
+    words: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = recipe_with(tmp_path, freezing)
+    # A plateau policy needs evaluations; the tiny recipe has them.
+    assert cli.main(["freeze-plan", str(recipe), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
