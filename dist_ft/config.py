@@ -340,7 +340,6 @@ class EvaluationConfig(Section):
 
     every: DurationField | None = None
     micro_batch_size: Positive | None = None
-    max_rows: Positive | None = None
 
 
 class CheckpointConfig(Section):
