@@ -53,13 +53,8 @@ def _assign(parent: Any, key: str, value: Any) -> None:
 
 
 def _descend(parent: Any, keys: list[str]) -> tuple[Any, list[str]]:
-    """Return the section under the first key (or keys, for a name with dots) and the other keys."""
+    """Return the section under the first key, and the other keys."""
     if isinstance(parent, list):
-        # A task's name may hold dots: the longest name that fits is meant.
-        for end in range(len(keys) - 1, 0, -1):
-            index = _by_name(parent, ".".join(keys[:end]))
-            if index is not None:
-                return parent[index], keys[end:]
         return parent[_index(parent, keys[0])], keys[1:]
     if not isinstance(parent, dict):
         raise ValueError(f"{keys[0]!r} lies under {show_value(parent)}: replace the whole section")

@@ -130,14 +130,6 @@ def test_overrides(folder: Path, override: str, read: Callable[[Recipe], bool]) 
     assert read(load_recipe(folder / "demo.yaml", overrides=[override]))
 
 
-def test_a_task_name_with_dots_can_be_overridden(folder: Path) -> None:
-    recipe = load_recipe(
-        edited(folder, "name: topics", "name: topics.v1"),
-        overrides=["tasks.topics.v1.data.validation=0.3"],
-    )
-    assert recipe.tasks[0].data.validation == 0.3
-
-
 # Each row: overrides of a good recipe, the lines that must come out, whole.
 GOLDEN: dict[str, tuple[list[str], list[str]]] = {
     "unknown key": (
