@@ -17,83 +17,39 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from dist_ft.data.collate import CollateSpec, collate, kept_columns
+from dist_ft.data.augment.augmenter import AugmentStatistics
+from dist_ft.data.augmented import Augmentation, AugmentedReader, AugmentedRows
+from dist_ft.data.collate import CollateSpec
 from dist_ft.data.manifest import differences
+from dist_ft.data.micro_batches import (
+    BatchPlan,
+    MicroBatch,
+    Part,
+    check_rank,
+    make_micro_batch,
+    parts_by_length,
+    parts_in_turn,
+)
+from dist_ft.data.planning import LengthPlan
 from dist_ft.data.sampling import ORDER_ALGORITHM_VERSION, Mixture, row_at, step_slots
-from dist_ft.data.shards import ShardedDataset
+from dist_ft.data.shards import Columns, ShardedDataset
+
+__all__ = [
+    "Augmentation",
+    "BatchPlan",
+    "LengthPlan",
+    "MicroBatch",
+    "StepBatch",
+    "StepLoader",
+    "StepRows",
+    "eval_batches",
+]
 
 _STATE_VERSION = 1
 _PREFETCH_STEPS = 2
 
 Int64Array = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """How a step's rows are divided.
-
-    Attributes:
-        global_batch_size: rows of one step over all ranks, G.
-        micro_batch_size: rows of one forward and backward; divides G.
-        seed: the seed of the order.
-        rank: this process, from 0.
-        world_size: how many processes share the step.
-    """
-
-    global_batch_size: int
-    micro_batch_size: int
-    seed: int
-    rank: int = 0
-    world_size: int = 1
-
-    def __post_init__(self) -> None:
-        if self.micro_batch_size < 1 or self.global_batch_size < 1:
-            raise ValueError(
-                f"global_batch_size and micro_batch_size must be at least 1, got "
-                f"{self.global_batch_size} and {self.micro_batch_size}"
-            )
-        if self.global_batch_size % self.micro_batch_size:
-            raise ValueError(
-                f"global_batch_size {self.global_batch_size} must be a multiple of "
-                f"micro_batch_size {self.micro_batch_size}: change one of them"
-            )
-        _check_rank(self.rank, world_size=self.world_size)
-
-    @property
-    def micro_batches(self) -> int:
-        """Micro-batches of one step over all ranks, M; fillers not counted."""
-        return self.global_batch_size // self.micro_batch_size
-
-    @property
-    def gradient_accumulation_steps(self) -> int:
-        """Micro-batches of one step on each rank, fillers counted."""
-        return -(-self.micro_batches // self.world_size)
-
-
-@dataclass
-class MicroBatch:
-    """What one forward needs.
-
-    Attributes:
-        inputs: keyword arguments of the model.
-        targets: what the loss and the metrics need.
-        kept: columns for decoding, one list entry a row.
-        rows: the data set's row numbers, int64 [n].
-        index: number of the micro-batch in its step (or in the evaluation), the same for any world
-            size; dropout seeds come from it.
-        tokens: useful tokens, padding not counted; 0 for a filler.
-        loss_weight: 1.0, or 0.0 for a filler, which only keeps the ranks in step.
-    """
-
-    inputs: dict[str, torch.Tensor]
-    targets: dict[str, torch.Tensor]
-    kept: dict[str, list[Any]]
-    rows: Int64Array
-    index: int
-    tokens: int
-    loss_weight: float
 
 
 @dataclass
@@ -106,8 +62,10 @@ class StepBatch:
         epoch: epochs of this task's data which earlier steps used.
         micro_batches: this rank's micro-batches; as many on every rank.
         global_count: loss terms of the step over all ranks.
-        global_tokens: useful tokens of the step over all ranks.
+        global_tokens: useful tokens of the step over all ranks; of augmented rows, as prepared.
         data_wait_s: how long the training thread waited for this batch, seconds.
+        augmentation: what was changed in the rows that this rank augmented, None without
+            augmentation.
     """
 
     step: int
@@ -117,6 +75,7 @@ class StepBatch:
     global_count: int
     global_tokens: int
     data_wait_s: float = 0.0
+    augmentation: AugmentStatistics | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +87,18 @@ class StepRows:
     rows: Int64Array
 
 
+@dataclass(frozen=True)
+class _Augmented:
+    """Augmented rows of a step: where each of the step's rows is among them, and its loss terms."""
+
+    rows: AugmentedRows
+    position: Int64Array
+    added_loss_terms: int
+
+    def columns_of(self, part: Part) -> Columns:
+        return self.rows.select(self.position[part.places])
+
+
 class StepLoader:
     """Delivers the steps of a run to one rank.
 
@@ -136,9 +107,10 @@ class StepLoader:
         specs: each task's columns and padding.
         plan: sizes, seed and this rank.
         mixture: assigns steps to tasks.
+        augmentation: how the tasks named are augmented; the others are read as prepared.
 
     Raises:
-        ValueError: tasks, specs and mixture don't agree.
+        ValueError: tasks, specs, mixture and augmentation don't agree.
     """
 
     def __init__(
@@ -148,6 +120,7 @@ class StepLoader:
         specs: Mapping[str, CollateSpec],
         plan: BatchPlan,
         mixture: Mixture,
+        augmentation: Mapping[str, Augmentation] | None = None,
     ) -> None:
         if mixture.tasks != len(datasets):
             raise ValueError(
@@ -156,11 +129,24 @@ class StepLoader:
             )
         if missing := [task for task in datasets if task not in specs]:
             raise ValueError(f"there is no collate spec for the tasks {missing}")
+        packed = {task: specs[task].packed for task in datasets}
+        if plan.layout is not None and set(packed.values()) != {plan.layout.packed}:
+            raise ValueError(
+                f"the layout has packed={plan.layout.packed}, but the collate specs have {packed}: "
+                "set them alike"
+            )
         self._datasets = dict(datasets)
         self._specs = dict(specs)
         self._plan = plan
         self._mixture = mixture
         self._tasks = tuple(datasets)
+        self._readers = {
+            task: AugmentedReader(datasets[task], augmentation=how, seed=plan.seed, task=task)
+            for task, how in (augmentation or {}).items()
+            if task in datasets
+        }
+        if unknown := [task for task in augmentation or {} if task not in datasets]:
+            raise ValueError(f"augmentation names the tasks {unknown}, which there are no data for")
 
     def rows_of(self, step: int) -> StepRows:
         """Returns which rows a step uses, over all ranks; a pure function of the step."""
@@ -181,18 +167,13 @@ class StepLoader:
         """
         selected = self.rows_of(step)
         dataset = self._datasets[selected.task]
-        own = _deal(
-            selected.rows,
-            dataset=dataset,
-            size=self._plan.micro_batch_size,
-            rank=self._plan.rank,
-            world_size=self._plan.world_size,
-        )
         index = self._tasks.index(selected.task)
         used = self._mixture.steps_before(step)[index] * self._plan.global_batch_size
-        spec = self._specs[selected.task]
+        global_count = int(dataset.loss_counts[selected.rows].sum(dtype=np.int64))
         try:
-            micro_batches = [_micro_batch(part, dataset=dataset, spec=spec) for part in own]
+            parts = self._parts(dataset.lengths[selected.rows].astype(np.int64))
+            augmented = self._augmented(selected, parts=parts)
+            micro_batches = self._micro_batches(selected, parts=parts, augmented=augmented)
         except ValueError as error:
             raise ValueError(f"task {selected.task!r}, step {step}: {error}") from error
         return StepBatch(
@@ -200,8 +181,60 @@ class StepLoader:
             task=selected.task,
             epoch=used / len(dataset),
             micro_batches=micro_batches,
-            global_count=int(dataset.loss_counts[selected.rows].sum(dtype=np.int64)),
+            global_count=global_count + (augmented.added_loss_terms if augmented else 0),
             global_tokens=int(dataset.lengths[selected.rows].sum(dtype=np.int64)),
+            augmentation=augmented.rows.statistics if augmented else None,
+        )
+
+    def _augmented(self, selected: StepRows, *, parts: Sequence[Part]) -> _Augmented | None:
+        """Returns the augmented rows of a step that this rank needs, None without augmentation."""
+        reader = self._readers.get(selected.task)
+        if reader is None:
+            return None
+        places = np.arange(len(selected.rows))
+        if not reader.varying_loss_counts:
+            # The others' rows change nothing that this rank needs to know. Fillers stay as they
+            # are.
+            own = [part.places for part in parts if not part.filler]
+            places = np.concatenate(own) if own else places[:0]
+        rows = reader.read(
+            selected.rows[places],
+            selected.epochs[places],
+            columns=self._specs[selected.task].columns,
+        )
+        position = np.full(len(selected.rows), -1)
+        position[places] = np.arange(len(places))
+        stored = self._datasets[selected.task].loss_counts[selected.rows[places]]
+        added = int(rows.loss_counts.sum()) - int(stored.sum(dtype=np.int64))
+        return _Augmented(rows, position, added)
+
+    def _micro_batches(
+        self, selected: StepRows, *, parts: Sequence[Part], augmented: _Augmented | None
+    ) -> list[MicroBatch]:
+        return [
+            make_micro_batch(
+                part,
+                rows=selected.rows,
+                dataset=self._datasets[selected.task],
+                spec=self._specs[selected.task],
+                read=None if augmented is None or part.filler else augmented.columns_of,
+            )
+            for part in parts
+        ]
+
+    def _parts(self, lengths: Int64Array) -> list[Part]:
+        """Returns this rank's micro-batches of a step."""
+        plan = self._plan
+        if plan.layout is None:
+            return parts_in_turn(
+                lengths, size=plan.micro_batch_size, rank=plan.rank, world_size=plan.world_size
+            )
+        return parts_by_length(
+            lengths,
+            count=plan.micro_batches,
+            plan=plan.layout,
+            rank=plan.rank,
+            world_size=plan.world_size,
         )
 
     def iterate(self, start_step: int) -> Generator[StepBatch, None, None]:
@@ -231,7 +264,7 @@ class StepLoader:
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """Returns, as JSON, what the order of the data depends on and the next step to consume."""
-        return {
+        state = {
             "version": _STATE_VERSION,
             "order_algorithm_version": ORDER_ALGORITHM_VERSION,
             "step": step,
@@ -244,6 +277,9 @@ class StepLoader:
                 for task, data in self._datasets.items()
             },
         }
+        if self._readers:
+            state["augmentation"] = {task: r.describe() for task, r in self._readers.items()}
+        return state
 
     def check_state(self, state: Mapping[str, Any], *, allow_data_change: bool = False) -> int:
         """Returns the next step of a saved state after comparing it with this loader.
@@ -300,68 +336,14 @@ def eval_batches(
     """
     if micro_batch_size < 1:
         raise ValueError(f"micro_batch_size must be at least 1, got {micro_batch_size}")
-    _check_rank(rank, world_size=world_size)
+    check_rank(rank, world_size=world_size)
     # Longest first: a micro-batch that doesn't fit into memory fails at once. Stable, so that every
     # rank finds the same order.
     order = np.argsort(-dataset.lengths.astype(np.int64), kind="stable").astype(np.int64)
-    own = _deal(order, dataset=dataset, size=micro_batch_size, rank=rank, world_size=world_size)
-    return (_micro_batch(part, dataset=dataset, spec=spec) for part in own)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The rows of one micro-batch; a filler repeats a row of another one."""
-
-    index: int
-    rows: Int64Array
-    filler: bool
-
-
-def _deal(
-    rows: Int64Array, *, dataset: ShardedDataset, size: int, rank: int, world_size: int
-) -> list[_Part]:
-    """Returns a rank's micro-batches: number j goes to rank j % W, fillers make the ranks even."""
-    count = -(-len(rows) // size)
-    parts = []
-    for index in range(rank, -(-count // world_size) * world_size, world_size):
-        filler = index >= count
-        own = rows[index * size : (index + 1) * size]
-        # A filler needs some valid rows of the same task, so that the rank runs the same modules;
-        # the shortest one costs least.
-        parts.append(_Part(index, _shortest(rows, dataset=dataset) if filler else own, filler))
-    return parts
-
-
-def _shortest(rows: Int64Array, *, dataset: ShardedDataset) -> Int64Array:
-    return rows[[int(np.argmin(dataset.lengths[rows]))]]
-
-
-def _micro_batch(part: _Part, *, dataset: ShardedDataset, spec: CollateSpec) -> MicroBatch:
-    try:
-        columns = dataset.take(part.rows, columns=spec.columns)
-        inputs, targets = collate(columns, spec)
-        kept = kept_columns(columns, spec)
-    except ValueError as error:
-        raise ValueError(f"{_place(part.rows, dataset=dataset)}: {error}") from error
-    return MicroBatch(
-        inputs=inputs,
-        targets=targets,
-        kept=kept,
-        rows=part.rows,
-        index=part.index,
-        tokens=0 if part.filler else int(dataset.lengths[part.rows].sum(dtype=np.int64)),
-        loss_weight=0.0 if part.filler else 1.0,
+    parts = parts_in_turn(
+        dataset.lengths[order].astype(np.int64),
+        size=micro_batch_size,
+        rank=rank,
+        world_size=world_size,
     )
-
-
-def _place(rows: Sequence[int] | Int64Array, *, dataset: ShardedDataset) -> str:
-    shards = sorted({dataset.shard_of(int(row)) for row in rows})
-    numbers = ", ".join(str(int(row)) for row in rows[:8]) + (", ..." if len(rows) > 8 else "")
-    return f"rows {numbers} of {dataset.folder} ({', '.join(shards[:4])})"
-
-
-def _check_rank(rank: int, *, world_size: int) -> None:
-    if not 0 <= rank < world_size:
-        raise ValueError(
-            f"rank must lie in [0, world_size), got rank {rank} and world_size {world_size}"
-        )
+    return (make_micro_batch(part, rows=order, dataset=dataset, spec=spec) for part in parts)

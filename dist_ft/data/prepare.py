@@ -1,7 +1,7 @@
 """Prepare a split: raw rows -> selection -> features -> shards and manifest.
 
-Memory is bounded by a batch of raw rows and one shard, whatever the size of the source, plus 8
-bytes per row for finding duplicates. A folder is written beside its place and renamed when
+Memory is bounded by a few batches of raw rows and one shard, whatever the size of the source, plus
+8 bytes per row for finding duplicates. A folder is written beside its place and renamed when
 complete; it is used again as long as everything its rows depend on is the same.
 """
 
@@ -9,37 +9,45 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
+import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
+
+from dist_ft.data.encoding import BatchEncoder, EncodedBatch, encode_batches
 from dist_ft.data.files import Row
 from dist_ft.data.manifest import (
     MANIFEST_NAME,
     Manifest,
+    canonical_json,
     differences,
     fingerprint,
     fsync_folder,
+    write_durably,
     write_manifest,
 )
 from dist_ft.data.schema import shard_schema
 from dist_ft.data.selection import (
-    BAD_ROW_ERRORS,
     BadRows,
     RowFunctions,
     SelectionCounts,
     SplitPlan,
     select_rows,
 )
-from dist_ft.data.shards import ShardedDataset, ShardWriter
+from dist_ft.data.shards import TARGET_BYTES, ShardedDataset, ShardWriter
 
 __all__ = ["PrepareSpec", "PreparedSplit", "RowFunctions", "SplitPlan", "prepare_split"]
 
 # Any change of what rows come out needs a new version: older folders are then not used again.
 PREPARE_VERSION = 1
-_TRUNCATED = "truncated_tokens"
+_PROGRESS_NAME = "progress.json"
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,9 @@ class PrepareSpec:
         arguments: whatever else changes the features (maximal length, labels, version of the
             encoding ...), as JSON.
         on_error: "stop" raises at the first bad row, "skip" counts and logs it.
+        raw_columns: columns of the raw rows to keep with the features, so that rows can be
+            augmented when they are read: all that `encode` uses. None by default.
+        shard_bytes: a shard is written as soon as it holds this many bytes.
     """
 
     task: str
@@ -62,6 +73,8 @@ class PrepareSpec:
     tokenizer: Mapping[str, Any] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     on_error: Literal["stop", "skip"] = "stop"
+    raw_columns: tuple[str, ...] = ()
+    shard_bytes: int = TARGET_BYTES
 
     def raw_rows(self, split: str) -> Iterator[Row]:
         """Yields a split's raw rows as `encode` will get them, for finding the labels.
@@ -96,59 +109,82 @@ def prepare_split(
     split: str,
     data_dir: Path,
     rebuild: bool = False,
+    processes: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> PreparedSplit:
     """Prepares a task's split in <data_dir>/<task>/<split>, or uses what is there already.
 
-    Several processes may call this at once: one works, the others wait and use its result.
+    Several processes may call this at once: one works, the others wait and use its result. If it
+    is killed, the next call goes on after the last complete shard; the result is the same, byte
+    for byte, as it is for any number of encoding processes.
 
     Args:
         spec: what the rows depend on.
         split: the split to prepare.
         data_dir: the folder of all prepared data.
         rebuild: replace a folder which was prepared differently, instead of raising.
+        processes: how many processes encode; 1 is this one.
         progress: called after each batch with the number of raw rows read so far.
 
     Raises:
         ValueError: a source, column or row is bad; no rows are left; or the folder was prepared
             differently and `rebuild` is False.
+        RuntimeError: an encoding process died.
     """
+    if processes < 1:
+        raise ValueError(f"processes must be at least 1, got {processes}")
     folder = split_folder(data_dir, task=spec.task, split=split)
     wanted = _inputs(spec, split=split)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _lock(folder.with_name(f".{split}.lock")):
-        _remove_leftovers(folder)
+        _restore(folder)
         found = _existing(folder, wanted=wanted, rebuild=rebuild)
         if found is not None:
             return PreparedSplit(folder, found, reused=True)
         temporary = folder.with_name(f".{split}.tmp")
-        temporary.mkdir()
+        temporary.mkdir(exist_ok=True)
         try:
-            manifest = _write(temporary, spec=spec, split=split, inputs=wanted, progress=progress)
-            _replace(folder, by=temporary)
-        finally:
+            manifest = _write(
+                temporary,
+                spec=spec,
+                split=split,
+                inputs=wanted,
+                processes=processes,
+                progress=progress,
+            )
+        except ValueError:
+            # Bad data stay bad; after anything else, the next call goes on from here.
             shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        (temporary / _PROGRESS_NAME).unlink(missing_ok=True)
+        _replace(folder, by=temporary)
     return PreparedSplit(folder, manifest, reused=False)
 
 
 def _inputs(spec: PrepareSpec, *, split: str) -> dict[str, Any]:
     """Returns what the rows depend on, as JSON; its hash decides whether a folder is used again."""
     plan = spec.plan
+    # Absent unless used, so that folders prepared without it are found again.
+    kept = {"raw_columns": list(spec.raw_columns)} if spec.raw_columns else {}
     needed = (split if split in plan.sources else "train", *plan.held_out(split))
     return {
         "task": spec.task,
         "split": split,
-        "columns": {f.name: str(f.type) for f in shard_schema(spec.functions.schema)},
+        "columns": {f.name: str(f.type) for f in _schema(spec)},
         "tokenizer": dict(spec.tokenizer),
         "preprocessing": {
             "version": PREPARE_VERSION,
-            "arguments": {**spec.arguments, "on_error": spec.on_error},
+            "arguments": {**spec.arguments, **kept, "on_error": spec.on_error},
         },
         "source": {
             "fractions": dict(plan.fractions) if split in ("train", *plan.fractions) else {},
             **{name: plan.source_of(name).fingerprint for name in needed},
         },
     }
+
+
+def _schema(spec: PrepareSpec) -> pa.Schema:
+    return shard_schema(spec.functions.schema, raw=bool(spec.raw_columns))
 
 
 def _existing(folder: Path, *, wanted: Mapping[str, Any], rebuild: bool) -> Manifest | None:
@@ -191,20 +227,34 @@ def _write(
     spec: PrepareSpec,
     split: str,
     inputs: Mapping[str, Any],
+    processes: int,
     progress: Callable[[int], None] | None,
 ) -> Manifest:
-    schema = shard_schema(spec.functions.schema)
-    writer = ShardWriter(folder, schema=schema)
+    """Writes the shards and the manifest, going on with what a killed process left."""
+    schema = _schema(spec)
+    writer = ShardWriter(folder, schema=schema, target_bytes=spec.shard_bytes)
+    key = fingerprint({"inputs": inputs, "shard_bytes": spec.shard_bytes})
+    done = _resumed(folder, writer=writer, key=key)
     counts = SelectionCounts()
     bad_rows = BadRows(skip=spec.on_error == "skip")
-    encoder = _Encoder(spec, source=spec.plan.source_of(split).name, bad_rows=bad_rows)
-    for rows in select_rows(
+    bad_rows.count = done.refused
+    selected = select_rows(
         spec.plan, split=split, functions=spec.functions, bad_rows=bad_rows, counts=counts
-    ):
-        writer.add(encoder.encode(rows))
-        if progress is not None:
-            progress(counts.read)
-    counts.kept -= encoder.refused
+    )
+    remaining = _reported(selected, first=done.batches, counts=counts, progress=progress)
+    source = spec.plan.source_of(split).name
+    encoder = BatchEncoder(spec.functions, schema, source, spec.raw_columns)
+    # Closing it stops the processes, also after an error.
+    with contextlib.closing(
+        encode_batches(remaining, encoder=encoder, processes=processes)
+    ) as encoded:
+        for batch in encoded:
+            for message in batch.refused:
+                bad_rows(message)
+            done.add(batch)
+            if batch.features is not None and writer.add_batch(batch.features):
+                _save_progress(folder, done=done, writer=writer, key=key)
+    counts.kept -= done.refused
     counts.invalid = bad_rows.count
     shards = writer.close()
     if not shards:
@@ -221,8 +271,8 @@ def _write(
         tokenizer=inputs["tokenizer"],
         preprocessing={
             **inputs["preprocessing"],
-            "rows_truncated": encoder.rows_truncated,
-            "tokens_dropped": encoder.tokens_dropped,
+            "rows_truncated": done.rows_truncated,
+            "tokens_dropped": done.tokens_dropped,
         },
         source=inputs["source"],
         selection=counts.to_json(),
@@ -231,6 +281,59 @@ def _write(
     _check_totals(manifest)
     write_manifest(folder, manifest=manifest)
     return manifest
+
+
+def _reported(
+    selected: Iterator[list[Row]],
+    *,
+    first: int,
+    counts: SelectionCounts,
+    progress: Callable[[int], None] | None,
+) -> Iterator[list[Row]]:
+    """Yields the batches from number `first` on.
+
+    Those before were encoded by a process that was killed. They are selected again, as the rows
+    that follow depend on them, but that is quick: only encoding is not repeated.
+    """
+    for number, rows in enumerate(selected):
+        if progress is not None:
+            progress(counts.read)
+        if number >= first:
+            yield rows
+
+
+@dataclass
+class _Done:
+    """What was encoded so far: batches of selected rows, and what the manifest counts."""
+
+    batches: int = 0
+    refused: int = 0
+    rows_truncated: int = 0
+    tokens_dropped: int = 0
+
+    def add(self, batch: EncodedBatch) -> None:
+        self.batches += 1
+        self.refused += len(batch.refused)
+        self.rows_truncated += batch.rows_truncated
+        self.tokens_dropped += batch.tokens_dropped
+
+
+def _save_progress(folder: Path, *, done: _Done, writer: ShardWriter, key: str) -> None:
+    content = {"key": key, "done": asdict(done), "writer": writer.state()}
+    write_durably(folder / _PROGRESS_NAME, content=canonical_json(content))
+
+
+def _resumed(folder: Path, *, writer: ShardWriter, key: str) -> _Done:
+    """Returns how far a killed process came with the same inputs; nothing if that is unusable."""
+    path = folder / _PROGRESS_NAME
+    if path.is_file():
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["key"] == key and writer.resume(content["writer"]):
+            _LOG.info("going on with %s after %d shards", folder, len(content["writer"]["shards"]))
+            return _Done(**content["done"])
+    for leftover in folder.iterdir():
+        leftover.unlink()
+    return _Done()
 
 
 def _show(counts: SelectionCounts) -> str:
@@ -252,53 +355,6 @@ def _check_totals(manifest: Manifest) -> None:
         )
 
 
-class _Encoder:
-    """Encodes batches of raw rows, finds the bad row of a batch and counts truncation."""
-
-    def __init__(self, spec: PrepareSpec, *, source: str, bad_rows: BadRows) -> None:
-        self._encode = spec.functions.encode
-        self._source = source
-        self._bad_rows = bad_rows
-        self.refused = 0
-        self.rows_truncated = 0
-        self.tokens_dropped = 0
-
-    def encode(self, rows: list[Row]) -> list[dict[str, Any]]:
-        """Returns the features of a batch with their lengths."""
-        if not rows:
-            return []
-        try:
-            features = self._encode(rows)
-        except BAD_ROW_ERRORS:
-            features = self._one_by_one(rows)
-        numbers = {row["source_row"] for row in rows}
-        return [self._finish(feature, numbers=numbers) for feature in features]
-
-    def _one_by_one(self, rows: list[Row]) -> Sequence[dict[str, Any]]:
-        features: list[dict[str, Any]] = []
-        for row in rows:
-            try:
-                features.extend(self._encode([row]))
-            except BAD_ROW_ERRORS as error:
-                place = f"{self._source}, row {row['source_row']} (counted from 0)"
-                self._bad_rows(f"{place}: {error}", cause=error)
-                self.refused += 1
-        return features
-
-    def _finish(self, feature: dict[str, Any], *, numbers: set[int]) -> dict[str, Any]:
-        if feature.get("source_row") not in numbers:
-            raise ValueError(
-                f"encode() gave a feature the source_row {feature.get('source_row')!r}, which is "
-                "no row of its batch: take it from the raw row's 'source_row'"
-            )
-        dropped = feature.get(_TRUNCATED, 0)
-        self.rows_truncated += dropped > 0
-        self.tokens_dropped += dropped
-        finished = {key: value for key, value in feature.items() if key != _TRUNCATED}
-        finished["length"] = len(finished["input_ids"])
-        return finished
-
-
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Holds a lock between processes, on one machine or a shared file system; it dies with them."""
@@ -307,13 +363,12 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Puts right what a killed process left; the lock says that none is at work."""
+def _restore(folder: Path) -> None:
+    """Puts right what a process killed while it replaced a folder left; none is at work now."""
     old = folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():
         old.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-    shutil.rmtree(folder.with_name(f".{folder.name}.tmp"), ignore_errors=True)
 
 
 def _replace(folder: Path, *, by: Path) -> None:

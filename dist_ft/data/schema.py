@@ -16,24 +16,33 @@ BASE_SCHEMA = pa.schema(
     ]
 )
 
+# The fields of the raw row that encoding needs, as canonical JSON: only there if rows are to be
+# augmented when they are read.
+RAW_COLUMN = "raw"
 
-def shard_schema(task_columns: pa.Schema) -> pa.Schema:
+
+def shard_schema(task_columns: pa.Schema, *, raw: bool = False) -> pa.Schema:
     """Returns the schema of a task's shards: the base columns, then the task's own.
+
+    Args:
+        task_columns: the task's columns.
+        raw: whether the raw row is kept, too.
 
     Raises:
         ValueError: a task column has the name of a base column, comes twice, or has a type that
             shards don't hold.
     """
-    seen = set(BASE_SCHEMA.names)
+    kept = [pa.field(RAW_COLUMN, pa.string())] if raw else []
+    seen = {*BASE_SCHEMA.names, *(field.name for field in kept)}
     for field in task_columns:
         if field.name in seen:
             raise ValueError(
                 f"column {field.name!r} is already in the shard schema: give the task's column "
-                f"another name than {', '.join(BASE_SCHEMA.names)}"
+                f"another name than {', '.join(sorted(seen))}"
             )
         seen.add(field.name)
         column_kind(field)
-    return pa.schema([*BASE_SCHEMA, *(pa.field(f.name, f.type) for f in task_columns)])
+    return pa.schema([*BASE_SCHEMA, *kept, *(pa.field(f.name, f.type) for f in task_columns)])
 
 
 def column_kind(field: pa.Field) -> str:

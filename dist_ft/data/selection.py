@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,8 @@ _LOG = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 BATCH_ROWS = 1000
+# A batch ends early after this much text: a thousand rows of 10 MB would not fit into memory.
+_BATCH_CHARACTERS = 8 * 2**20
 # What a task's functions raise for a row whose values have unexpected types.
 BAD_ROW_ERRORS = (ValueError, TypeError, KeyError, AttributeError)
 _LOGGED_BAD_ROWS = 5
@@ -295,8 +296,7 @@ def _valid_batches(
         bad_rows(message)
         unreadable += 1
 
-    raw = enumerate(source.rows(on_bad_row=on_bad_row))
-    while piece := list(itertools.islice(raw, BATCH_ROWS)):
+    for piece in _pieces(enumerate(source.rows(on_bad_row=on_bad_row))):
         batch = _Batch(read=len(piece) + unreadable)
         unreadable = 0
         for number, row in piece:
@@ -307,6 +307,20 @@ def _valid_batches(
         yield batch
     if unreadable:
         yield _Batch(read=unreadable)
+
+
+def _pieces(rows: Iterable[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
+    """Yields the rows in pieces which are neither long nor large."""
+    piece: list[tuple[int, Row]] = []
+    size = 0
+    for number, row in rows:
+        piece.append((number, row))
+        size += sum(len(value) for value in row.values() if isinstance(value, str))
+        if len(piece) == BATCH_ROWS or size >= _BATCH_CHARACTERS:
+            yield piece
+            piece, size = [], 0
+    if piece:
+        yield piece
 
 
 def _add_row(batch: _Batch, *, row: Row, functions: RowFunctions) -> None:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
+from dist_ft.data.features import to_record_batch
 from dist_ft.data.manifest import (
     Manifest,
     ShardInfo,
@@ -26,6 +27,7 @@ from dist_ft.data.manifest import (
     write_manifest,
 )
 from dist_ft.data.schema import column_kind
+from dist_ft.data.verification import VerifyLevel, check_files, hash_file, is_intact
 
 __all__ = [
     "Columns",
@@ -34,15 +36,15 @@ __all__ = [
     "ShardWriter",
     "ShardedDataset",
     "read_manifest",
+    "to_record_batch",
     "verify",
     "write_manifest",
 ]
 
 # ragged column -> one view a row; scalar column -> array [rows]; string column -> one str a row
 Columns = dict[str, list[np.ndarray] | np.ndarray | list[str]]
-VerifyLevel = Literal["size", "hash"]
 
-_TARGET_BYTES = 64 * 2**20
+TARGET_BYTES = 64 * 2**20
 _HISTOGRAM_WIDTH = 8
 _PREPARE_AGAIN = "restore the file or prepare the data again"
 
@@ -57,7 +59,7 @@ class ShardWriter:
     """
 
     def __init__(
-        self, folder: Path, *, schema: pa.Schema, target_bytes: int = _TARGET_BYTES
+        self, folder: Path, *, schema: pa.Schema, target_bytes: int = TARGET_BYTES
     ) -> None:
         self._folder = folder
         self._schema = schema
@@ -74,14 +76,40 @@ class ShardWriter:
             ValueError: a column is missing, unknown, null or doesn't fit its type; a row has no
                 tokens, or a negative token id or loss count.
         """
-        if not features:
-            return
-        batch = _record_batch(features, schema=self._schema)
-        _check_values(batch)
+        if features:
+            self.add_batch(to_record_batch(features, schema=self._schema))
+
+    def add_batch(self, batch: pa.RecordBatch) -> bool:
+        """Adds rows that `to_record_batch` made, and returns whether all rows are on disk now."""
         self._pending.append(batch)
         self._pending_bytes += batch.nbytes
-        if self._pending_bytes >= self._target_bytes:
-            self._flush()
+        if self._pending_bytes < self._target_bytes:
+            return False
+        self._flush()
+        return True
+
+    def state(self) -> dict[str, Any]:
+        """Returns, as JSON, what `resume` needs to go on after the shards written so far."""
+        return {
+            "shards": [asdict(shard) for shard in self._shards],
+            "length_counts": self._length_counts.tolist(),
+        }
+
+    def resume(self, state: Mapping[str, Any]) -> bool:
+        """Goes on after the shards of a state, and returns whether they are all there and whole.
+
+        Files that don't belong to it are removed; if a shard is damaged, nothing is changed.
+        """
+        shards = [ShardInfo(**shard) for shard in state["shards"]]
+        if not all(is_intact(self._folder, info=shard) for shard in shards):
+            return False
+        known = {shard.file for shard in shards}
+        for path in [*self._folder.glob("shard-*.arrow"), *self._folder.glob(".shard-*.tmp")]:
+            if path.name not in known:
+                path.unlink()
+        self._shards = shards
+        self._length_counts = np.array(state["length_counts"], dtype=np.int64)
+        return True
 
     def close(self) -> tuple[ShardInfo, ...]:
         """Writes what is left and returns the shards in row order."""
@@ -125,7 +153,8 @@ class ShardedDataset:
     Args:
         folder: a folder which `prepare_split` wrote.
         verify: "size" compares file sizes, rows and lengths with the manifest; "hash" also reads
-            every byte and compares the hashes.
+            every byte and compares the hashes; "cached" does so for files which changed since that
+            was last done.
 
     Attributes:
         folder: the folder.
@@ -138,11 +167,9 @@ class ShardedDataset:
     """
 
     def __init__(self, folder: Path, *, verify: VerifyLevel) -> None:
-        if verify not in ("size", "hash"):
-            raise ValueError(f"verify must be 'size' or 'hash', got {verify!r}")
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
-        _verify_files(self.folder, manifest=self.manifest, level=verify)
+        check_files(self.folder, manifest=self.manifest, level=verify)
         self._shards = [
             _MappedShard(self.folder / info.file, info=info, schema=self.manifest.schema)
             for info in self.manifest.shards
@@ -195,6 +222,16 @@ class ShardedDataset:
                 values = [shard.scalars[name][row] for shard, row in places]
                 taken[name] = np.array(values, dtype=self._shards[0].scalars[name].dtype)
         return taken
+
+    def scalar(self, name: str) -> np.ndarray:
+        """Returns a whole number column, [rows].
+
+        Raises:
+            ValueError: there is no such column.
+        """
+        if self._kinds.get(name) != "scalar":
+            raise ValueError(f"{self.folder} has no number column {name!r}: prepare the data again")
+        return np.concatenate([shard.scalars[name] for shard in self._shards])
 
     def shard_of(self, row: int) -> str:
         """Returns the name of the shard file which holds a row."""
@@ -312,47 +349,13 @@ def _offsets(column: pa.Array, size: int, path: Path) -> np.ndarray:
     return offsets
 
 
-def _record_batch(features: Sequence[Mapping[str, Any]], *, schema: pa.Schema) -> pa.RecordBatch:
-    names = set(schema.names)
-    for feature in features:
-        if feature.keys() != names:
-            raise ValueError(
-                f"a feature has the columns {sorted(feature)}, but the task's schema with the base "
-                f"columns has {sorted(names)}: encode() and schema() must agree"
-            )
-    arrays = []
-    for field in schema:
-        try:
-            array = pa.array([feature[field.name] for feature in features], type=field.type)
-        except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
-            raise ValueError(f"column {field.name!r} is not {field.type}: {error}") from error
-        flat = array.flatten() if column_kind(field) == "ragged" else array
-        if array.null_count or flat.null_count:
-            raise ValueError(f"column {field.name!r} has a null: every feature needs a value")
-        arrays.append(array)
-    return pa.record_batch(arrays, schema=schema)
-
-
-def _check_values(batch: pa.RecordBatch) -> None:
-    ids, lengths = batch.column("input_ids"), batch.column("length").to_numpy()
-    source_rows = batch.column("source_row")
-    if not np.array_equal(np.diff(ids.offsets.to_numpy()), lengths):
-        raise ValueError("column 'length' is not the number of input_ids: encode() is wrong")
-    if int(lengths.min()) < 1:
-        raise ValueError(f"source row {source_rows[int(lengths.argmin())]} has no tokens")
-    if int(ids.flatten().to_numpy().min()) < 0:
-        raise ValueError("column 'input_ids' has a negative token id: check the tokenizer")
-    if int(batch.column("loss_count").to_numpy().min()) < 0:
-        raise ValueError("column 'loss_count' is negative: encode() is wrong")
-
-
 def _length_stats(lengths: np.ndarray) -> tuple[int, int, int]:
     return int(lengths.sum(dtype=np.int64)), int(lengths.min()), int(lengths.max())
 
 
 def _shard_info(path: Path, *, batch: pa.RecordBatch, index: int) -> ShardInfo:
     tokens, shortest, longest = _length_stats(batch.column("length").to_numpy())
-    xxh3_128 = _hash(path, algorithm=xxhash.xxh3_128)
+    xxh3_128 = hash_file(path, algorithm=xxhash.xxh3_128)
     return ShardInfo(
         file=f"shard-{index:05d}-{xxh3_128[:8]}.arrow",
         bytes=path.stat().st_size,
@@ -363,35 +366,5 @@ def _shard_info(path: Path, *, batch: pa.RecordBatch, index: int) -> ShardInfo:
         max_length=longest,
         max_token_id=int(batch.column("input_ids").flatten().to_numpy().max()),
         xxh3_128=xxh3_128,
-        sha256=_hash(path, algorithm=hashlib.sha256),
+        sha256=hash_file(path, algorithm=hashlib.sha256),
     )
-
-
-def _hash(path: Path, *, algorithm: Callable[[], Any]) -> str:
-    """Returns a file's hash in hex: xxh3_128 finds damage at disk speed, sha256 is identity."""
-    state = algorithm()
-    with path.open("rb") as file:
-        while piece := file.read(2**20):
-            state.update(piece)
-    return state.hexdigest()
-
-
-def _verify_files(folder: Path, *, manifest: Manifest, level: VerifyLevel) -> None:
-    # All sizes come before the first hash, and all hashes before the first map: a file cut short
-    # under a memory map kills the process (SIGBUS) instead of raising.
-    for info in manifest.shards:
-        path = folder / info.file
-        if not path.is_file():
-            raise ValueError(f"shard {path} is missing: {_PREPARE_AGAIN}")
-        if (size := path.stat().st_size) != info.bytes:
-            raise ValueError(
-                f"shard {path} has {size} bytes, expected {info.bytes}: {_PREPARE_AGAIN}"
-            )
-    if level == "hash":
-        for info in manifest.shards:
-            path = folder / info.file
-            if (actual := _hash(path, algorithm=xxhash.xxh3_128)) != info.xxh3_128:
-                raise ValueError(
-                    f"shard {path} has the hash {actual}, expected {info.xxh3_128} (xxh3): "
-                    f"{_PREPARE_AGAIN}"
-                )
