@@ -10,4 +10,4 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 # deepspeed.initialize imports torch's inductor from ZeRO-1 on, which takes seconds. Imported here,
 # every forked rank has it already.
-import torch._inductor.compile_fx  # noqa: F401
+import torch._inductor.compile_fx  # noqa: F401 # pyright: ignore[reportUnusedImport]

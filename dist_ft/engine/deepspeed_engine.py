@@ -27,7 +27,6 @@ from dist_ft.engine.ds_config import DeepSpeedOptions, build_ds_config, clips_it
 from dist_ft.engine.ds_detach import ModuleSnapshot, collect_garbage, exempt_from_collection
 from dist_ft.engine.ds_setup import set_up_deepspeed
 from dist_ft.engine.ds_state import (
-    MOMENTS,
     Owner,
     OwnerLayout,
     capture,
@@ -86,10 +85,7 @@ class DeepSpeedEngine:
         self._steps: dict[str, int] = {}
         self._engine: Any = None
         self._inner: GroupAdamW | None = None
-        # The universe of an in-place engine; widened by a rebuild when a phase leaves it.
         self._universe: frozenset[str] = frozenset(g.layer_group for g in self._groups)
-
-    # ---- phase changes -----------------------------------------------------------------------
 
     def limit_universe(self, groups: Iterable[str]) -> None:
         """Tell an in-place engine which layer groups can ever train; the others get no state."""
@@ -111,6 +107,7 @@ class DeepSpeedEngine:
             self._forget_moments(returning)
         self._park_inactive(wanted)
         self._trainable = wanted
+        self._materialise()
         self._modes.apply(wanted)
         return self._report(how, seconds=time.monotonic() - began)
 
@@ -147,15 +144,15 @@ class DeepSpeedEngine:
         """Park the state of the engine's groups and leave the module as it was before."""
         if self._engine is None:
             if self._ds.zero_stage == 3:
-                self._weights.partition(self._ds_config_for_partition())
+                config = build_ds_config(self.options, deepspeed=self._ds, trainable_elements=0)
+                self._weights.partition(config)
                 self._snapshot = ModuleSnapshot(self.module)
             return
         for index, group in enumerate(self._held):
             if group.name not in self._parked:
                 self._steps[group.name] = self._group_steps(index)
             self._parked[group.name] = self._whole(index)
-        stage3 = self._ds.zero_stage == 3
-        if stage3:
+        if stage3 := self._ds.zero_stage == 3:
             self._engine.optimizer._partition_all_parameters()
             self._engine.empty_partition_cache()
         self._engine.destroy()
@@ -164,9 +161,6 @@ class DeepSpeedEngine:
         self._snapshot.restore(fresh_parameters=not stage3)
         self._weights.refresh()
         collect_garbage()
-
-    def _ds_config_for_partition(self) -> dict[str, Any]:
-        return build_ds_config(self.options, deepspeed=self._ds, trainable_elements=0)
 
     def _set_requires_grad(self, groups: frozenset[str]) -> None:
         parameters = self._weights.parameters()
@@ -257,28 +251,34 @@ class DeepSpeedEngine:
         return group_steps(self._masters(index), inner=self._inner)
 
     def _report(self, switch: Switch, *, seconds: float) -> PhaseReport:
-        sizes = {g.name: sum(n for _, n in self._sizes[g.name]) for g in self._groups}
-        trainable = sum(sizes[g.name] for g in self._groups if g.layer_group in self._trainable)
+        """Return what the change did, read from the parameters and the optimizer's tensors."""
+        numel = {n: size for sizes in self._sizes.values() for n, size in sizes}
+        needs_grad = {n for n, p in self._weights.parameters().items() if p.requires_grad}
+        trainable = sum(numel[n] for n in needs_grad)
         return PhaseReport(
             switch=switch,
             switch_s=seconds,
             trainable_params=trainable,
-            frozen_params=sum(sizes.values()) - trainable,
+            frozen_params=sum(numel.values()) - trainable,
             optimizer_bytes=self._optimizer_bytes(),
             parked_bytes=sum(o.nbytes() for owners in self._parked.values() for o in owners),
             gradient_bytes=trainable * DTYPES[self.options.precision].itemsize,
         )
 
     def _optimizer_bytes(self) -> int:
-        """Return masters and moments of this rank's groups; moments exist from the first step."""
-        total = 0
-        for index, group in enumerate(self._held):
-            active = group.layer_group in self._trainable
-            for master in self._masters(index):
-                total += master.numel() * 4 * (1 + (len(MOMENTS) if active else 0))
-        return total
+        owners = [o for i in range(len(self._held)) for o in self._capture(i)]
+        if self._ds.zero_stage == 0 and not self._has_masters:
+            # The weights are their own masters there.
+            return sum(o.moment_bytes() for o in owners)
+        return sum(o.nbytes() for o in owners)
 
-    # ---- steps -------------------------------------------------------------------------------
+    def _materialise(self) -> None:
+        """Make the moments of the groups that train now, so that their memory is seen at once."""
+        assert self._inner is not None
+        for index, group in enumerate(self._held):
+            if group.layer_group in self._trainable:
+                for master in self._masters(index):
+                    self._inner.ensure_state(master)
 
     def train_step(
         self,
@@ -338,21 +338,13 @@ class DeepSpeedEngine:
 
     def moment_norms(self) -> dict[str, float]:
         """Return the L2 norm of Adam's first moment by layer group that trains."""
-        squares = dict.fromkeys((g.layer_group for g in self._groups), 0.0)
-        for index, group in enumerate(self._held):
-            if group.layer_group in self._trainable:
-                for owner in self._capture(index):
-                    if "exp_avg" in owner.moments:
-                        squares[group.layer_group] += float(owner.moments["exp_avg"].square().sum())
+        active = [(i, g) for i, g in enumerate(self._held) if g.layer_group in self._trainable]
+        squares = dict.fromkeys((g.layer_group for _, g in active), 0.0)
+        for index, group in active:
+            squares[group.layer_group] += sum(o.moment_square() for o in self._capture(index))
         replicas = self._world if self._ds.zero_stage == 0 else 1
         sums = all_reduce_sum(list(squares.values()))
-        return {
-            name: (total / replicas) ** 0.5
-            for name, total in zip(squares, sums, strict=True)
-            if name in self._trainable
-        }
-
-    # ---- state -------------------------------------------------------------------------------
+        return {n: (total / replicas) ** 0.5 for n, total in zip(squares, sums, strict=True)}
 
     def state(self) -> EngineState:
         """Return this rank's share of weights, masters, moments and step counts, as views."""
@@ -393,6 +385,7 @@ class DeepSpeedEngine:
             if group.name in index_of:
                 self._install_parked(index_of[group.name])
         self._park_inactive(self._trainable)
+        self._materialise()
 
     def full_weights(self) -> dict[str, Tensor]:
         """Return whole parameters by name on the host: on rank 0, elsewhere an empty dict."""

@@ -49,8 +49,20 @@ class Owner:
 
     def nbytes(self) -> int:
         """Return the bytes of master and moments."""
-        tensors = [*([] if self.master is None else [self.master]), *self.moments.values()]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return self.moment_bytes() + (0 if self.master is None else _nbytes(self.master))
+
+    def moment_bytes(self) -> int:
+        """Return the bytes of the moments."""
+        return sum(_nbytes(tensor) for tensor in self.moments.values())
+
+    def moment_square(self) -> float:
+        """Return the squared L2 norm of the first moment, 0 before the first step."""
+        first = self.moments.get("exp_avg")
+        return 0.0 if first is None else float(first.square().sum())
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def owner_layouts(

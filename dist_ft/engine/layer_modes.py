@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -64,7 +64,8 @@ class LayerModes:
         backbone = [g for g in groups if g.kind != "head"]
         if checkpointing != "none":
             # Gives every block that can recompute the function to do it with; `apply` says which.
-            model.backbone.gradient_checkpointing_enable(
+            backbone_model: Any = model.backbone
+            backbone_model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": checkpointing == "reentrant"}
             )
         return cls(

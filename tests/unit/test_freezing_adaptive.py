@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any, Literal
 
 import torch
 
@@ -11,7 +12,7 @@ from dist_ft.freezing.similarity import linear_cka
 from tests.unit.test_freezing_schedule import ORDER
 
 
-def _plateau(direction: str = "unfreeze") -> PlateauPolicy:
+def _plateau(direction: Literal["unfreeze", "freeze"] = "unfreeze") -> PlateauPolicy:
     return PlateauPolicy(
         ORDER, direction=direction, first=1, groups_per_phase=2, patience=2, min_delta=0.01
     )
@@ -47,9 +48,9 @@ def test_decisions_survive_json() -> None:
     assert other.state_dict() == one.state_dict()
 
 
-def _settled(**changes: object) -> SettledPolicy:
-    options = {"percentile": 50.0, "max_depth": None, "is_rate": False, **changes}
-    return SettledPolicy(ORDER, **options)  # type: ignore[arg-type]
+def _settled(**changes: Any) -> SettledPolicy:
+    options: dict[str, Any] = {"percentile": 50.0, "max_depth": None, "is_rate": False, **changes}
+    return SettledPolicy(ORDER, **options)
 
 
 def test_the_settled_bottom_is_frozen() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,7 +73,7 @@ def test_more_depth_than_blocks_is_refused() -> None:
         ([(3, TOP)], "phases begin at step 0"),
     ],
 )
-def test_impossible_phases_are_refused(starts: list, message: str) -> None:  # type: ignore[type-arg]
+def test_impossible_phases_are_refused(starts: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_phases(starts, order=ORDER)
 
@@ -118,7 +120,7 @@ def test_cyclic_draws_take_every_block_in_turn() -> None:
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=6), st.integers(0, 300))
 def test_a_step_belongs_to_the_last_phase_that_began(gaps: list[int], step: int) -> None:
     steps = [sum(gaps[: i + 1]) for i in range(len(gaps))]
-    starts = [(0, TOP)]
+    starts: list[tuple[int, tuple[str, ...]]] = [(0, TOP)]
     for i, start in enumerate(steps):
         starts.append((start, ORDER.everything if i % 2 == 0 else TOP))
     phases = make_phases(starts, order=ORDER)
