@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dist_ft.cli_arguments import OverridesArgument, RecipeArgument
+from dist_ft.cli_data import data_app
+
 if TYPE_CHECKING:
     from dist_ft.config import Recipe
 
@@ -34,18 +37,8 @@ recipes_app = typer.Typer(
     help="List, show or copy the recipes that come with dist_ft.", rich_markup_mode=None
 )
 app.add_typer(recipes_app, name="recipes", invoke_without_command=True)
+app.add_typer(data_app, name="data")
 
-RecipeArgument = Annotated[
-    str, typer.Argument(help="A YAML file, or the name of a packaged recipe.")
-]
-OverridesArgument = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="Changes to the recipe: optim.lr=3e-5, tasks.trec.max_length=64. "
-        "Relative paths start where the recipe's own do.",
-    ),
-]
 RunArgument = Annotated[Path, typer.Argument(help="The folder of a run.")]
 
 
@@ -135,6 +128,53 @@ def check(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
         raise typer.Exit(BAD_INPUT) from None
     tasks = ", ".join(task.name for task in loaded.tasks)
     typer.echo(f"{recipe}: no errors ({loaded.name}: {tasks}; freezing {loaded.freezing.policy})")
+
+
+@app.command("freeze-plan")
+def freeze_plan(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="A new file; printed by default.")
+    ] = None,
+    periods: Annotated[
+        int | None,
+        typer.Option("--periods", help="Of random_block, how many to list; by default all."),
+    ] = None,
+) -> None:
+    """Write the recipe's phases as an explicit `freezing:` section that can be edited and used."""
+    loaded = _load(recipe, overrides)
+    from dist_ft.train.freeze_plan import write_freeze_plan
+
+    text = write_freeze_plan(loaded, output=output, periods=periods)
+    typer.echo(text, nl=False) if output is None else typer.echo(f"freeze plan {output}")
+
+
+@app.command()
+def search(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    budget: Annotated[
+        float,
+        typer.Option("--budget", help="At most this share of training every candidate fully."),
+    ] = 0.35,
+    granule: Annotated[
+        int, typer.Option("--granule", help="Search in steps of this many transformer blocks.")
+    ] = 1,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the search that is there.")
+    ] = False,
+) -> None:
+    """Find which contiguous blocks to train by validation score, and write the chosen recipe."""
+    loaded = _load(recipe, overrides)
+    from dist_ft.search import run
+
+    outcome = run.search(loaded, options=run.SearchOptions(budget, granule), resume=resume)
+    if outcome.table:
+        typer.echo(outcome.table)
+    raise typer.Exit(outcome.exit_code)
 
 
 @app.command()

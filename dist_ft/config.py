@@ -3,34 +3,111 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import Field, model_validator
 
+from dist_ft.config_base import (
+    DurationField,
+    Fraction,
+    Name,
+    Positive,
+    Section,
+    TaskName,
+)
+from dist_ft.config_data import (
+    AnnealedMixture,
+    CasingConfig,
+    CharacterNoiseConfig,
+    DataConfig,
+    FixedMixture,
+    KeyboardTyposConfig,
+    MentionReplacementConfig,
+    MixtureConfig,
+    ProportionalMixture,
+    PunctuationInsertionConfig,
+    RoundRobinMixture,
+    SentenceShufflingConfig,
+    SourceConfig,
+    SourceField,
+    SplitField,
+    TemperatureMixture,
+    TransformBase,
+    TransformConfig,
+    UnimaxMixture,
+    WordDropoutConfig,
+    WordReplacementConfig,
+)
+from dist_ft.config_freezing import (
+    AdaptiveFreezing,
+    BottomUpFreezing,
+    ExplicitFreezing,
+    ExplicitPhase,
+    FreezingBase,
+    FreezingConfig,
+    GradualFreezing,
+    NoFreezing,
+    PlateauFreezing,
+    RandomBlockFreezing,
+    StaticFreezing,
+)
 from dist_ft.duration import Duration
 
-
-def _parse_duration(value: Any) -> Duration:
-    if isinstance(value, Duration):
-        return value
-    if not isinstance(value, str):
-        raise ValueError(
-            f"a duration needs a unit, got {value!r}: write it like 3ep, 500step or 2e6tok"
-        )
-    return Duration.parse(value)
-
-
-DurationField = Annotated[Duration, BeforeValidator(_parse_duration), PlainSerializer(str)]
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
-TaskName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
-
-
-class Section(BaseModel):
-    """Base of every recipe section: unknown keys are errors."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+__all__ = [
+    "AdaptiveFreezing",
+    "AnnealedMixture",
+    "BottomUpFreezing",
+    "CasingConfig",
+    "CharacterNoiseConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "DurationField",
+    "EngineConfig",
+    "EvaluationConfig",
+    "ExplicitFreezing",
+    "ExplicitPhase",
+    "FixedMixture",
+    "Fraction",
+    "FreezingBase",
+    "FreezingConfig",
+    "GenerationConfig",
+    "GradualFreezing",
+    "KeyboardTyposConfig",
+    "LoggingConfig",
+    "LrScheduleConfig",
+    "MentionReplacementConfig",
+    "MixtureConfig",
+    "ModelConfig",
+    "Name",
+    "NoFreezing",
+    "OptimConfig",
+    "PlateauFreezing",
+    "Positive",
+    "ProportionalMixture",
+    "PunctuationInsertionConfig",
+    "QuestionAnsweringConfig",
+    "RandomBlockFreezing",
+    "Recipe",
+    "RoundRobinMixture",
+    "Section",
+    "SentenceShufflingConfig",
+    "SourceConfig",
+    "SourceField",
+    "SplitField",
+    "StaticFreezing",
+    "TaskBase",
+    "TaskConfig",
+    "TaskName",
+    "TemperatureMixture",
+    "TextClassificationConfig",
+    "TokenClassificationConfig",
+    "TrainConfig",
+    "TransformBase",
+    "TransformConfig",
+    "UnimaxMixture",
+    "WordDropoutConfig",
+    "WordReplacementConfig",
+]
 
 
 class ModelConfig(Section):
@@ -45,38 +122,6 @@ class ModelConfig(Section):
     activation_checkpointing: Literal["none", "reentrant", "non_reentrant"] = "none"
 
 
-class SourceConfig(Section):
-    """Raw data: a packaged set, files, or a hub data set."""
-
-    path: str
-    format: Literal["csv", "json", "jsonl", "parquet", "arrow"] | None = None
-    subset: str | None = None
-    split: str | None = None
-    revision: str | None = None
-
-
-def _parse_source(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
-
-
-SourceField = Annotated[SourceConfig, BeforeValidator(_parse_source)]
-
-
-def _parse_split(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
-
-
-SplitField = Annotated[Fraction | SourceConfig, BeforeValidator(_parse_split)]
-
-
-class DataConfig(Section):
-    """Splits of a task: a source for each, or a fraction that is taken out of train by hash."""
-
-    train: SourceField
-    validation: SplitField = 0.1
-    test: SplitField | None = None
-
-
 class TaskBase(Section):
     """What every task has."""
 
@@ -84,6 +129,7 @@ class TaskBase(Section):
     data: DataConfig
     max_length: Positive = 128
     on_error: Literal["stop", "skip"] = "stop"
+    augmentation: list[TransformConfig] = Field(default_factory=list)
 
 
 class TextClassificationConfig(TaskBase):
@@ -153,136 +199,6 @@ TaskConfig = Annotated[
 ]
 
 
-class MixtureConfig(Section):
-    """Which task each step trains."""
-
-    policy: Literal["round_robin"] = "round_robin"
-
-
-class FreezingBase(Section):
-    """What every freezing policy has."""
-
-    switch: Literal["auto", "rebuild", "in_place"] = "auto"
-    returning: Literal["keep", "reset"] = "keep"
-    prefix_dropout: bool = True
-    layer_groups: dict[str, str] = {}
-
-
-class NoFreezing(FreezingBase):
-    """Everything trains from the first step to the last."""
-
-    policy: Literal["none"] = "none"
-
-
-class StaticFreezing(FreezingBase):
-    """One phase: the bottom `depth` blocks (and what lies below them), or named groups, frozen."""
-
-    policy: Literal["static"]
-    depth: Annotated[int, Field(ge=0)] | None = None
-    frozen: list[str] | None = None
-    trainable: list[str] | None = None
-
-    @model_validator(mode="after")
-    def _one_choice(self) -> Self:
-        given = [k for k in ("depth", "frozen", "trainable") if getattr(self, k) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                f"exactly one of depth, frozen, trainable must be given, got {given or 'none'}: "
-                "keep one of them"
-            )
-        return self
-
-
-class GradualFreezing(FreezingBase):
-    """Top-down unfreezing (ULMFiT, Howard and Ruder 2018, section 3.3)."""
-
-    policy: Literal["gradual"]
-    first: Annotated[int, Field(ge=0)] = 0
-    groups_per_phase: Positive = 1
-    every: DurationField | None = None
-    at: list[DurationField] | None = None
-    phases: Annotated[int, Field(ge=2)] | None = None
-
-    @model_validator(mode="after")
-    def _one_choice(self) -> Self:
-        given = [k for k in ("every", "at", "phases") if getattr(self, k) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                f"exactly one of every, at, phases must be given, got {given or 'none'}: "
-                "say when the phases change once"
-            )
-        return self
-
-
-class BottomUpFreezing(FreezingBase):
-    """Freezes from the bottom while training goes on (FreezeOut, Brock et al. 2017)."""
-
-    policy: Literal["bottom_up"]
-    groups_per_phase: Positive = 1
-    every: DurationField
-    max_depth: Positive | None = None
-
-
-class PlateauFreezing(FreezingBase):
-    """Unfreezes (or freezes) a group when the validation metric stalls."""
-
-    policy: Literal["plateau"]
-    direction: Literal["unfreeze", "freeze"] = "unfreeze"
-    first: Annotated[int, Field(ge=0)] = 0
-    groups_per_phase: Positive = 1
-    task: str | None = None
-    metric: str | None = None
-    patience: Positive = 2
-    min_delta: Annotated[float, Field(ge=0)] = 0.0
-
-
-class AdaptiveFreezing(FreezingBase):
-    """Freezes the bottom groups whose gradient norm settled (AutoFreeze, Liu et al. 2021)."""
-
-    policy: Literal["adaptive"]
-    signal: Literal["gradient_norm", "plasticity"] = "gradient_norm"
-    every: DurationField
-    percentile: Annotated[float, Field(gt=0, lt=100)] = 50.0
-    max_depth: Positive | None = None
-
-
-class RandomBlockFreezing(FreezingBase):
-    """Trains a few blocks at a time: drawn (LISA, Pan 2024) or in turn (BAdam, Luo 2024)."""
-
-    policy: Literal["random_block"]
-    blocks: Positive = 2
-    every: DurationField
-    order: Literal["random", "ascending", "descending"] = "random"
-    always: list[str] | None = None
-
-
-class ExplicitPhase(Section):
-    """One phase of a listed schedule."""
-
-    at: DurationField
-    trainable: list[str]
-
-
-class ExplicitFreezing(FreezingBase):
-    """The phases as the user lists them."""
-
-    policy: Literal["explicit"]
-    phases: Annotated[list[ExplicitPhase], Field(min_length=1)]
-
-
-FreezingConfig = Annotated[
-    NoFreezing
-    | StaticFreezing
-    | GradualFreezing
-    | BottomUpFreezing
-    | PlateauFreezing
-    | AdaptiveFreezing
-    | RandomBlockFreezing
-    | ExplicitFreezing,
-    Field(discriminator="policy"),
-]
-
-
 class LrScheduleConfig(Section):
     """Shape of the learning rate over the run."""
 
@@ -322,6 +238,7 @@ class TrainConfig(Section):
     max_duration: DurationField
     global_batch_size: Positive
     micro_batch_size: Positive
+    layout: Literal["in_order", "by_length"] = "by_length"
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
@@ -363,9 +280,10 @@ class Recipe(Section):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     output_dir: Path = Path("runs")
     data_dir: Path = Path("data")
+    data_processes: Positive = 1
     model: ModelConfig
     tasks: Annotated[list[TaskConfig], Field(min_length=1)]
-    mixture: MixtureConfig = MixtureConfig()
+    mixture: MixtureConfig = RoundRobinMixture()
     freezing: FreezingConfig = NoFreezing()
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,6 +130,30 @@ class AugmentedReader:
         for place, feature in features.items():
             loss_counts[place] = feature["loss_count"]
         return AugmentedRows(taken, loss_counts, statistics)
+
+    def compare(
+        self, rows: Int64Array, *, epoch: int
+    ) -> Iterator[tuple[int, Row, Mapping[str, Any], Changes]]:
+        """Yields row of the source, raw row before and after, and what was changed, for each row.
+
+        Args:
+            rows: row numbers, int64 [n].
+            epoch: the epoch whose changes are shown.
+        """
+        raw = self._dataset.take(rows, columns={RAW_COLUMN, "source_row"})
+        sources = np.asarray(raw["source_row"]).tolist()
+        for source, text, count in zip(
+            sources, raw[RAW_COLUMN], self._count[rows].tolist(), strict=True
+        ):
+            before = json.loads(str(text))
+            after, changes = self._augmentation.augmenter.apply(
+                before, seed=self._seed, epoch=epoch, row=source
+            )
+            if changes.changed:
+                (features,) = self._encoded([{**after, "source_row": 0}])
+                if reason := self._refusal(features, expected=count):
+                    after, changes = before, Changes(skipped=reason)
+            yield source, before, after, changes
 
     def _features(
         self, rows: Int64Array, epochs: Int64Array, *, statistics: AugmentStatistics

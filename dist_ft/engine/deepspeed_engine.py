@@ -37,7 +37,7 @@ from dist_ft.engine.ds_state import (
     read_owner,
     share_of_owner,
 )
-from dist_ft.engine.ds_weights import WeightAccess
+from dist_ft.engine.ds_weights import FloatBuffers, WeightAccess, group_sizes
 from dist_ft.engine.layer_modes import LayerModes
 from dist_ft.optim.adamw import GroupAdamW
 from dist_ft.optim.param_groups import ParamGroup
@@ -69,14 +69,20 @@ class DeepSpeedEngine:
         """Take over `module`; the process group must be up. `set_trainable` comes next."""
         set_up_deepspeed()
         exempt_from_collection()
+        if options.precision == "fp16" and deepspeed_options.zero_stage == 0:
+            raise ValueError(
+                "engine.precision: fp16 needs zero_stage 1 or more, got 0: raise it, or use bf16"
+            )
+        self._buffers = FloatBuffers(module)
         self.module = module.to(DTYPES[options.precision])
+        self._buffers.restore()
         self.options = options
         self.switch: Switch = switch
         self._ds = deepspeed_options
         self._modes = modes or LayerModes.none()
         self._groups = list(param_groups)
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        self._sizes = _sizes(module, self._groups)
+        self._sizes = group_sizes(module, self._groups)
         self._weights = WeightAccess(module, zero_stage=deepspeed_options.zero_stage)
         self._snapshot = ModuleSnapshot(module)
         self._trainable: frozenset[str] = frozenset()
@@ -123,6 +129,8 @@ class DeepSpeedEngine:
                     "params": [parameters[n] for n in g.parameters],
                     "lr": g.lr,
                     "weight_decay": g.weight_decay,
+                    # Some of DeepSpeed's wrappers run a step without gradients when built.
+                    "active": False,
                 }
                 for g in self._held
             ],
@@ -136,6 +144,7 @@ class DeepSpeedEngine:
         self._engine, *_ = deepspeed.initialize(
             model=self.module, optimizer=self._inner, config=config, dist_init_required=False
         )
+        self._buffers.restore()
         for index in range(len(self._held)):
             self._install_parked(index)
         self._set_requires_grad(wanted)
@@ -268,8 +277,7 @@ class DeepSpeedEngine:
     def _optimizer_bytes(self) -> int:
         owners = [o for i in range(len(self._held)) for o in self._capture(i)]
         if self._ds.zero_stage == 0 and not self._has_masters:
-            # The weights are their own masters there.
-            return sum(o.moment_bytes() for o in owners)
+            return sum(o.moment_bytes() for o in owners)  # the weights are their own masters
         return sum(o.nbytes() for o in owners)
 
     def _materialise(self) -> None:
@@ -390,11 +398,3 @@ class DeepSpeedEngine:
     def full_weights(self) -> dict[str, Tensor]:
         """Return whole parameters by name on the host: on rank 0, elsewhere an empty dict."""
         return self._weights.gather()
-
-
-def _sizes(module: nn.Module, groups: Sequence[ParamGroup]) -> dict[str, list[tuple[str, int]]]:
-    numel = {
-        name.removeprefix("model."): int(getattr(p, "ds_numel", p.numel()))
-        for name, p in module.named_parameters()
-    }
-    return {g.name: [(n, numel[n]) for n in g.parameters] for g in groups}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,11 +12,42 @@ from torch import Tensor, nn
 from dist_ft.engine.base import StateSlice, StateSource
 from dist_ft.engine.ds_state import read_master
 from dist_ft.engine.layout import Piece, fair_share
+from dist_ft.optim.param_groups import ParamGroup
 
 
 def model_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters by the model's own names (the loss wrapper's prefix removed)."""
     return {name.removeprefix("model."): p for name, p in module.named_parameters()}
+
+
+def group_sizes(
+    module: nn.Module, groups: Sequence[ParamGroup]
+) -> dict[str, list[tuple[str, int]]]:
+    """Return name and number of elements of each group's parameters, in the group's order."""
+    numel = {n: int(getattr(p, "ds_numel", p.numel())) for n, p in model_parameters(module).items()}
+    return {g.name: [(n, numel[n]) for n in g.parameters] for g in groups}
+
+
+class FloatBuffers:
+    """Keeps floating-point buffers as they are when the weights are cast.
+
+    Rotary frequencies lose positions in bf16; transformers keeps them in fp32 whatever the
+    weights are, and so does an exported model.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        """Remember the buffers of `module` and everything below it."""
+        self._buffers = [
+            (m, name, buffer)
+            for m in module.modules()
+            for name, buffer in m._buffers.items()
+            if buffer is not None and buffer.is_floating_point()
+        ]
+
+    def restore(self) -> None:
+        """Put them back."""
+        for module, name, buffer in self._buffers:
+            module._buffers[name] = buffer
 
 
 class WeightAccess:

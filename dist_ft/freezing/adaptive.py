@@ -26,6 +26,7 @@ class Decisions:
         best: Best score so far, larger is better.
         stalled: Evaluations without an improvement.
         previous: Last measurement of each layer group.
+        grams: Flattened Gram matrices of the last representations, where those are compared.
     """
 
     depth: int
@@ -34,6 +35,7 @@ class Decisions:
     best: float | None = None
     stalled: int = 0
     previous: dict[str, float] = field(default_factory=dict)
+    grams: dict[str, list[float]] = field(default_factory=dict)
 
 
 class MeasuredPolicy:

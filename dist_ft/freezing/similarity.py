@@ -2,26 +2,42 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 from torch import Tensor
 
 
-def linear_cka(one: Tensor, other: Tensor) -> float:
-    """Return the linear centred kernel alignment (Kornblith et al. 2019), between 0 and 1.
+def gram(representation: Tensor) -> Tensor:
+    """Return the centred Gram matrix of the rows, [rows, rows], float64.
 
     Args:
-        one: Representations of the rows, [rows, features], floating point.
-        other: Of the same rows, [rows, other features].
+        representation: Of the rows, [rows, features], floating point.
+    """
+    centred = representation.double()
+    centred = centred - centred.mean(dim=0)
+    return centred @ centred.T
+
+
+def alignment(one: Sequence[float], other: Sequence[float]) -> float:
+    """Return the cosine of two flattened Gram matrices of the same rows.
+
+    For centred linear Gram matrices that is the linear CKA (Kornblith et al. 2019), between 0
+    and 1; the matrices are small whatever the width of the model.
 
     Raises:
         ValueError: If the numbers of rows differ.
     """
-    if one.shape[0] != other.shape[0]:
+    if len(one) != len(other):
         raise ValueError(
-            f"CKA compares the same rows, got {one.shape[0]} and {other.shape[0]}: "
+            f"CKA compares the same rows, got {math.isqrt(len(one))} and {math.isqrt(len(other))}: "
             "measure both on one batch"
         )
-    one, other = one.double(), other.double()
-    one, other = one - one.mean(dim=0), other - other.mean(dim=0)
-    cross = (one.T @ other).square().sum()
-    norms = (one.T @ one).norm() * (other.T @ other).norm()
-    return float(cross / norms) if float(norms) > 0 else 1.0
+    norms = math.sqrt(sum(a * a for a in one) * sum(b * b for b in other))
+    cross = sum(a * b for a, b in zip(one, other, strict=True))
+    return cross / norms if norms > 0 else 1.0
+
+
+def linear_cka(one: Tensor, other: Tensor) -> float:
+    """Return the linear CKA of two representations of the same rows, [rows, features] each."""
+    return alignment(gram(one).flatten().tolist(), gram(other).flatten().tolist())

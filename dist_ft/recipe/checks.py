@@ -6,14 +6,21 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-from dist_ft.config import ExplicitFreezing, GradualFreezing, PlateauFreezing, Recipe
+from dist_ft.config import (
+    ExplicitFreezing,
+    FixedMixture,
+    GradualFreezing,
+    PlateauFreezing,
+    Recipe,
+)
 from dist_ft.duration import Duration
+from dist_ft.recipe.augmentation_checks import check_augmentation
 from dist_ft.recipe.deepspeed_json import check_deepspeed
 from dist_ft.recipe.errors import Finding, closest, show_value
 from dist_ft.recipe.model_folder import check_model, count_blocks
 from dist_ft.recipe.reading import RawPath
 from dist_ft.recipe.source_checks import check_sources
-from dist_ft.recipe.task_checks import check_tasks
+from dist_ft.recipe.task_checks import check_tasks, metrics_of
 from dist_ft.recipe.validate import Draft
 
 # Numbers of blocks that a policy may name, and what they do.
@@ -28,6 +35,8 @@ def check(draft: Draft) -> list[Finding]:
         *check_model(draft, recipe.model),
         *check_sources(draft, recipe),
         *check_tasks(draft, recipe),
+        *check_augmentation(draft, recipe),
+        *_check_weights(draft, recipe),
         *_check_depth(draft, recipe),
         *_check_plateau(draft, recipe),
         *_check_durations(draft, recipe),
@@ -46,9 +55,36 @@ def _check_depth(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
             yield Finding(("freezing", key), f"{rule}, got {value}: lower it")
 
 
+def _check_weights(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
+    path: RawPath = ("mixture", "weights")
+    if not isinstance(recipe.mixture, FixedMixture) or not draft.is_sure(*path):
+        return
+    names = [task.name for task in recipe.tasks]
+    if not all(draft.is_sure("tasks", index, "name") for index in range(len(names))):
+        return
+    for name in recipe.mixture.weights:
+        if name not in names:
+            meant = closest(name, names)
+            remedy = f"did you mean {meant}?" if meant else f"use one of {', '.join(names)}"
+            yield Finding((*path, name), f"must be the name of a task: {remedy}")
+    known = recipe.mixture.weights
+    if missing := [n for n in names if n not in known and draft.is_sure(*path, n)]:
+        yield Finding(path, f"must name every task, got none for {', '.join(missing)}: add them")
+
+
 def _check_plateau(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
     freezing = recipe.freezing
-    if not isinstance(freezing, PlateauFreezing) or freezing.task is None:
+    if not isinstance(freezing, PlateauFreezing):
+        return
+    watched = [t for t in recipe.tasks if freezing.task in (None, t.name)]
+    for task in watched if freezing.metric and draft.is_sure("freezing", "metric") else ():
+        known = (*metrics_of(task), "loss")
+        if freezing.metric not in known:
+            rule = f"must be a metric of task {task.name} ({', '.join(known)})"
+            text = f"{rule}, got {show_value(freezing.metric)}: use one, or name a task"
+            yield Finding(("freezing", "metric"), text)
+            break
+    if freezing.task is None:
         return
     names = [task.name for task in recipe.tasks]
     if freezing.task in names or not draft.is_sure("freezing", "task"):

@@ -39,6 +39,9 @@ def check_deepspeed(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
     if engine.offload_optimizer and engine.zero_stage == 0 and _sure(draft, "engine.zero_stage"):
         text = "needs zero_stage 1 or more, got true with zero_stage 0: raise zero_stage"
         yield Finding(("engine", "offload_optimizer"), text)
+    if engine.precision == "fp16" and engine.zero_stage == 0 and _sure(draft, "engine.precision"):
+        text = "fp16 needs zero_stage 1 or more, got zero_stage 0: raise it, or use bf16"
+        yield Finding(("engine", "precision"), text)
     if engine.deepspeed is None or not draft.is_sure(*_PATH):
         return
     if engine.type == "reference":

@@ -6,7 +6,14 @@ import glob
 import os
 from pathlib import Path
 
-from dist_ft.config import DataConfig, EngineConfig, Recipe, SourceConfig
+from dist_ft.config import (
+    DataConfig,
+    EngineConfig,
+    Recipe,
+    SourceConfig,
+    TransformConfig,
+    WordReplacementConfig,
+)
 
 _PREFIX = "package:"
 _DATA_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".arrow")
@@ -22,7 +29,13 @@ def resolve_paths(recipe: Recipe, *, base: Path) -> Recipe:
         base: The folder that relative paths start from.
     """
     tasks = [
-        task.model_copy(update={"data": _resolve_data(task.data, base)}) for task in recipe.tasks
+        task.model_copy(
+            update={
+                "data": _resolve_data(task.data, base),
+                "augmentation": [_resolve_lexicon(t, base) for t in task.augmentation],
+            }
+        )
+        for task in recipe.tasks
     ]
     model = recipe.model
     if is_local(model.path, base=base):
@@ -60,6 +73,13 @@ def _resolve_engine(engine: EngineConfig, base: Path) -> EngineConfig:
     if engine.deepspeed is None:
         return engine
     return engine.model_copy(update={"deepspeed": Path(_absolute(engine.deepspeed, base))})
+
+
+def _resolve_lexicon(transform: TransformConfig, base: Path) -> TransformConfig:
+    is_file = isinstance(transform, WordReplacementConfig) and transform.lexicon
+    if not is_file or is_file.startswith(_PREFIX):
+        return transform
+    return transform.model_copy(update={"lexicon": _absolute(is_file, base)})
 
 
 def _resolve_data(data: DataConfig, base: Path) -> DataConfig:

@@ -29,6 +29,11 @@ def check_tasks(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
             yield from _check_metric(draft, task=task, index=index)
 
 
+def metrics_of(task: TaskConfig) -> tuple[str, ...]:
+    """Return the metrics that a task reports, the deciding one first."""
+    return METRICS[_kind(task)]
+
+
 def _check_metric(draft: Draft, *, task: TaskConfig, index: int) -> Iterator[Finding]:
     keys = ("metric", "problem", "max_new_tokens")
     known = METRICS[_kind(task)]

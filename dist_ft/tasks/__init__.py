@@ -12,7 +12,7 @@ from dist_ft.tasks.question_answering import QuestionAnswering
 from dist_ft.tasks.text_classification import TextClassification
 from dist_ft.tasks.token_classification import TokenClassification
 
-__all__ = ["TASKS", "LossSum", "Metrics", "Task", "build_task"]
+__all__ = ["TASKS", "LossSum", "Metrics", "Task", "TokenClassification", "build_task"]
 
 _CLASSES = (TextClassification, TokenClassification, QuestionAnswering, Generation)
 TASKS = {task_class.type: task_class for task_class in _CLASSES}

@@ -13,12 +13,13 @@ from dist_ft.data.loader import MicroBatch, StepBatch
 from dist_ft.engine.base import Engine, PhaseReport, StepResult
 from dist_ft.freezing.adaptive import MeasuredPolicy, PlateauPolicy, SettledPolicy
 from dist_ft.freezing.schedule import Phase
-from dist_ft.freezing.similarity import linear_cka
+from dist_ft.freezing.similarity import alignment, gram
 from dist_ft.train.callbacks import Evaluate, Watcher
 from dist_ft.train.loop import Run
 from dist_ft.train.recorder import Recorder
 
 Measure = Callable[[Run], dict[str, float]]
+SMALLER_IS_BETTER = {"loss", "perplexity", "mse", "mae"}
 
 
 @dataclass
@@ -145,25 +146,28 @@ class RepresentationChange:
     Attributes:
         blocks: The module of each block's layer group.
         batch: The task and micro-batch whose rows are watched; the same on every rank.
+        policy: Keeps the Gram matrices of the last measurement, so that a checkpoint has them.
     """
 
     blocks: Mapping[str, nn.Module]
     batch: tuple[str, MicroBatch]
-    _before: dict[str, Tensor] = field(default_factory=dict)
+    policy: SettledPolicy
 
     def __call__(self, run: Run) -> dict[str, float]:
         """Return the change of every block; empty at the first call."""
-        now: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
         handles = [
-            module.register_forward_hook(_keep(now, name)) for name, module in self.blocks.items()
+            module.register_forward_hook(_keep(outputs, name))
+            for name, module in self.blocks.items()
         ]
         try:
             run.engine.eval_forward(*self.batch)
         finally:
             for handle in handles:
                 handle.remove()
-        before, self._before = self._before, now
-        return {name: 1.0 - linear_cka(before[name], now[name]) for name in now if name in before}
+        now = {name: gram(output).flatten().tolist() for name, output in outputs.items()}
+        before, self.policy.decisions.grams = self.policy.decisions.grams, now
+        return {name: 1.0 - alignment(before[name], now[name]) for name in now if name in before}
 
 
 def _keep(into: dict[str, Tensor], name: str) -> Callable[[nn.Module, object, object], None]:
@@ -181,6 +185,8 @@ def mean_score(evaluate: Evaluate, *, tasks: Sequence[str], metric: str | None) 
     for data in evaluate.data:
         if data.task.name in tasks:
             name, larger_is_better = data.task.primary_metric
-            value = evaluate.last[data.task.name].metrics[metric or name]
-            values.append(value if larger_is_better or metric is not None else -value)
+            if metric is not None:
+                name, larger_is_better = metric, metric not in SMALLER_IS_BETTER
+            value = evaluate.last[data.task.name].metrics[name]
+            values.append(value if larger_is_better else -value)
     return sum(values) / len(values)

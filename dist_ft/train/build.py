@@ -11,8 +11,6 @@ import torch
 
 from dist_ft import dist
 from dist_ft.config import Recipe
-from dist_ft.data.loader import BatchPlan, StepLoader
-from dist_ft.data.sampling import RoundRobin
 from dist_ft.duration import Duration
 from dist_ft.engine.base import Engine, EngineOptions
 from dist_ft.engine.ds_config import DeepSpeedOptions
@@ -25,10 +23,11 @@ from dist_ft.optim.lr_schedules import LrSchedule, thaw_factor
 from dist_ft.optim.param_groups import LearningRates, ParamGroup, build_param_groups
 from dist_ft.train.adapt import WatchGroups
 from dist_ft.train.callbacks import Checkpoint, Evaluate, LogSteps
-from dist_ft.train.checkpoint import CheckpointReader, find_checkpoint
+from dist_ft.train.checkpoint import CheckpointReader, find_checkpoint, set_aside
 from dist_ft.train.console import Console
 from dist_ft.train.data import prepare_tasks
 from dist_ft.train.deciders import deciders
+from dist_ft.train.loading import make_loader
 from dist_ft.train.loop import Progress, Run, fit
 from dist_ft.train.parts import Parts, eval_data, make_parts, model_source
 from dist_ft.train.recorder import Recorder
@@ -139,20 +138,13 @@ def make_run(
     )
     module = LossModule(parts.model, {t.task.name: t.task.loss for t in parts.tasks}).to(device)
     engine = make_engine(recipe, parts, module=module, param_groups=param_groups, world=world)
-    plan = BatchPlan(
-        global_batch_size=recipe.train.global_batch_size,
-        micro_batch_size=recipe.train.micro_batch_size,
-        seed=recipe.seed,
+    loader = make_loader(
+        recipe,
+        parts.tasks,
+        tokenizer=parts.tokenizer,
+        mixture=parts.mixture,
         rank=world.rank,
         world_size=world.world_size,
-    )
-    loader = StepLoader(
-        {t.task.name: t.datasets["train"] for t in parts.tasks},
-        specs={
-            t.task.name: t.task.collate_spec(parts.tokenizer, evaluation=False) for t in parts.tasks
-        },
-        plan=plan,
-        mixture=RoundRobin(len(parts.tasks)),
     )
     run = Run(
         engine=engine,
@@ -295,7 +287,10 @@ def restore(run: Run, *, folder: RunFolder, recorder: Recorder, console: Console
     path, passed_over = find_checkpoint(folder.checkpoints)
     for text in passed_over:
         console.say(f"checkpoint passed over: {text}")
+    if dist.rank() == 0:
+        set_aside(folder.checkpoints, [text.split(":")[0] for text in passed_over])
     if path is None:
+        recorder.event("resume", step=0, path=None)
         console.say(f"{folder.root} has no checkpoint: training starts at step 0")
         return
     reader = CheckpointReader(path)
@@ -316,7 +311,8 @@ def finish(run: Run, *, recorder: Recorder, console: Console) -> int:
     if run.stopped_by:
         recorder.event("stop", step=run.progress.step, signal=run.stopped_by)
         console.say(
-            f"step {run.progress.step}: stopped by signal {run.stopped_by} after saving; "
+            f"step {run.progress.step}: stopped by signal {run.stopped_by}"
+            f"{' after saving' if run.progress.phase >= 0 else ''}; "
             "start the same command with --resume to go on"
         )
         recorder.close()

@@ -47,6 +47,7 @@ class _Interval:
     loss: Tensor | None = None
     tokens: int = 0
     grad_norm: float | None = None
+    wait_s: float = 0.0
 
 
 @dataclass
@@ -58,13 +59,18 @@ class LogSteps(Watcher):
     world: dist.World
     every: int
     _intervals: dict[str, _Interval] = field(default_factory=dict)
-    _began: float = field(default_factory=time.monotonic)
-    _wait_s: float = 0.0
+    _busy_before_s: float = 0.0
     _trainable_params: int = 0
 
     def on_fit_start(self, run: Run) -> None:
         """Start the clock and the progress bar."""
-        self._began = time.monotonic()
+        if run.progress.phase >= 0:  # resumed: the phase was entered before this callback was there
+            self._trainable_params = sum(
+                int(getattr(p, "ds_numel", p.numel()))
+                for p in run.engine.module.parameters()
+                if p.requires_grad
+            )
+            self.console.current_phase = run.progress.phase
         self.console.start(run.total_steps, done=run.progress.step)
 
     def on_phase(self, run: Run, phase: Phase, report: PhaseReport) -> None:
@@ -92,14 +98,15 @@ class LogSteps(Watcher):
         interval.loss = result.loss if interval.loss is None else interval.loss + result.loss
         interval.tokens += batch.global_tokens
         interval.grad_norm = result.grad_norm
-        self._wait_s += batch.data_wait_s
+        interval.wait_s += batch.data_wait_s
         step = run.progress.step
         if step % self.every == 0 or step == run.total_steps:
             self._write(run)
         self.console.advance(step, task=batch.task)
 
     def _write(self, run: Run) -> None:
-        seconds = max(1e-9, time.monotonic() - self._began)
+        # Time in steps alone: evaluations and checkpoints have figures of their own.
+        seconds = max(1e-9, run.busy_s - self._busy_before_s)
         tasks = sorted(self._intervals)
         sums = dist.all_reduce_sum([float(_loss(self._intervals[t])) for t in tasks])
         tokens = sum(i.tokens for i in self._intervals.values())
@@ -117,17 +124,18 @@ class LogSteps(Watcher):
                 tokens=run.progress.tokens,
                 tokens_per_s=round(tokens / seconds, 1),
                 trainable_params=self._trainable_params,
-                data_wait_s=round(self._wait_s, 4),
+                data_wait_s=round(interval.wait_s, 4),
                 peak_rss_bytes=_peak_rss_bytes(),
             )
             self.console.losses[task] = loss
         self.console.tokens_per_s = tokens / seconds
         self._intervals.clear()
-        self._wait_s = 0.0
-        self._began = time.monotonic()
+        self._busy_before_s = run.busy_s
 
     def on_fit_end(self, run: Run) -> None:
-        """Take the progress bar away."""
+        """Write what is not written yet and take the progress bar away."""
+        if self._intervals:
+            self._write(run)
         self.console.stop()
 
 
@@ -203,8 +211,8 @@ class Checkpoint(Watcher):
     def save(self, run: Run) -> None:
         """Write a checkpoint of the run as it is now, unless there is one."""
         step = run.progress.step
-        if step == self.saved_at:
-            return
+        if step == self.saved_at or run.progress.phase < 0:
+            return  # saved already, or stopped before there was anything to save
         began = time.monotonic()
         path, size = save_checkpoint(
             self.folder,

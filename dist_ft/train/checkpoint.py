@@ -80,7 +80,7 @@ def save_checkpoint(
             f"{root} or point output_dir elsewhere; earlier checkpoints are intact"
         )
     if rank == 0:
-        _remove_old(root, keep_last=keep_last)
+        _remove_old(root, step=step, keep_last=keep_last)
     dist.barrier()
     return final, sum(entry["bytes"] for entry, _ in gathered)
 
@@ -132,11 +132,28 @@ def _commit(
     return []
 
 
-def _remove_old(root: Path, *, keep_last: int) -> None:
-    for _, folder in _by_step(root)[:-keep_last]:
-        # Without its manifest a folder is no checkpoint, even if removing the rest is cut short.
-        (folder / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder, ignore_errors=True)
+def _remove_old(root: Path, *, step: int, keep_last: int) -> None:
+    """Keep the newest whole checkpoints up to `step`; what a run went back behind goes too."""
+    own = [p for s, p in _by_step(root) if s <= step and (p / MANIFEST).is_file()]
+    keep = set(own[-keep_last:])
+    for _, folder in _by_step(root):
+        if folder not in keep:
+            # Without its manifest a folder is no checkpoint, even if removing it is cut short.
+            (folder / MANIFEST).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_aside(root: Path, names: list[str]) -> None:
+    """Rename damaged checkpoints, so that they are neither found nor counted again.
+
+    Also removes what a killed save left behind. Called by rank 0 while nobody saves.
+    """
+    for name in names:
+        damaged = root / f".damaged-{name}"
+        shutil.rmtree(damaged, ignore_errors=True)
+        (root / name).rename(damaged)
+    for leftover in (*root.glob(".tmp-step-*"), *root.glob(".old-step-*")):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _by_step(root: Path) -> list[tuple[int, Path]]:

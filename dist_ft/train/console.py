@@ -25,15 +25,16 @@ class Console:
         every: Steps between plain progress lines.
         losses: Latest mean training loss of each task.
         tokens_per_s: Latest throughput over all ranks, padding not counted.
+        current_phase: Index of the phase.
     """
 
     main: bool
     every: int = 10
     losses: dict[str, float] = field(default_factory=dict)
     tokens_per_s: float = 0.0
+    current_phase: int = 0
     _bar: Progress | None = None
     _total: int = 0
-    _phase: int = 0
 
     def __post_init__(self) -> None:
         self._rich = RichConsole(file=sys.stderr, soft_wrap=True)
@@ -62,7 +63,7 @@ class Console:
 
     def advance(self, step: int, *, task: str) -> None:
         """Show that `step` steps are done, the last one of `task`."""
-        text = f"phase {self._phase} | {task} | {self._figures()}"
+        text = f"phase {self.current_phase} | {task} | {self._figures()}"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, text=text)
         elif step % (10 * self.every) == 0:
@@ -74,7 +75,7 @@ class Console:
 
     def phase(self, step: int, phase: Phase, report: PhaseReport) -> None:
         """Say what trains from now on."""
-        self._phase = phase.index
+        self.current_phase = phase.index
         total = report.trainable_params + report.frozen_params
         self.say(
             f"step {step}: phase {phase.index} trains {_short(phase.trainable)}: "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from dist_ft.tasks.base import Task
 
 # Task settings that change how rows are scored or named, not what is in them.
 NOT_IN_FEATURES = {"name", "data", "metric", "max_answer_length", "max_new_tokens", "on_error"}
+NOT_IN_FEATURES |= {"augmentation"}
 
 Say = Callable[[str], None]
 
@@ -59,7 +60,7 @@ def _prepare_task(
     config: TaskConfig, *, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, say: Say
 ) -> PreparedTask:
     plan = split_plan(config)
-    task = build_task(config.model_dump(exclude={"data", "on_error"}))
+    task = build_task(config.model_dump(exclude={"data", "on_error", "augmentation"}))
     task.check_tokenizer(tokenizer)
     spec = _spec(config, task=task, plan=plan, tokenizer=tokenizer)
     if task.needs_scan:
@@ -68,9 +69,17 @@ def _prepare_task(
         spec = _spec(config, task=task, plan=plan, tokenizer=tokenizer)
     datasets: dict[str, ShardedDataset] = {}
     for split in plan.splits:
-        prepared = prepare_split(spec, split=split, data_dir=recipe.data_dir, rebuild=True)
+        # Only training rows are augmented, so only theirs are kept.
+        kept = raw_columns(config) if split == "train" else ()
+        prepared = prepare_split(
+            replace(spec, raw_columns=kept),
+            split=split,
+            data_dir=recipe.data_dir,
+            rebuild=True,
+            processes=recipe.data_processes,
+        )
         say(_describe(config.name, split, prepared))
-        datasets[split] = ShardedDataset(prepared.folder, verify="hash")
+        datasets[split] = ShardedDataset(prepared.folder, verify="cached")
     return PreparedTask(task, datasets)
 
 
@@ -103,6 +112,19 @@ def _spec(
         },
         on_error=config.on_error,
     )
+
+
+def raw_columns(config: TaskConfig) -> tuple[str, ...]:
+    """Return the columns of the raw rows that augmented rows are made from; () without any."""
+    if not config.augmentation:
+        return ()
+    if config.type == "text_classification":
+        return tuple(c for c in (config.text, config.text_pair, config.label) if c is not None)
+    if config.type == "token_classification":
+        return (config.tokens, config.tags)
+    if config.type == "question_answering":
+        return (config.question, config.context, config.answers, config.id)
+    return (config.prompt, config.response)
 
 
 def split_plan(config: TaskConfig) -> SplitPlan:
@@ -150,7 +172,14 @@ def steps_per_epoch(tasks: Sequence[PreparedTask], *, global_batch_size: int) ->
     return rows / global_batch_size
 
 
-def tokens_per_step(tasks: Sequence[PreparedTask], *, global_batch_size: int) -> float:
-    """Return the mean useful tokens of a step when the tasks take turns."""
+def tokens_per_step(
+    tasks: Sequence[PreparedTask],
+    *,
+    global_batch_size: int,
+    shares: Sequence[float] | None = None,
+) -> float:
+    """Return the mean useful tokens of a step; without `shares`, the tasks take turns."""
     means = [float(t.datasets["train"].lengths.mean()) for t in tasks]
-    return global_batch_size * sum(means) / len(means)
+    if shares is None:
+        return global_batch_size * sum(means) / len(means)
+    return global_batch_size * sum(m * s for m, s in zip(means, shares, strict=True))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from dist_ft.config import AdaptiveFreezing, PlateauFreezing, Recipe
 from dist_ft.data.loader import eval_batches
 from dist_ft.engine.layer_modes import group_modules
 from dist_ft.freezing.adaptive import PlateauPolicy, SettledPolicy
+from dist_ft.recipe.task_checks import metrics_of
 from dist_ft.train.adapt import (
     DecideByMeasurement,
     DecideByScore,
@@ -19,7 +21,7 @@ from dist_ft.train.adapt import (
 from dist_ft.train.callbacks import Evaluate, Watcher
 from dist_ft.train.parts import Parts, eval_data
 
-WATCHED_ROWS = 64
+WATCHED_ROWS = 32
 
 
 def deciders(recipe: Recipe, parts: Parts, evaluate: Evaluate) -> list[Watcher]:
@@ -38,19 +40,32 @@ def deciders(recipe: Recipe, parts: Parts, evaluate: Evaluate) -> list[Watcher]:
             )
         names = [d.task.name for d in evaluate.data]
         tasks = names if config.task is None else [config.task]
+        _check_metric(config.metric, tasks, recipe)
         return [
             DecideByScore(policy, evaluate, partial(mean_score, tasks=tasks, metric=config.metric))
         ]
     if isinstance(config, AdaptiveFreezing) and isinstance(policy, SettledPolicy):
         measure: Measure = gradient_norms
         if config.signal == "plasticity":
-            measure = _representation_change(recipe, parts)
+            measure = _representation_change(recipe, parts, policy)
         every = max(1, parts.lengths.steps(config.every))
         return [DecideByMeasurement(policy, measure, every)]
     return []
 
 
-def _representation_change(recipe: Recipe, parts: Parts) -> RepresentationChange:
+def _check_metric(metric: str | None, tasks: Sequence[str], recipe: Recipe) -> None:
+    for config in recipe.tasks:
+        known = (*metrics_of(config), "loss")
+        if metric is not None and config.name in tasks and metric not in known:
+            raise ValueError(
+                f"freezing.metric: task {config.name} does not report {metric!r}, only "
+                f"{', '.join(known)}: choose one of them, or one task by freezing.task"
+            )
+
+
+def _representation_change(
+    recipe: Recipe, parts: Parts, policy: SettledPolicy
+) -> RepresentationChange:
     blocks = {
         g.name: group_modules(parts.model, g.parameters)[0]
         for g in parts.groups
@@ -67,4 +82,4 @@ def _representation_change(recipe: Recipe, parts: Parts) -> RepresentationChange
             world_size=1,
         )
     )
-    return RepresentationChange(blocks, (data.task.name, batch))
+    return RepresentationChange(blocks, (data.task.name, batch), policy)

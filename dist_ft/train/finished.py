@@ -13,6 +13,7 @@ from torch import Tensor
 from dist_ft import dist
 from dist_ft.config import Recipe
 from dist_ft.data.loader import MicroBatch
+from dist_ft.engine.base import on_device
 from dist_ft.engine.loss_module import LossModule
 from dist_ft.model.backbone import MultiTaskModel
 from dist_ft.train.checkpoint import CheckpointReader, find_checkpoint
@@ -27,8 +28,8 @@ log = logging.getLogger("dist_ft")
 SPLITS = ("validation", "test")
 
 
-def open_finished(run: Path) -> tuple[Recipe, Parts, RunFolder]:
-    """Return recipe, parts with the newest checkpoint's weights, and folder of a run.
+def open_finished(run: Path) -> tuple[Recipe, Parts, RunFolder, int]:
+    """Return recipe, parts with the newest whole checkpoint's weights, folder and its step.
 
     Raises:
         ValueError: If the folder holds no run or no whole checkpoint.
@@ -42,8 +43,11 @@ def open_finished(run: Path) -> tuple[Recipe, Parts, RunFolder]:
             "train it first"
         )
     parts = make_parts(recipe, log.info)
-    load_weights(parts.model, CheckpointReader(path))
-    return recipe, parts, folder
+    for text in passed_over:
+        log.warning("checkpoint passed over: %s", text)
+    reader = CheckpointReader(path)
+    load_weights(parts.model, reader)
+    return recipe, parts, folder, reader.trainer["progress"]["step"]
 
 
 @torch.no_grad()
@@ -66,12 +70,11 @@ def evaluate(run: Path) -> dict[str, dict[str, dict[str, float]]]:
     Raises:
         ValueError: If the folder holds no run or no whole checkpoint.
     """
-    recipe, parts, folder = open_finished(run)
+    recipe, parts, folder, step = open_finished(run)
     forward = _forward(parts)
     world = dist.World(rank=0, local_rank=0, world_size=1)
     results: dict[str, dict[str, dict[str, float]]] = {}
     recorder = Recorder(folder.metrics)
-    step = last_step(folder.metrics)
     for split in SPLITS:
         for data in eval_data(recipe, parts, split=split):
             scores = evaluate_task(data, forward=forward, world=world)
@@ -82,11 +85,13 @@ def evaluate(run: Path) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def _forward(parts: Parts) -> Any:
-    module = LossModule(parts.model, {t.task.name: t.task.loss for t in parts.tasks}).eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    losses = {t.task.name: t.task.loss for t in parts.tasks}
+    module = LossModule(parts.model, losses).eval().to(device)
 
     @torch.no_grad()
     def forward(task: str, batch: MicroBatch) -> tuple[Tensor, Any]:
-        return module(task, batch.inputs, batch.targets)
+        return module(task, on_device(batch.inputs, device), on_device(batch.targets, device))
 
     return forward
 
@@ -97,7 +102,7 @@ def export(run: Path, *, task: str | None = None) -> list[Path]:
     Raises:
         ValueError: If there is no such task, or an export folder exists already.
     """
-    recipe, parts, folder = open_finished(run)
+    recipe, parts, folder, step = open_finished(run)
     names = [t.task.name for t in parts.tasks]
     if task is not None and task not in names:
         raise ValueError(f"--task: the run has no task {task!r}; its tasks are {', '.join(names)}")
@@ -107,7 +112,7 @@ def export(run: Path, *, task: str | None = None) -> list[Path]:
         raise ValueError(
             f"{', '.join(map(str, existing))} exists already: remove it, or move it away"
         )
-    scores = last_scores(folder.metrics)
+    scores = last_scores(folder.metrics, step=step)
     return [
         export_task(
             parts.model,
@@ -123,15 +128,10 @@ def export(run: Path, *, task: str | None = None) -> list[Path]:
     ]
 
 
-def last_step(metrics: Path) -> int:
-    """Return the last step of a run's record."""
-    return max((e["step"] for e in surviving_events(metrics)), default=0)
-
-
-def last_scores(metrics: Path) -> Mapping[str, dict[str, float]]:
-    """Return the latest validation metrics of each task."""
+def last_scores(metrics: Path, *, step: int) -> Mapping[str, dict[str, float]]:
+    """Return the latest validation metrics of each task up to step `step`, that of the weights."""
     return {
         e["task"]: e["metrics"]
         for e in surviving_events(metrics)
-        if e["event"] == "eval" and e["split"] == "validation"
+        if e["event"] == "eval" and e["split"] == "validation" and e["step"] <= step
     }

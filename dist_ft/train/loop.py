@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -66,6 +67,7 @@ class Run:
         stop_signal: Returns the signal that asked this rank to stop, or 0.
         progress: How far the run has come.
         stopped_by: The signal that ended the loop before its time, or 0.
+        busy_s: Seconds spent in steps: waiting for data, and computing.
     """
 
     engine: Engine
@@ -78,6 +80,7 @@ class Run:
     stop_signal: Callable[[], int] = lambda: 0
     progress: Progress = field(default_factory=Progress)
     stopped_by: int = 0
+    busy_s: float = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps besides the engine's state, as JSON."""
@@ -101,6 +104,7 @@ def fit(run: Run) -> Run:
                 break
             if phase.index != run.progress.phase:
                 enter_phase(run, phase)
+            began = time.monotonic()
             result = run.engine.train_step(
                 batch.step,
                 task=batch.task,
@@ -108,6 +112,7 @@ def fit(run: Run) -> Run:
                 global_count=batch.global_count,
                 learning_rates=run.learning_rates(batch.step, run.progress.thawed_at),
             )
+            run.busy_s += time.monotonic() - began + batch.data_wait_s
             run.progress.step += 1
             run.progress.tokens += batch.global_tokens
             for callback in run.callbacks:

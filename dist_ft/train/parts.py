@@ -10,26 +10,15 @@ from transformers import PreTrainedTokenizerBase
 
 from dist_ft.config import ModelConfig, Recipe
 from dist_ft.data.loader import MicroBatch
-from dist_ft.duration import Duration
+from dist_ft.data.sampling import Mixture
 from dist_ft.freezing.policies import FreezePolicy
 from dist_ft.freezing.schedule import LayerOrder
 from dist_ft.model.backbone import HeadSpec, ModelSource, MultiTaskModel, load_model, load_tokenizer
 from dist_ft.model.layer_groups import LayerGroup, find_layer_groups
-from dist_ft.train.data import PreparedTask, prepare_tasks, steps_per_epoch, tokens_per_step
+from dist_ft.train.data import PreparedTask, prepare_tasks
 from dist_ft.train.evaluate import EvalData
+from dist_ft.train.loading import Lengths, plan_steps
 from dist_ft.train.policy import check_every_task_trains, make_policy
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Turns durations into steps for the tasks of a run."""
-
-    epoch: float
-    tokens: float
-
-    def steps(self, duration: Duration) -> int:
-        """Return the duration in optimizer steps."""
-        return duration.steps(steps_per_epoch=self.epoch, tokens_per_step=self.tokens)
 
 
 @dataclass(frozen=True)
@@ -43,6 +32,7 @@ class Parts:
     policy: FreezePolicy
     total_steps: int
     lengths: Lengths
+    mixture: Mixture
 
 
 def make_parts(recipe: Recipe, say: Callable[[str], None]) -> Parts:
@@ -53,17 +43,12 @@ def make_parts(recipe: Recipe, say: Callable[[str], None]) -> Parts:
     heads = [HeadSpec(t.task.name, t.task.auto_class, t.task.config_updates()) for t in tasks]
     model, _ = load_model(source, heads=heads, dtype=torch.float32, seed=recipe.seed)
     groups = find_layer_groups(model, overrides=recipe.freezing.layer_groups or None)
-    size = recipe.train.global_batch_size
-    lengths = Lengths(
-        steps_per_epoch(tasks, global_batch_size=size),
-        tokens_per_step(tasks, global_batch_size=size),
-    )
-    total = lengths.steps(recipe.train.max_duration)
+    steps = plan_steps(recipe, tasks)
     policy = make_policy(
         recipe.freezing,
         order=LayerOrder.of([(g.name, g.kind) for g in groups]),
-        to_steps=lengths.steps,
-        total_steps=total,
+        to_steps=steps.lengths.steps,
+        total_steps=steps.total_steps,
         seed=recipe.seed,
     )
     check_every_task_trains(
@@ -71,7 +56,9 @@ def make_parts(recipe: Recipe, say: Callable[[str], None]) -> Parts:
         tasks=[t.task.name for t in tasks],
         reach={g.name: g.tasks for g in groups},
     )
-    return Parts(tokenizer, tasks, model, groups, policy, total, lengths)
+    return Parts(
+        tokenizer, tasks, model, groups, policy, steps.total_steps, steps.lengths, steps.mixture
+    )
 
 
 def model_source(config: ModelConfig) -> ModelSource:

@@ -28,6 +28,7 @@ from dist_ft.freezing.schedule import (
     make_phases,
 )
 
+PERIODS_CHECKED = 200
 ToSteps = Callable[[Duration], int]
 
 
@@ -51,6 +52,12 @@ def make_policy(
         always = order.bottom + order.top + order.heads
         if config.always is not None:
             always = order.match(config.always, where="freezing.always")
+        if not set(always) >= set(order.heads):
+            missing = sorted(set(order.heads) - set(always))
+            raise ValueError(
+                f"freezing.always: {', '.join(missing)} would never train, and their weights are "
+                "random: add head.*"
+            )
         return BlockPolicy(
             BlockDraw(
                 order, config.blocks, max(1, to_steps(config.every)), config.order, always, seed
@@ -130,14 +137,19 @@ def check_every_task_trains(
     """Check that every phase trains something that each task's loss reaches.
 
     Args:
-        policy: The run's policy; only listed phases need the check, others keep the heads.
+        policy: The run's policy; measuring ones always train the top.
         tasks: Names of the tasks.
         reach: The tasks whose loss reaches each layer group.
 
     Raises:
         ValueError: If a step of some task could train nothing at all.
     """
-    phases = policy.phases if isinstance(policy, ScheduledPolicy) else [policy.phase_at(0)]
+    if isinstance(policy, ScheduledPolicy):
+        phases = policy.phases
+    elif isinstance(policy, BlockPolicy):
+        phases = [policy.phase_at(period * policy.draw.every) for period in range(PERIODS_CHECKED)]
+    else:
+        phases = [policy.phase_at(0)]
     for phase in phases:
         idle = [t for t in tasks if not any(t in reach[g] for g in phase.trainable)]
         if idle:

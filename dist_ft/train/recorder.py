@@ -62,6 +62,16 @@ def surviving_events(path: Path) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = []
     for event in read_events(path):
         if event["event"] == "resume":
-            events = [e for e in events if e["step"] <= event["step"]]
+            events = [e for e in events if _happened(e, resumed_at=event["step"])]
         events.append(event)
     return events
+
+
+def _happened(event: dict[str, Any], *, resumed_at: int) -> bool:
+    """Return whether an event before a resume is part of the run as it went in the end.
+
+    A phase that began right at the checkpoint is entered again, and says so again.
+    """
+    if event["step"] == resumed_at:
+        return event["event"] != "phase"
+    return event["step"] < resumed_at

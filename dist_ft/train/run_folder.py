@@ -8,7 +8,7 @@ import logging
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ FREE_ON_RESUME = {
     "name",
     "output_dir",
     "data_dir",
+    "data_processes",
     "engine",
     "evaluation",
     "checkpoint",
@@ -83,7 +84,10 @@ class RunFolder:
                 f"name: {self.root} holds a run already: go on with it by --resume, or choose "
                 "another name"
             )
-        changed = sorted(_differences(self.read_recipe(), recipe))
+        free = set(FREE_ON_RESUME)
+        if recipe["freezing"]["policy"] == "plateau":
+            free.discard("evaluation")  # its scores decide what trains
+        changed = sorted(_differences(self.read_recipe(), recipe, free=free))
         if changed:
             raise ValueError(
                 f"{self.root} was started with another recipe; what differs: {', '.join(changed)}."
@@ -106,15 +110,15 @@ class RunFolder:
         logger.propagate = False
 
 
-def _differences(old: Any, new: Any, *, path: str = "") -> list[str]:
-    if path in FREE_ON_RESUME:
+def _differences(old: Any, new: Any, *, free: Collection[str], path: str = "") -> list[str]:
+    if path in free:
         return []
     if isinstance(old, dict) and isinstance(new, dict):
         return [
             difference
             for key in sorted(old.keys() | new.keys())
             for difference in _differences(
-                old.get(key), new.get(key), path=f"{path}.{key}" if path else key
+                old.get(key), new.get(key), free=free, path=f"{path}.{key}" if path else key
             )
         ]
     return [] if old == new else [f"{path} (was {old!r}, is {new!r})"]

@@ -211,3 +211,21 @@ def _retention(root: Path) -> None:
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     run_distributed(_retention, tmp_path)
+
+
+def _after_falling_back(root: Path) -> None:
+    engine = _engine(2, "fp32", "rebuild")
+    _train(engine, range(1), {0: ALL})
+    _save(root, engine, 1)
+    _save(root, engine, 5)
+    if dist.get_rank() == 0:  # the run goes back behind a damaged checkpoint and saves again
+        (root / "step-00000005" / "rank-00000.safetensors").write_bytes(b"")
+    dist.barrier()
+    _save(root, engine, 2, keep_last=1)
+    path, _ = find_checkpoint(root)
+    assert path is not None
+    assert path.name == "step-00000002"
+
+
+def test_retention_counts_only_the_run_as_it_goes_on(tmp_path: Path) -> None:
+    run_distributed(_after_falling_back, tmp_path)

@@ -56,3 +56,24 @@ def test_the_record_has_every_event(tmp_path: Path) -> None:
             assert event["optimizer_bytes_per_rank"] > 0
     params = [e["trainable_params"] for e in found if e["event"] == "phase"]
     assert params == sorted(params)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_stop_before_the_first_step_saves_nothing_and_can_go_on(
+    stage: int, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, engine={"zero_stage": stage})
+    train(recipe, stop_at=0, exit_code=75)
+    assert not list((tmp_path / "runs/tiny").glob("checkpoints/step-*"))
+    train(recipe, resume=True)
+    train(recipe, ["name=straight"])
+    assert state_hash(tmp_path / "runs/tiny") == state_hash(tmp_path / "runs/straight")
+
+
+def test_step_events_know_what_trains_after_a_resume(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    train(recipe, stop_at=10, exit_code=75)
+    train(recipe, resume=True)
+    assert all(
+        e["trainable_params"] > 0 for e in events(tmp_path / "runs/tiny") if e["event"] == "step"
+    )

@@ -132,10 +132,22 @@ def _rank_trains(
     path: Path, overrides: Sequence[str], resume: bool, stop_at: int | None, exit_code: int
 ) -> None:
     recipe = load_recipe(path, overrides=overrides)
-    if stop_at is not None and os.environ["RANK"] == "1":
+    if stop_at == 0 and os.environ["RANK"] == "1":
+        build.make_run = _interrupted(build.make_run)
+    elif stop_at is not None and os.environ["RANK"] == "1":
         metrics = recipe.output_dir / recipe.name / "metrics.jsonl"
         threading.Thread(target=_terminate_at, args=(metrics, stop_at), daemon=True).start()
     assert build.train(recipe, resume=resume) == exit_code
+
+
+def _interrupted(make_run: Any) -> Any:
+    """Wrap `make_run` so that SIGTERM arrives while the run is being put together."""
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return make_run(*args, **kwargs)
+
+    return wrapped
 
 
 def _terminate_at(metrics: Path, step: int) -> None:

@@ -1,0 +1,19 @@
+"""Arguments that several commands have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+RecipeArgument = Annotated[
+    str, typer.Argument(help="A YAML file, or the name of a packaged recipe.")
+]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Changes to the recipe: optim.lr=3e-5, tasks.trec.max_length=64. "
+        "Relative paths start where the recipe's own do.",
+    ),
+]

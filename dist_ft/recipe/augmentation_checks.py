@@ -1,0 +1,55 @@
+"""Whether a task's augmentation fits its type and the files that it names are there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dist_ft.config import (
+    MentionReplacementConfig,
+    Recipe,
+    WordDropoutConfig,
+    WordReplacementConfig,
+)
+from dist_ft.recipe.errors import Finding, closest, show_value
+from dist_ft.recipe.paths import exists
+from dist_ft.recipe.reading import RawPath
+from dist_ft.recipe.validate import Draft
+
+LEXICONS = ("package:misspellings", "package:wordnet")
+
+
+def check_augmentation(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
+    """Yield transforms that their task can't have, and word lists that aren't there."""
+    for index, task in enumerate(recipe.tasks):
+        for number, transform in enumerate(task.augmentation):
+            path: RawPath = ("tasks", index, "augmentation", number)
+            if not draft.is_sure(*path, "type"):
+                continue
+            if isinstance(transform, WordReplacementConfig) and draft.is_sure(*path, "lexicon"):
+                yield from _check_lexicon(transform.lexicon, path=(*path, "lexicon"))
+            if isinstance(transform, WordDropoutConfig) and draft.is_sure(*path, "placeholder"):
+                yield from _check_placeholder(transform, path=(*path, "placeholder"))
+            sure = draft.is_sure("tasks", index, "type")
+            is_tagged = task.type == "token_classification"
+            if isinstance(transform, MentionReplacementConfig) and sure and not is_tagged:
+                text = (
+                    "mention_replacement needs the tags of a token_classification, got "
+                    f"{show_value(task.type)}: remove it"
+                )
+                yield Finding((*path, "type"), text)
+
+
+def _check_lexicon(lexicon: str, *, path: RawPath) -> Iterator[Finding]:
+    if lexicon.startswith("package:"):
+        if lexicon not in LEXICONS:
+            meant = closest(lexicon, LEXICONS)
+            remedy = f"did you mean {meant}?" if meant else "use one of them"
+            rule = f"must be a file, a folder, {' or '.join(LEXICONS)}"
+            yield Finding(path, f"{rule}, got {show_value(lexicon)}: {remedy}")
+    elif not lexicon or not exists(lexicon):
+        yield Finding(path, f"no such file or folder, got {lexicon!r}: correct the path")
+
+
+def _check_placeholder(transform: WordDropoutConfig, *, path: RawPath) -> Iterator[Finding]:
+    if transform.placeholder is not None and not transform.placeholder.strip():
+        yield Finding(path, f"must not be blank, got {transform.placeholder!r}: leave it out")

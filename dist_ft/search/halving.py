@@ -1,0 +1,218 @@
+"""Successive halving over blocks: train all a little, half of them twice as long, and so on.
+
+Jamieson and Talwalkar 2016, "Non-stochastic best arm identification and hyperparameter
+optimization". Those that go on continue from where they stopped. Deep stacks are searched coarse
+to fine: the winner of a coarse grid races against its neighbours at half the granularity, until
+none of them beats it. That assumes that neighbouring blocks score alike; within one grid nothing
+is assumed but that early scores order the candidates as late ones do.
+
+Everything here is a pure function of the scores, so ranks that see the same scores agree, and a
+search that was stopped is repeated from its record.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from dist_ft.search.blocks import Block, Space
+
+MOST_RUNGS = 12
+Rank = tuple[float, float, float, Block]
+
+
+class Score(NamedTuple):
+    """What a candidate has come to at a rung.
+
+    Attributes:
+        value: Its validation score, larger is better.
+        loss: Its validation loss, which decides among equals: early on, many candidates still
+            answer the most frequent class and score the same.
+    """
+
+    value: float
+    loss: float = 0.0
+
+    def key(self) -> tuple[float, float]:
+        """Return a sort key, best first; a run that has diverged comes last."""
+        diverged = math.isnan(self.value) or math.isnan(self.loss)
+        return (math.inf, math.inf) if diverged else (-self.value, self.loss)
+
+
+def rung_steps(count: int, *, total_steps: int) -> tuple[int, ...]:
+    """Return the steps at which candidates are compared, each about twice the one before."""
+    return tuple(-(-total_steps // 2 ** (count - 1 - i)) for i in range(count))
+
+
+def halving_steps(entrants: int, rungs: Sequence[int]) -> int:
+    """Return the optimizer steps that halving trains with this many new entrants."""
+    steps, done = 0, 0
+    for rung in rungs:
+        steps += entrants * (rung - done)
+        entrants, done = survivors(entrants), rung
+    return steps
+
+
+def survivors(entrants: int) -> int:
+    """Return how many of a rung's entrants go on."""
+    return max(1, entrants // 2)
+
+
+def plan_rungs(entrants: int, *, total_steps: int, budget: float, shortest: int) -> tuple[int, ...]:
+    """Return the fewest rungs with which halving keeps to the budget.
+
+    Fewer rungs mean a longer first one, after which half of the candidates are given up.
+
+    Args:
+        entrants: Candidates of the first grid.
+        total_steps: Length of a whole run in optimizer steps.
+        budget: Share of training all candidates to the end.
+        shortest: Fewest steps that say anything about a candidate.
+
+    Raises:
+        ValueError: If the budget cannot be kept.
+    """
+    if not 0 < budget <= 1:
+        raise ValueError(f"--budget is a share above 0 and at most 1, got {budget:g}: use 0.35")
+    least = 1.0
+    for count in range(1, MOST_RUNGS + 1):
+        rungs = rung_steps(count, total_steps=total_steps)
+        if rungs[0] < shortest or len(set(rungs)) < count:
+            break
+        share = halving_steps(entrants, rungs) / (entrants * total_steps)
+        if share <= budget:
+            return rungs
+        least = min(least, share)
+    raise ValueError(
+        f"--budget: {budget:g} of training {entrants} candidates for {total_steps} steps cannot be "
+        f"kept if each is to train for {shortest} steps or more: raise it to "
+        f"{math.ceil(100 * least) / 100:g}, or train.max_duration"
+    )
+
+
+@dataclass
+class Race:
+    """What a search has measured and decided so far.
+
+    Attributes:
+        space: The candidates.
+        rungs: Steps at which they are compared; the last is the whole run.
+        score: Trains a block up to a step and returns its score on validation.
+        drop: Called with every block that is given up.
+        allowance: Optimizer steps that the search may train in all.
+        scores: What each block scored at which step.
+        best: The block that has won so far.
+    """
+
+    space: Space
+    rungs: tuple[int, ...]
+    score: Callable[[Block, int], Score]
+    drop: Callable[[Block], None]
+    allowance: float
+    scores: dict[Block, dict[int, Score]] = field(default_factory=dict)
+    best: Block | None = None
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps trained for all blocks together."""
+        return sum(max(by_step) for by_step in self.scores.values())
+
+    @property
+    def cost(self) -> float:
+        """Arithmetic of these steps, in the unit of `Space.cost`."""
+        return sum(self.space.cost(b) * max(by_step) for b, by_step in self.scores.items())
+
+    def run(self) -> Block:
+        """Return the best block, searching coarse to fine."""
+        granules = self.space.granules()
+        best = self.halve(self.space.grid(granules[0]))
+        for granule in granules[1:]:
+            best = self._climb(best, granule)
+        return best
+
+    def _climb(self, best: Block, granule: int) -> Block:
+        """Return the block that none of its neighbours beats, or the best that can be afforded."""
+        while True:
+            near = [b for b in self.space.neighbours(best, granule) if b not in self.scores]
+            # The best so far counts as an entrant, so this is more than the newcomers can take.
+            most = halving_steps(len(near) + 1, self.rungs)
+            if not near or self.steps + most > self.allowance:
+                return best
+            winner = self.halve(near)
+            if winner == best:
+                return best
+            best = winner
+
+    def halve(self, entrants: Sequence[Block]) -> Block:
+        """Return the best of `entrants` and of the best block so far, which takes part for free.
+
+        The best block so far has scores at every rung; a newcomer goes on if it is among the
+        better half of all at its rung.
+        """
+        pool = [*entrants] if self.best is None else [self.best, *entrants]
+        for rung in self.rungs:
+            if pool == [self.best]:
+                break
+            keep = 1 if rung == self.rungs[-1] else survivors(len(pool))
+            pool = self._compare(pool, rung=rung, keep=keep)
+        winner, former = pool[0], self.best
+        if former is not None and winner != former:
+            winner, loser = sorted((winner, former), key=lambda b: self.rank(b, self.rungs[-1]))
+            self.drop(loser)
+        self.best = winner
+        return winner
+
+    def _compare(self, pool: Sequence[Block], *, rung: int, keep: int) -> list[Block]:
+        """Return the `keep` best of the pool at a rung, best first.
+
+        A block is given up as soon as `keep` others are better, so that few need be kept.
+        """
+        leaders: list[Block] = []
+        for block in pool:
+            self._measure(block, rung)
+            leaders = sorted([*leaders, block], key=lambda b: self.rank(b, rung))
+            for lost in leaders[keep:]:
+                if lost != self.best:
+                    self.drop(lost)
+            leaders = leaders[:keep]
+        return leaders
+
+    def _measure(self, block: Block, rung: int) -> None:
+        known = self.scores.setdefault(block, {})
+        if rung not in known:
+            known[rung] = self.score(block, rung)
+
+    def rank(self, block: Block, rung: int) -> Rank:
+        """Return a sort key, best first: the score, and among equals the cheaper block."""
+        return (*self.scores[block][rung].key(), self.space.cost(block), block)
+
+    def ranking(self) -> list[Block]:
+        """Return all blocks, best first: those that came further are before the others."""
+
+        def key(block: Block) -> tuple[int, Rank]:
+            last = max(self.scores[block])
+            return (-last, self.rank(block, last))
+
+        return sorted(self.scores, key=key)
+
+
+def make_race(
+    space: Space,
+    *,
+    total_steps: int,
+    budget: float,
+    shortest: int,
+    score: Callable[[Block, int], Score],
+    drop: Callable[[Block], None],
+) -> Race:
+    """Return a search that trains at most `budget` of the finest grid's steps.
+
+    Raises:
+        ValueError: If the budget cannot be kept.
+    """
+    first = space.grid(space.granules()[0])
+    rungs = plan_rungs(len(first), total_steps=total_steps, budget=budget, shortest=shortest)
+    allowance = budget * len(space.grid(space.granule)) * total_steps
+    return Race(space, rungs, score, drop, allowance)

@@ -1,0 +1,159 @@
+"""From a recipe's augmentation to what the loader does to the rows that it reads."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from dist_ft.config import (
+    CasingConfig,
+    CharacterNoiseConfig,
+    KeyboardTyposConfig,
+    MentionReplacementConfig,
+    PunctuationInsertionConfig,
+    SentenceShufflingConfig,
+    TaskConfig,
+    TransformConfig,
+    WordDropoutConfig,
+    WordReplacementConfig,
+)
+from dist_ft.data.augment.augmenter import Augmenter, Transform
+from dist_ft.data.augment.lexicon import (
+    Lexicon,
+    find_wordnet,
+    packaged_misspellings,
+    read_lexicon,
+    read_wordnet,
+)
+from dist_ft.data.augment.mentions import MentionReplacement, collect_mentions
+from dist_ft.data.augment.noise import (
+    Casing,
+    CharacterNoise,
+    KeyboardTypos,
+    PunctuationInsertion,
+)
+from dist_ft.data.augment.samples import ContextFields, Fields, TaggedFields, TextFields
+from dist_ft.data.augment.sentences import SentenceShuffling
+from dist_ft.data.augment.words import WordDropout, WordReplacement
+from dist_ft.data.augmented import Augmentation
+from dist_ft.data.files import Row
+from dist_ft.data.schema import RAW_COLUMN
+from dist_ft.data.shards import ShardedDataset
+from dist_ft.tasks import TokenClassification
+from dist_ft.tasks.base import Task
+
+_ROWS_AT_ONCE = 4096
+
+
+def make_augmentation(
+    config: TaskConfig, *, task: Task, dataset: ShardedDataset, tokenizer: PreTrainedTokenizerBase
+) -> Augmentation | None:
+    """Return how the rows of a task are augmented; None if they are not.
+
+    Args:
+        config: The task in the recipe.
+        task: The task, knowing its labels.
+        dataset: Its training data, prepared with their raw rows.
+        tokenizer: The model's tokenizer.
+
+    Raises:
+        ValueError: If a word list is not readable.
+        RuntimeError: If a word list is not installed.
+    """
+    if not config.augmentation:
+        return None
+    # Rows are encoded in the prefetch thread: a fast tokenizer that the training thread uses at
+    # the same time, to decode generated text, would fail with "Already borrowed".
+    own = copy.deepcopy(tokenizer)
+    return Augmentation(
+        Augmenter(
+            [make_transform(t, config=config, dataset=dataset) for t in config.augmentation],
+            fields=_fields(config, task=task),
+        ),
+        encode=lambda rows: task.encode(rows, tokenizer=own),
+    )
+
+
+def _fields(config: TaskConfig, *, task: Task) -> Fields:
+    """Return what of a raw row may be changed: never a label, nor the text to be generated."""
+    if config.type == "text_classification":
+        return TextFields(tuple(c for c in (config.text, config.text_pair) if c is not None))
+    if config.type == "token_classification":
+        is_bio = isinstance(task, TokenClassification) and task.is_bio
+        return TaggedFields(config.tokens, config.tags, outside="O" if is_bio else None)
+    if config.type == "question_answering":
+        return ContextFields(config.question, config.context, config.answers)
+    return TextFields((config.prompt,))
+
+
+def make_transform(
+    transform: TransformConfig, *, config: TaskConfig, dataset: ShardedDataset
+) -> Transform:
+    """Return a transform of the recipe.
+
+    Args:
+        transform: The transform in the recipe.
+        config: The task that it belongs to.
+        dataset: The task's training data, where mentions of entities are taken from.
+    """
+    chance = transform.probability
+    if isinstance(transform, SentenceShufflingConfig):
+        return SentenceShuffling(chance)
+    if isinstance(transform, WordReplacementConfig):
+        return WordReplacement(read_words(transform.lexicon), transform.share, chance)
+    if isinstance(transform, WordDropoutConfig):
+        return WordDropout(transform.share, chance, transform.placeholder)
+    if not isinstance(transform, MentionReplacementConfig):
+        return _noise(transform, chance=chance)
+    assert config.type == "token_classification", "load_recipe refuses it for other tasks"
+    table = collect_mentions(
+        (row[config.tokens], [str(tag) for tag in row[config.tags]]) for row in raw_rows(dataset)
+    )
+    return MentionReplacement(table, transform.share, chance)
+
+
+def _noise(
+    transform: KeyboardTyposConfig
+    | CharacterNoiseConfig
+    | CasingConfig
+    | PunctuationInsertionConfig,
+    *,
+    chance: float,
+) -> Transform:
+    match transform:
+        case KeyboardTyposConfig():
+            return KeyboardTypos(transform.share, chance)
+        case CharacterNoiseConfig():
+            return CharacterNoise(transform.share, chance)
+        case CasingConfig():
+            return Casing(transform.share, chance)
+        case PunctuationInsertionConfig():
+            return PunctuationInsertion(transform.share, chance)
+
+
+def read_words(lexicon: str) -> Lexicon:
+    """Return a lexicon by its packaged name, WordNet's folder or its file.
+
+    Raises:
+        ValueError: If a file is missing or not in its format.
+        RuntimeError: If a packaged lexicon is not installed.
+    """
+    if lexicon == "package:misspellings":
+        return packaged_misspellings()
+    if lexicon == "package:wordnet":
+        return read_wordnet(find_wordnet())
+    path = Path(lexicon)
+    return read_wordnet(path) if path.is_dir() else read_lexicon(path)
+
+
+def raw_rows(dataset: ShardedDataset, rows: Sequence[int] | None = None) -> Iterator[Row]:
+    """Yield the raw rows kept with the features, all by default; windows repeat theirs."""
+    wanted = np.arange(len(dataset)) if rows is None else np.asarray(rows, dtype=np.int64)
+    for start in range(0, len(wanted), _ROWS_AT_ONCE):
+        part = dataset.take(wanted[start : start + _ROWS_AT_ONCE], columns={RAW_COLUMN})
+        yield from (json.loads(str(text)) for text in part[RAW_COLUMN])

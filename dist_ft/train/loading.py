@@ -1,0 +1,125 @@
+"""From a recipe and its prepared tasks to the steps of a run: how many, of which task and rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from dist_ft.config import AnnealedMixture, FixedMixture, Recipe, RoundRobinMixture, UnimaxMixture
+from dist_ft.data.loader import BatchPlan, LengthPlan, StepLoader
+from dist_ft.data.mixtures import make_mixture
+from dist_ft.data.sampling import Mixture
+from dist_ft.duration import Duration
+from dist_ft.train.augmentation import make_augmentation
+from dist_ft.train.data import PreparedTask, steps_per_epoch, tokens_per_step
+
+# A length in tokens depends on the shares, and the shares of a mixture on the length; rounding can
+# keep it moving by a step or two, and then the last stands.
+_MOST_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Turns durations into steps for the tasks of a run."""
+
+    epoch: float
+    tokens: float
+
+    def steps(self, duration: Duration) -> int:
+        """Return the duration in optimizer steps."""
+        return duration.steps(steps_per_epoch=self.epoch, tokens_per_step=self.tokens)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What is trained in which step.
+
+    Attributes:
+        mixture: Assigns the steps to the tasks.
+        lengths: Turns durations into steps.
+        total_steps: Optimizer steps of the whole run.
+    """
+
+    mixture: Mixture
+    lengths: Lengths
+    total_steps: int
+
+
+def plan_steps(recipe: Recipe, tasks: Sequence[PreparedTask]) -> StepPlan:
+    """Return the mixture and the length of a run; a pure function of recipe and data."""
+    size = recipe.train.global_batch_size
+    epoch = steps_per_epoch(tasks, global_batch_size=size)
+    lengths = Lengths(epoch, tokens_per_step(tasks, global_batch_size=size))
+    total = lengths.steps(recipe.train.max_duration)
+    mixture = _mixture(recipe, tasks, total_steps=total)
+    for _ in range(_MOST_ROUNDS):
+        shares = _shares(recipe, mixture, total_steps=total)
+        lengths = Lengths(epoch, tokens_per_step(tasks, global_batch_size=size, shares=shares))
+        found = lengths.steps(recipe.train.max_duration)
+        if found == total:
+            break
+        total = found
+        mixture = _mixture(recipe, tasks, total_steps=total)
+    return StepPlan(mixture, lengths, total)
+
+
+def _mixture(recipe: Recipe, tasks: Sequence[PreparedTask], *, total_steps: int) -> Mixture:
+    config = recipe.mixture
+    options: dict[str, Any] = config.model_dump(exclude={"policy"})
+    # A run of no steps has a mixture, too.
+    steps = max(1, total_steps)
+    if isinstance(config, AnnealedMixture):
+        options["total_steps"] = steps
+    if isinstance(config, UnimaxMixture):
+        options["total_rows"] = steps * recipe.train.global_batch_size
+    if isinstance(config, FixedMixture):
+        options["weights"] = [config.weights[t.task.name] for t in tasks]
+    rows = [len(t.datasets["train"]) for t in tasks]
+    return make_mixture(config.policy, rows=rows, seed=recipe.seed, **options)
+
+
+def _shares(recipe: Recipe, mixture: Mixture, *, total_steps: int) -> list[float] | None:
+    """Return each task's share of the run's steps; None where they take turns."""
+    if isinstance(recipe.mixture, RoundRobinMixture) or total_steps < 1:
+        return None
+    return [count / total_steps for count in mixture.steps_before(total_steps)]
+
+
+def make_loader(
+    recipe: Recipe,
+    tasks: Sequence[PreparedTask],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    mixture: Mixture,
+    rank: int = 0,
+    world_size: int = 1,
+) -> StepLoader:
+    """Return the loader of a rank's training steps.
+
+    Raises:
+        ValueError: If a word list of the augmentation is not readable.
+        RuntimeError: If one is not installed.
+    """
+    augmentation = {
+        config.name: how
+        for config, t in zip(recipe.tasks, tasks, strict=True)
+        if (how := make_augmentation(config, task=t.task, dataset=t.datasets["train"],
+                                     tokenizer=tokenizer))
+    }  # fmt: skip
+    return StepLoader(
+        {t.task.name: t.datasets["train"] for t in tasks},
+        specs={t.task.name: t.task.collate_spec(tokenizer, evaluation=False) for t in tasks},
+        plan=BatchPlan(
+            global_batch_size=recipe.train.global_batch_size,
+            micro_batch_size=recipe.train.micro_batch_size,
+            seed=recipe.seed,
+            rank=rank,
+            world_size=world_size,
+            layout=LengthPlan() if recipe.train.layout == "by_length" else None,
+        ),
+        mixture=mixture,
+        augmentation=augmentation,
+    )

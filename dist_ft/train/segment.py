@@ -1,0 +1,165 @@
+"""Trains a run in segments: up to a step that is not its last, and later on from there."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from dist_ft import dist
+from dist_ft.config import Recipe
+from dist_ft.train.adapt import mean_score
+from dist_ft.train.build import make_run, restore
+from dist_ft.train.callbacks import Evaluate
+from dist_ft.train.console import Console
+from dist_ft.train.loop import Run, fit
+from dist_ft.train.parts import make_parts
+from dist_ft.train.recorder import Recorder
+from dist_ft.train.run_folder import RunFolder, environment
+
+T = TypeVar("T")
+
+
+class PreemptedError(Exception):
+    """The run was asked to stop; it has saved and can go on."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where segments are trained.
+
+    Attributes:
+        world: This rank's place; the process group must be up.
+        device: This rank's device.
+        stop_signal: Returns the signal that asked this rank to stop, or 0.
+    """
+
+    world: dist.World
+    device: torch.device
+    stop_signal: Callable[[], int] = lambda: 0
+
+
+@dataclass(frozen=True)
+class Segment:
+    """What a run has come to at the end of a segment; the same on every rank.
+
+    Attributes:
+        score: Mean of the tasks' deciding metrics on validation, larger is better.
+        metrics: All validation metrics by task.
+        seconds: Wall time of this segment, with everything that it took to begin and score it.
+    """
+
+    score: float
+    metrics: dict[str, dict[str, float]]
+    seconds: float
+
+
+def train_until(recipe: Recipe, *, step: int, place: Place) -> Segment:
+    """Train a run up to `step`, from its newest checkpoint if it has one; score it and save it.
+
+    Everything but the end is as in a whole run: learning rates and phases follow the whole
+    length, so that segments in a row come to the same weights as one run, bit for bit.
+
+    Args:
+        recipe: Of the whole run.
+        step: Optimizer steps at the end of the segment.
+        place: Where to train.
+
+    Raises:
+        ValueError: If the run's folder belongs to another recipe.
+        PreemptedError: If a rank was asked to stop.
+    """
+    try:
+        return _train_until(recipe, step=step, place=place)
+    finally:
+        # An engine is full of reference cycles, and it has exempted what was alive from collection.
+        gc.unfreeze()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _train_until(recipe: Recipe, *, step: int, place: Place) -> Segment:
+    began = time.monotonic()
+    folder = RunFolder(recipe.output_dir / recipe.name)
+
+    def open_folder() -> None:
+        folder.start(recipe.model_dump(mode="json"), resume=True)
+        folder.write_json("env.json", environment(place.world, place.device))
+
+    on_main(open_folder)
+    recorder = Recorder(folder.metrics if place.world.is_main else None)
+    try:
+        run, is_last = _make(recipe, step=step, place=place, folder=folder, recorder=recorder)
+        fit(run)
+        if run.stopped_by:
+            recorder.event("stop", step=run.progress.step, signal=run.stopped_by)
+            raise PreemptedError
+        recorder.event("end" if is_last else "segment", step=step)
+        segment = _segment(run, seconds=time.monotonic() - began)
+        _release(run)
+        return segment
+    finally:
+        recorder.close()
+
+
+def _make(
+    recipe: Recipe, *, step: int, place: Place, folder: RunFolder, recorder: Recorder
+) -> tuple[Run, bool]:
+    """Return the run, set to end at `step`, and whether that is its end anyway."""
+    console = Console(main=False)
+    parts = make_parts(recipe, console.say)
+    run = make_run(recipe, parts, folder=folder, world=place.world, device=place.device,
+                   console=console, recorder=recorder)  # fmt: skip
+    restore(run, folder=folder, recorder=recorder, console=console)
+    run.stop_signal = place.stop_signal
+    # Only the loop and what happens at its end read this; the learning rates have their own.
+    run.total_steps = step
+    return run, step == parts.total_steps
+
+
+def _segment(run: Run, *, seconds: float) -> Segment:
+    evaluate = next(c for c in run.callbacks if isinstance(c, Evaluate))
+    tasks = [data.task.name for data in evaluate.data]
+    score = mean_score(evaluate, tasks=tasks, metric=None)
+    metrics = {task: dict(evaluate.last[task].metrics) for task in tasks}
+    return dist.broadcast_object(Segment(score, metrics, seconds))
+
+
+def _release(run: Run) -> None:
+    """Free the engine and the weights of a run that is over.
+
+    Without it every segment left 0.2 GiB of MiniLM behind under ZeRO-2 and 3: DeepSpeed's hooks
+    and attributes keep engine and parameters alive through references that no collection sees.
+    """
+    take_down = getattr(run.engine, "_take_down", None)
+    if take_down is not None:
+        take_down()
+    for parameter in run.engine.module.parameters():
+        vars(parameter).clear()
+        parameter.grad = None
+        parameter.data = torch.empty(0)
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Return what `action` returns on rank 0, on every rank; only rank 0 runs it.
+
+    Raises:
+        ValueError: On every rank, if the action raised it: otherwise the others would wait in
+            their first collective.
+    """
+    value: T | None = None
+    problem: str | None = None
+    if dist.rank() == 0:
+        try:
+            value = action()
+        except ValueError as error:
+            problem = str(error)
+    value, problem = dist.broadcast_object((value, problem))
+    if problem is not None:
+        raise ValueError(problem)
+    return value  # pyright: ignore[reportReturnType] - rank 0's own

@@ -1,0 +1,141 @@
+"""Mixture, augmentation and layout in a recipe: what is read, and what is refused how."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dist_ft.config import Recipe, RoundRobinMixture, WordReplacementConfig
+from dist_ft.recipe import RecipeError, load_recipe
+from tests.unit.test_recipe import folder as folder_of_test_recipe
+
+folder = folder_of_test_recipe
+
+
+def errors_of(recipe: Path, *overrides: str) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe, overrides=overrides)
+    return caught.value.errors
+
+
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        {"policy": "round_robin"},
+        {"policy": "examples_proportional", "cap": 100},
+        {"policy": "temperature", "temperature": 3.0, "cap": None},
+        {"policy": "annealed", "start": 1.0, "end": 0.5, "cap": 5},
+        {"policy": "fixed", "weights": {"topics": 1.0, "spans": 2.0}},
+        {"policy": "unimax", "max_epochs": 2.0},
+    ],
+)
+def test_mixtures_are_read_and_kept(folder: Path, mixture: dict[str, object]) -> None:
+    recipe = load_recipe(folder / "demo.yaml", overrides=[f"mixture={json.dumps(mixture)}"])
+    assert recipe.mixture.model_dump() == mixture
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def test_tasks_take_turns_without_a_policy(folder: Path) -> None:
+    assert load_recipe(folder / "demo.yaml").mixture == RoundRobinMixture()
+    assert load_recipe(folder / "demo.yaml", overrides=["mixture={}"]).mixture.policy == (
+        "round_robin"
+    )
+
+
+def test_a_lexicon_starts_from_the_recipe(folder: Path) -> None:
+    (folder / "words.txt").write_text("quick, fast\n")
+    item = "{type: word_replacement, lexicon: words.txt, share: 0.5}"
+    packaged = "{type: word_replacement, lexicon: 'package:wordnet'}"
+    recipe = load_recipe(
+        folder / "demo.yaml", overrides=[f"tasks.topics.augmentation=[{item}, {packaged}]"]
+    )
+    first, second = recipe.tasks[0].augmentation
+    assert isinstance(first, WordReplacementConfig)
+    assert isinstance(second, WordReplacementConfig)
+    assert (first.lexicon, second.lexicon) == (str(folder / "words.txt"), "package:wordnet")
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+# Each row: overrides of a good recipe, the lines that must come out, whole.
+GOLDEN: dict[str, tuple[list[str], list[str]]] = {
+    "policy": (
+        ["mixture.policy=temprature"],
+        [
+            "mixture.policy: must be one of round_robin, examples_proportional, temperature, "
+            "annealed, fixed, unimax, got 'temprature': did you mean temperature?"
+        ],
+    ),
+    "key of another policy": (
+        ["mixture={policy: fixed, weights: {topics: 1, spans: 1}, cap: 3}"],
+        ["mixture.cap: unknown key, got 3: move it to mixture.cap"],
+    ),
+    "no weights": (
+        ["mixture={policy: fixed}"],
+        ["mixture.weights: required, got nothing: add weights (a section of `key: value` lines)"],
+    ),
+    "weights": (
+        ["mixture={policy: fixed, weights: {topcs: 1}}"],
+        [
+            "mixture.weights.topcs: must be the name of a task: did you mean topics?",
+            "mixture.weights: must name every task, got none for topics, spans: add them",
+        ],
+    ),
+    "a weight of nothing": (
+        ["mixture={policy: fixed, weights: {topics: 0, spans: 1}}"],
+        ["mixture.weights.topics: must be greater than 0, got 0: raise it"],
+    ),
+    "layout": (
+        ["train.layout=by_lenght"],
+        [
+            "train.layout: must be one of in_order, by_length, got 'by_lenght': did you mean "
+            "by_length?"
+        ],
+    ),
+    "transform": (
+        ["tasks.topics.augmentation=[{type: casng}]"],
+        [
+            "tasks.topics.augmentation[0].type: must be one of sentence_shuffling, "
+            "word_replacement, keyboard_typos, character_noise, casing, punctuation_insertion, "
+            "word_dropout, mention_replacement, got 'casng': did you mean casing?"
+        ],
+    ),
+    "share": (
+        ["tasks.topics.augmentation=[{type: casing, share: 1.5}]"],
+        ["tasks.topics.augmentation[0].share: must be at most 1, got 1.5: lower it"],
+    ),
+    "mentions of no entities": (
+        ["tasks.topics.augmentation=[{type: mention_replacement}]"],
+        [
+            "tasks.topics.augmentation[0].type: mention_replacement needs the tags of a "
+            "token_classification, got 'text_classification': remove it"
+        ],
+    ),
+    "missing lexicon": (
+        ["tasks.topics.augmentation=[{type: word_replacement, lexicon: absent.txt}]"],
+        [
+            "tasks.topics.augmentation[0].lexicon: no such file or folder, got "
+            "'{folder}/absent.txt': correct the path"
+        ],
+    ),
+    "packaged lexicon": (
+        ["tasks.topics.augmentation=[{type: word_replacement, lexicon: 'package:wordnt'}]"],
+        [
+            "tasks.topics.augmentation[0].lexicon: must be a file, a folder, package:misspellings "
+            "or package:wordnet, got 'package:wordnt': did you mean package:wordnet?"
+        ],
+    ),
+    "blank placeholder": (
+        ["tasks.topics.augmentation=[{type: word_dropout, placeholder: ' '}]"],
+        ["tasks.topics.augmentation[0].placeholder: must not be blank, got ' ': leave it out"],
+    ),
+    "processes": (
+        ["data_processes=0"],
+        ["data_processes: must be greater than 0, got 0: raise it"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("overrides", "lines"), GOLDEN.values(), ids=GOLDEN)
+def test_messages(folder: Path, overrides: list[str], lines: list[str]) -> None:
+    expected = [line.replace("{folder}", str(folder)) for line in lines]
+    assert sorted(errors_of(folder / "demo.yaml", *overrides)) == sorted(expected)
