@@ -128,7 +128,7 @@ def _counting(original: Any, name: str, sent: list[int]) -> Any:
     return counted
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_gradient_bytes_on_the_wire_follow_what_trains(stage: int) -> None:
     run_distributed(_count_bytes, stage)
 
