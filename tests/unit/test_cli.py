@@ -1,7 +1,6 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -24,16 +23,13 @@ def run(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.Complet
     )
 
 
-def test_help_is_quick_and_names_every_command() -> None:
-    started = time.perf_counter()
+def test_help_names_every_command() -> None:
     done = run("--help")
-    seconds = time.perf_counter() - started
     assert done.returncode == 0
-    for command in ("prepare", "train", "evaluate", "export", "report", "check", "doctor"):
+    names = "prepare train evaluate export report check doctor data search freeze-plan"
+    for command in names.split():
         assert f"\n  {command} " in done.stdout
     assert "75 stopped after" in done.stdout
-    # 0.1 s on an idle machine; importing torch alone would take longer than the bound.
-    assert seconds < 1.5
 
 
 def test_help_imports_neither_torch_nor_pydantic() -> None:
