@@ -74,7 +74,8 @@ def test_the_quickstart_leaves_record_report_and_exports(run: Path) -> None:
     assert (run / "report" / "index.html").stat().st_size > 1000
     _, parts, _, _ = open_finished(run)
     # The run is bf16, where another attention kernel rounds otherwise (1e-3).
-    attention = parts.model.backbone.config._attn_implementation
+    backbone: Any = parts.model.backbone
+    attention: str = backbone.config._attn_implementation
     for task, auto_class in TASKS.items():
         pipe = PIPES.get(task, "question-answering")
         done = subprocess.run(
