@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -119,7 +120,7 @@ def _read_cache(folder: Path) -> dict[str, _Entry]:
 
 
 def _write_cache(folder: Path, *, entries: dict[str, _Entry]) -> None:
-    temporary = folder / f"{CACHE_NAME}.{os.getpid()}.tmp"
+    temporary = folder / f"{CACHE_NAME}.{uuid.uuid4().hex}.tmp"
     content = json.dumps({"version": _CACHE_VERSION, "files": entries})
     # Data may lie where this process can't write: then they are read again next time.
     with contextlib.suppress(OSError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -160,7 +161,9 @@ def _scanned(spec: PrepareSpec, *, task: Task, folder: Path) -> dict[str, Any]:
             return known["state"]
     state = task.scan(spec.raw_rows("train"))
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{id(state)}.tmp")
+    # Every rank may be here at once, of several hosts, and forked ones share even the addresses
+    # of their objects.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     temporary.write_text(json.dumps({"key": key, "state": state}, indent=1))
     temporary.replace(path)
     return state
