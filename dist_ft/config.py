@@ -120,6 +120,7 @@ class ModelConfig(Section):
     pad_token: str | None = None
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     activation_checkpointing: Literal["none", "reentrant", "non_reentrant"] = "none"
+    padding: Literal["auto", "padded", "unpadded"] = "auto"
 
 
 class TaskBase(Section):
@@ -266,6 +267,14 @@ class CheckpointConfig(Section):
     keep_last: Positive = 2
 
 
+class CacheConfig(Section):
+    """Whether what a frozen prefix returns is kept on disk, where, and how much of it."""
+
+    policy: Literal["auto", "on", "off"] = "auto"
+    dir: Path | None = None
+    budget_gb: Annotated[float, Field(gt=0)] = 50.0
+
+
 class LoggingConfig(Section):
     """How often a step event is written."""
 
@@ -285,6 +294,7 @@ class Recipe(Section):
     tasks: Annotated[list[TaskConfig], Field(min_length=1)]
     mixture: MixtureConfig = RoundRobinMixture()
     freezing: FreezingConfig = NoFreezing()
+    cache: CacheConfig = CacheConfig()
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
     train: TrainConfig

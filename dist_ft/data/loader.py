@@ -176,6 +176,9 @@ class StepLoader:
             micro_batches = self._micro_batches(selected, parts=parts, augmented=augmented)
         except ValueError as error:
             raise ValueError(f"task {selected.task!r}, step {step}: {error}") from error
+        if len(np.unique(selected.rows)) < len(selected.rows):
+            for micro_batch in micro_batches:
+                micro_batch.distinct = False
         return StepBatch(
             step=step,
             task=selected.task,

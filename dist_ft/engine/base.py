@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +54,16 @@ class MicroBatchLike(Protocol):
         """1, or 0 for a filler that only keeps the ranks in step."""
         ...
 
+    @property
+    def rows(self) -> npt.NDArray[np.int64]:
+        """The data set's row numbers."""
+        ...
+
+    @property
+    def distinct(self) -> bool:
+        """Whether no other micro-batch of the step has one of the rows."""
+        ...
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -84,10 +96,14 @@ class StepResult:
         loss: This rank's share of the global mean loss (fp32 scalar on the device): the sum over
             ranks is the mean over the global batch.
         grad_norm: Global L2 norm of the gradient before clipping; None when the engine has none.
+        prefix_rows: Rows of this rank that start from a cached frozen prefix.
+        prefix_found: Those of them for which the cache had the hidden states.
     """
 
     loss: Tensor
     grad_norm: float | None
+    prefix_rows: int = 0
+    prefix_found: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,6 +118,8 @@ class PhaseReport:
         optimizer_bytes: fp32 masters and moments of this rank on the training device.
         parked_bytes: Masters and moments of frozen groups kept on the host for their return.
         gradient_bytes: Bytes that the gradients of one micro-batch have on this rank.
+        cached_blocks: Blocks of the frozen prefix whose hidden states are computed once and kept.
+        cache_bytes: Bytes on this host's disk that they, and those of later phases, may take.
     """
 
     switch: Switch
@@ -111,6 +129,8 @@ class PhaseReport:
     optimizer_bytes: int
     parked_bytes: int
     gradient_bytes: int
+    cached_blocks: int = 0
+    cache_bytes: int = 0
 
 
 @dataclass(frozen=True)

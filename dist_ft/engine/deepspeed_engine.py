@@ -29,6 +29,7 @@ from dist_ft.engine.ds_groups import GroupStates, Partitioning
 from dist_ft.engine.ds_setup import set_up_deepspeed
 from dist_ft.engine.ds_weights import FloatBuffers, WeightAccess, group_sizes
 from dist_ft.engine.layer_modes import LayerModes
+from dist_ft.engine.trunk_pass import TrunkPass, prefix_counts
 from dist_ft.optim.adamw import GroupAdamW
 from dist_ft.optim.param_groups import ParamGroup
 
@@ -106,7 +107,7 @@ class DeepSpeedEngine:
             self._states.forget_moments(returning)
         self._states.settle(wanted)
         self._trainable = wanted
-        self._modes.apply(wanted)
+        self._modes.apply(wanted, weight=self._weights.whole)
         return self._report(how, seconds=time.monotonic() - began)
 
     def _rebuild(self, held: frozenset[str], *, wanted: frozenset[str]) -> None:
@@ -178,6 +179,8 @@ class DeepSpeedEngine:
             optimizer_bytes=self._states.optimizer_bytes(),
             parked_bytes=self._states.parked_bytes(),
             gradient_bytes=trainable * DTYPES[self.options.precision].itemsize,
+            cached_blocks=self._modes.passes.boundary,
+            cache_bytes=self._modes.passes.cached_bytes,
         )
 
     def train_step(
@@ -195,10 +198,17 @@ class DeepSpeedEngine:
         self._modes.enter_train()
         loss = torch.zeros((), dtype=torch.float32, device=engine.device)
         last = len(micro_batches) - 1
-        for position, batch in enumerate(micro_batches):
+        ways = self._modes.passes.of_step(
+            step,
+            task=task,
+            micro_batches=micro_batches,
+            device=engine.device,
+            in_step=self._ds.zero_stage == 3,
+        )
+        for position, (batch, way) in enumerate(zip(micro_batches, ways, strict=True)):
             engine.set_gradient_accumulation_boundary(position == last)
             torch.manual_seed(micro_batch_seed(self.options.seed, step=step, index=batch.index))
-            loss_sum, _ = self._run(task, batch)
+            loss_sum, _ = self._run(task, batch, way)
             # DeepSpeed averages over ranks; the loss is a mean over the global batch.
             share = loss_sum * (batch.loss_weight / global_count)
             engine.backward(share * self._world, scale_wrt_gas=False)
@@ -211,11 +221,15 @@ class DeepSpeedEngine:
             engine.optimizer.grad_partitions_flat_buffer.zero_()
         if norm is None:
             norm = engine.get_global_grad_norm()
-        return StepResult(loss=loss, grad_norm=None if norm is None else float(norm))
+        norm = None if norm is None else float(norm)
+        return StepResult(loss, norm, **prefix_counts(ways))
 
-    def _run(self, task: str, batch: MicroBatchLike) -> tuple[Tensor, Any]:
+    def _run(
+        self, task: str, batch: MicroBatchLike, way: TrunkPass | None = None
+    ) -> tuple[Tensor, Any]:
         device = self._engine.device
-        return self._engine(task, on_device(batch.inputs, device), on_device(batch.targets, device))
+        inputs, targets = on_device(batch.inputs, device), on_device(batch.targets, device)
+        return self._engine(task, inputs, targets, *(() if way is None else (way,)))
 
     def _activate(self, task: str, learning_rates: Mapping[str, float]) -> None:
         assert self._inner is not None
@@ -234,6 +248,7 @@ class DeepSpeedEngine:
     def eval_forward(self, task: str, micro_batch: MicroBatchLike) -> tuple[Tensor, Any]:
         """Return summed loss and outputs without gradients, dropout off."""
         self._engine.eval()
+        self._modes.passes.none()
         return self._run(task, micro_batch)
 
     def moment_norms(self) -> dict[str, float]:
@@ -255,6 +270,7 @@ class DeepSpeedEngine:
         self._weights.load(source)
         self._states.load(source)
         self._states.settle(self._trainable)
+        self._modes.apply(self._trainable, weight=self._weights.whole)
 
     def full_weights(self) -> dict[str, Tensor]:
         """Return whole parameters by name on the host: on rank 0, elsewhere an empty dict."""

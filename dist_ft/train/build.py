@@ -33,6 +33,7 @@ from dist_ft.train.parts import Parts, eval_data, make_parts, model_source
 from dist_ft.train.recorder import Recorder
 from dist_ft.train.run_folder import RunFolder, environment
 from dist_ft.train.signals import StopRequest
+from dist_ft.train.trunk_passes import make_passes
 
 log = logging.getLogger("dist_ft")
 
@@ -137,7 +138,16 @@ def make_run(
         weight_decay=recipe.optim.weight_decay,
     )
     module = LossModule(parts.model, {t.task.name: t.task.loss for t in parts.tasks}).to(device)
-    engine = make_engine(recipe, parts, module=module, param_groups=param_groups, world=world)
+    passes = make_passes(recipe, parts, folder=folder, device=device, say=console.say)
+    modes = LayerModes.of(
+        parts.model,
+        groups=parts.groups,
+        checkpointing=recipe.model.activation_checkpointing,
+        # Kept activations can't draw anew; without them the recipe's word counts.
+        prefix_dropout=recipe.freezing.prefix_dropout is not False and passes.cache is None,
+        passes=passes,
+    )
+    engine = make_engine(recipe, parts, module=module, param_groups=param_groups, modes=modes)
     loader = make_loader(
         recipe,
         parts.tasks,
@@ -153,6 +163,7 @@ def make_run(
         learning_rates=_learning_rates(recipe, parts, param_groups),
         trainable_now=lambda: trainable_groups(module, parts.groups),
         total_steps=parts.total_steps,
+        discard=passes.discard,
     )
     run.callbacks = _callbacks(recipe, parts, folder, world, console, recorder)
     return run
@@ -195,7 +206,7 @@ def make_engine(
     *,
     module: LossModule,
     param_groups: Sequence[ParamGroup],
-    world: dist.World,
+    modes: LayerModes,
 ) -> Engine:
     """Return the engine that the recipe asks for."""
     options = EngineOptions(
@@ -206,12 +217,6 @@ def make_engine(
         seed=recipe.seed,
         returning=recipe.freezing.returning,
     )
-    modes = LayerModes.of(
-        parts.model,
-        groups=parts.groups,
-        checkpointing=recipe.model.activation_checkpointing,
-        prefix_dropout=recipe.freezing.prefix_dropout,
-    )
     if recipe.engine.type == "reference":
         return ReferenceEngine(module, param_groups=param_groups, options=options, modes=modes)
     # Imported here: it takes seconds, and the reference engine does without.
@@ -219,6 +224,7 @@ def make_engine(
 
     micro_batches = recipe.train.global_batch_size // recipe.train.micro_batch_size
     base = recipe.engine.deepspeed
+    world_size = torch.distributed.get_world_size()
     switch = recipe.freezing.switch
     engine = DeepSpeedEngine(
         module,
@@ -227,7 +233,7 @@ def make_engine(
         deepspeed_options=DeepSpeedOptions(
             zero_stage=recipe.engine.zero_stage,
             micro_batch_size=recipe.train.micro_batch_size,
-            gradient_accumulation_steps=micro_batches // world.world_size,
+            gradient_accumulation_steps=micro_batches // world_size,
             offload_optimizer=recipe.engine.offload_optimizer,
             base=None if base is None else json.loads(base.read_text()),
         ),
@@ -317,6 +323,7 @@ def finish(run: Run, *, recorder: Recorder, console: Console) -> int:
         )
         recorder.close()
         return PREEMPTED
+    run.discard()
     recorder.event("end", step=run.progress.step)
     recorder.close()
     return DONE

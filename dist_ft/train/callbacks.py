@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dist_ft import dist
@@ -48,6 +47,8 @@ class _Interval:
     tokens: int = 0
     grad_norm: float | None = None
     wait_s: float = 0.0
+    prefix_rows: int = 0
+    prefix_found: int = 0
 
 
 @dataclass
@@ -88,6 +89,8 @@ class LogSteps(Watcher):
             gradient_bytes_per_step=report.gradient_bytes,
             switch=report.switch,
             switch_s=round(report.switch_s, 4),
+            cached_blocks=report.cached_blocks,
+            cache_bytes=report.cache_bytes,
         )
         self.console.phase(run.progress.step, phase, report)
 
@@ -99,6 +102,8 @@ class LogSteps(Watcher):
         interval.tokens += batch.global_tokens
         interval.grad_norm = result.grad_norm
         interval.wait_s += batch.data_wait_s
+        interval.prefix_rows += result.prefix_rows
+        interval.prefix_found += result.prefix_found
         step = run.progress.step
         if step % self.every == 0 or step == run.total_steps:
             self._write(run)
@@ -108,10 +113,10 @@ class LogSteps(Watcher):
         # Time in steps alone: evaluations and checkpoints have figures of their own.
         seconds = max(1e-9, run.busy_s - self._busy_before_s)
         tasks = sorted(self._intervals)
-        sums = dist.all_reduce_sum([float(_loss(self._intervals[t])) for t in tasks])
+        sums = _sums_over_ranks([self._intervals[t] for t in tasks])
         tokens = sum(i.tokens for i in self._intervals.values())
         rates = run.learning_rates(run.progress.step - 1, run.progress.thawed_at)
-        for task, loss_sum in zip(tasks, sums, strict=True):
+        for task, (loss_sum, prefix_rows, prefix_found) in zip(tasks, sums, strict=True):
             interval = self._intervals[task]
             loss = loss_sum / interval.steps
             self.recorder.event(
@@ -126,6 +131,7 @@ class LogSteps(Watcher):
                 trainable_params=self._trainable_params,
                 data_wait_s=round(interval.wait_s, 4),
                 peak_rss_bytes=_peak_rss_bytes(),
+                **({"prefix_hit_share": prefix_found / prefix_rows} if prefix_rows else {}),
             )
             self.console.losses[task] = loss
         self.console.tokens_per_s = tokens / seconds
@@ -139,8 +145,20 @@ class LogSteps(Watcher):
         self.console.stop()
 
 
-def _loss(interval: _Interval) -> Tensor:
-    return torch.zeros(()) if interval.loss is None else interval.loss
+def _sums_over_ranks(intervals: Sequence[_Interval]) -> list[tuple[float, ...]]:
+    """Return each interval's loss, rows with a cached prefix, and such rows that were found."""
+    width = 3
+    values = [
+        value
+        for i in intervals
+        for value in (
+            0.0 if i.loss is None else float(i.loss),
+            float(i.prefix_rows),
+            float(i.prefix_found),
+        )
+    ]
+    sums = dist.all_reduce_sum(values)
+    return [tuple(sums[start : start + width]) for start in range(0, len(sums), width)]
 
 
 def _peak_rss_bytes() -> int:

@@ -66,6 +66,7 @@ class Run:
         callbacks: Watchers, in order.
         stop_signal: Returns the signal that asked this rank to stop, or 0.
         progress: How far the run has come.
+        discard: Deletes what only this run has a use for, once it is over.
         stopped_by: The signal that ended the loop before its time, or 0.
         busy_s: Seconds spent in steps: waiting for data, and computing.
     """
@@ -79,6 +80,7 @@ class Run:
     callbacks: Sequence[Callback] = ()
     stop_signal: Callable[[], int] = lambda: 0
     progress: Progress = field(default_factory=Progress)
+    discard: Callable[[], None] = lambda: None
     stopped_by: int = 0
     busy_s: float = 0.0
 
