@@ -83,7 +83,8 @@ class StepResult:
     Attributes:
         loss: This rank's share of the global mean loss (fp32 scalar on the device): the sum over
             ranks is the mean over the global batch.
-        grad_norm: Global L2 norm of the gradient before clipping; None when the engine has none.
+        grad_norm: Global L2 norm of the gradient before clipping; None when the engine has none,
+            as after a step that was skipped because its fp16 gradients overflowed.
     """
 
     loss: Tensor
@@ -137,11 +138,13 @@ class EngineState:
         slices: This rank's share; the shares of all ranks cover every parameter exactly once.
         steps: Updates that each parameter group has had.
         trainable: Layer groups that train.
+        loss_scale: The dynamic loss scale of an fp16 run and its counters; empty without one.
     """
 
     slices: list[StateSlice]
     steps: dict[str, int]
     trainable: tuple[str, ...]
+    loss_scale: dict[str, float] = field(default_factory=dict)
 
 
 class StateSource(Protocol):
@@ -150,6 +153,11 @@ class StateSource(Protocol):
     @property
     def steps(self) -> Mapping[str, int]:
         """Updates that each parameter group has had."""
+        ...
+
+    @property
+    def loss_scale(self) -> Mapping[str, float]:
+        """The dynamic loss scale and its counters; empty if none was saved."""
         ...
 
     def read(self, kind: str, parameter: str, *, start: int, length: int) -> Tensor | None:

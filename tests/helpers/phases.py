@@ -36,6 +36,7 @@ def make_deepspeed(
             micro_batch_size=4,
             gradient_accumulation_steps=kwargs.pop("accumulation", 1),
             offload_optimizer=kwargs.pop("offload", False),
+            base=kwargs.pop("base", None),
         ),
         **kwargs,
     )
