@@ -95,7 +95,8 @@ class StepResult:
     Attributes:
         loss: This rank's share of the global mean loss (fp32 scalar on the device): the sum over
             ranks is the mean over the global batch.
-        grad_norm: Global L2 norm of the gradient before clipping; None when the engine has none.
+        grad_norm: Global L2 norm of the gradient before clipping; None when the engine has none,
+            as after a step that was skipped because its fp16 gradients overflowed.
         prefix_rows: Rows of this rank that start from a cached frozen prefix.
         prefix_found: Those of them for which the cache had the hidden states.
     """
@@ -157,11 +158,13 @@ class EngineState:
         slices: This rank's share; the shares of all ranks cover every parameter exactly once.
         steps: Updates that each parameter group has had.
         trainable: Layer groups that train.
+        loss_scale: The dynamic loss scale of an fp16 run and its counters; empty without one.
     """
 
     slices: list[StateSlice]
     steps: dict[str, int]
     trainable: tuple[str, ...]
+    loss_scale: dict[str, float] = field(default_factory=dict)
 
 
 class StateSource(Protocol):
@@ -170,6 +173,11 @@ class StateSource(Protocol):
     @property
     def steps(self) -> Mapping[str, int]:
         """Updates that each parameter group has had."""
+        ...
+
+    @property
+    def loss_scale(self) -> Mapping[str, float]:
+        """The dynamic loss scale and its counters; empty if none was saved."""
         ...
 
     def read(self, kind: str, parameter: str, *, start: int, length: int) -> Tensor | None:

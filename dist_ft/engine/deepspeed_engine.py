@@ -26,6 +26,7 @@ from dist_ft.engine.base import (
 from dist_ft.engine.ds_config import DeepSpeedOptions, build_ds_config, clips_itself
 from dist_ft.engine.ds_detach import ModuleSnapshot, collect_garbage, exempt_from_collection
 from dist_ft.engine.ds_groups import GroupStates, Partitioning
+from dist_ft.engine.ds_loss_scale import read_loss_scale, write_loss_scale
 from dist_ft.engine.ds_setup import set_up_deepspeed
 from dist_ft.engine.ds_weights import FloatBuffers, WeightAccess, group_sizes
 from dist_ft.engine.layer_modes import LayerModes
@@ -83,6 +84,7 @@ class DeepSpeedEngine:
                 deepspeed_options.zero_stage, options.precision, dist.get_rank(), self._world
             ),
         )
+        self._loss_scale: dict[str, float] = {}  # of the engine that was taken down last
         self._engine: Any = None
         self._inner: GroupAdamW | None = None
         self._universe: frozenset[str] = frozenset(g.layer_group for g in self._groups)
@@ -137,6 +139,7 @@ class DeepSpeedEngine:
         self._engine, *_ = deepspeed.initialize(
             model=self.module, optimizer=self._inner, config=config, dist_init_required=False
         )
+        write_loss_scale(self._engine, precision=self.options.precision, state=self._loss_scale)
         self._buffers.restore()
         self._states.attach(self._engine, inner=self._inner, held=groups)
         self._set_requires_grad(wanted)
@@ -150,6 +153,7 @@ class DeepSpeedEngine:
                 self._snapshot = ModuleSnapshot(self.module)
             return
         self._states.detach()
+        self._loss_scale = read_loss_scale(self._engine, precision=self.options.precision)
         if stage3 := self._ds.zero_stage == 3:
             self._engine.optimizer._partition_all_parameters()
             self._engine.empty_partition_cache()
@@ -219,10 +223,15 @@ class DeepSpeedEngine:
         if self._ds.zero_stage == 3 and engine.optimizer.grad_partitions_flat_buffer is not None:
             # A head outside this step's task would find its last gradient here again.
             engine.optimizer.grad_partitions_flat_buffer.zero_()
-        if norm is None:
+        if norm is None and not self._skipped():
             norm = engine.get_global_grad_norm()
         norm = None if norm is None else float(norm)
         return StepResult(loss, norm, **prefix_counts(ways))
+
+    def _skipped(self) -> bool:
+        """Return whether fp16 gradients overflowed: the step moved nothing but the loss scale."""
+        # Asked for its norm then, DeepSpeed answers with the one of an earlier step.
+        return self.options.precision == "fp16" and bool(self._engine.optimizer.overflow)
 
     def _run(
         self, task: str, batch: MicroBatchLike, way: TrunkPass | None = None
@@ -262,7 +271,8 @@ class DeepSpeedEngine:
         """Return this rank's share of weights, masters, moments and step counts, as views."""
         slices, steps = self._states.export()
         slices = [*self._weights.slices(), *slices]
-        return EngineState(slices, steps, tuple(sorted(self._trainable)))
+        scale = read_loss_scale(self._engine, precision=self.options.precision)
+        return EngineState(slices, steps, tuple(sorted(self._trainable)), scale)
 
     @torch.no_grad()
     def load_state(self, source: StateSource) -> None:
@@ -271,6 +281,7 @@ class DeepSpeedEngine:
         self._states.load(source)
         self._states.settle(self._trainable)
         self._modes.apply(self._trainable, weight=self._weights.whole)
+        write_loss_scale(self._engine, precision=self.options.precision, state=source.loss_scale)
 
     def full_weights(self) -> dict[str, Tensor]:
         """Return whole parameters by name on the host: on rank 0, elsewhere an empty dict."""

@@ -68,7 +68,12 @@ def save_checkpoint(
     gathered = dist.all_gather_object((entry, problem))
     problems = [f"rank {r}: {p}" for r, (_, p) in enumerate(gathered) if p]
     if not problems and rank == 0:
-        body = {**trainer, "steps": state.steps, "trainable": list(state.trainable)}
+        body = {
+            **trainer,
+            "steps": state.steps,
+            "trainable": list(state.trainable),
+            "loss_scale": state.loss_scale,
+        }
         files = [entry for entry, _ in gathered]
         problems = _commit(temporary, final, step=step, trainer=body, files=files)
     problems = dist.broadcast_object(problems)
@@ -241,6 +246,12 @@ class CheckpointReader:
     def steps(self) -> Mapping[str, int]:
         """Updates that each parameter group has had."""
         return self.trainer["steps"]
+
+    @property
+    def loss_scale(self) -> Mapping[str, float]:
+        """The dynamic loss scale and its counters; empty if none was saved."""
+        # Checkpoints of the first runs did not have it.
+        return self.trainer.get("loss_scale", {})
 
     def read(self, kind: str, parameter: str, *, start: int, length: int) -> Tensor | None:
         """Return `length` elements of a parameter's `kind`, or None if it was never saved."""
