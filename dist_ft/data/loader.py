@@ -30,9 +30,10 @@ from dist_ft.data.micro_batches import (
     make_micro_batch,
     parts_by_length,
     parts_in_turn,
+    read_parts,
 )
 from dist_ft.data.planning import LengthPlan
-from dist_ft.data.sampling import ORDER_ALGORITHM_VERSION, Mixture, row_at, step_slots
+from dist_ft.data.sampling import ORDER_ALGORITHM_VERSION, Mixture, rows_between, step_slots
 from dist_ft.data.shards import Columns, ShardedDataset
 
 __all__ = [
@@ -154,8 +155,12 @@ class StepLoader:
             step, mixture=self._mixture, global_batch_size=self._plan.global_batch_size
         )
         task = self._tasks[index]
-        epochs, rows = row_at(
-            slots, rows=len(self._datasets[task]), seed=self._plan.seed, task=task
+        epochs, rows = rows_between(
+            int(slots[0]),
+            int(slots[-1]) + 1,
+            rows=len(self._datasets[task]),
+            seed=self._plan.seed,
+            task=task,
         )
         return StepRows(task, epochs, rows)
 
@@ -211,15 +216,14 @@ class StepLoader:
     def _micro_batches(
         self, selected: StepRows, *, parts: Sequence[Part], augmented: _Augmented | None
     ) -> list[MicroBatch]:
+        dataset, spec = self._datasets[selected.task], self._specs[selected.task]
+        if augmented is None:
+            read = read_parts(parts, rows=selected.rows, dataset=dataset, spec=spec)
+        else:
+            read = [None if part.filler else augmented.columns_of(part) for part in parts]
         return [
-            make_micro_batch(
-                part,
-                rows=selected.rows,
-                dataset=self._datasets[selected.task],
-                spec=self._specs[selected.task],
-                read=None if augmented is None or part.filler else augmented.columns_of,
-            )
-            for part in parts
+            make_micro_batch(part, rows=selected.rows, dataset=dataset, spec=spec, columns=columns)
+            for part, columns in zip(parts, read, strict=True)
         ]
 
     def _parts(self, lengths: Int64Array) -> list[Part]:

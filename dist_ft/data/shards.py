@@ -178,8 +178,11 @@ class ShardedDataset:
         self._ends = np.cumsum(counts)
         self._starts = self._ends - counts
         self._kinds = {field.name: column_kind(field) for field in self.manifest.schema}
-        self.lengths = np.concatenate([shard.scalars["length"] for shard in self._shards])
-        self.loss_counts = np.concatenate([shard.scalars["loss_count"] for shard in self._shards])
+        # Whole columns of numbers and offsets, joined when they are first used: looking rows up
+        # shard by shard would cost more than reading them.
+        self._joined: dict[str, np.ndarray] = {}
+        self.lengths = self._whole("length")
+        self.loss_counts = self._whole("loss_count")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -207,21 +210,41 @@ class ShardedDataset:
                 f"for {self.folder}"
             )
         numbers = np.searchsorted(self._ends, rows, side="right")
-        local = (rows - self._starts[numbers]).tolist()
-        shards = [self._shards[number] for number in numbers.tolist()]
-        places = list(zip(shards, local, strict=True))
         taken: Columns = {}
         for name, kind in self._kinds.items():
             if columns is not None and name not in columns:
                 continue
             if kind == "ragged":
-                taken[name] = [shard.view(name, row=row) for shard, row in places]
+                taken[name] = self._views(name, rows=rows, numbers=numbers)
             elif kind == "string":
-                taken[name] = [shard.text(name, row=row) for shard, row in places]
+                local = (rows - self._starts[numbers]).tolist()
+                shards = [self._shards[number] for number in numbers.tolist()]
+                taken[name] = [s.text(name, row=n) for s, n in zip(shards, local, strict=True)]
             else:
-                values = [shard.scalars[name][row] for shard, row in places]
-                taken[name] = np.array(values, dtype=self._shards[0].scalars[name].dtype)
+                taken[name] = self._whole(name)[rows]
         return taken
+
+    def _whole(self, name: str) -> np.ndarray:
+        """Returns a number column, [rows], or the offsets of a list column, [rows + shards]."""
+        if name not in self._joined:
+            is_list = self._kinds[name] == "ragged"
+            parts = [s.ragged[name][0] if is_list else s.scalars[name] for s in self._shards]
+            joined = np.concatenate(parts)
+            joined.flags.writeable = False
+            self._joined[name] = joined
+        return self._joined[name]
+
+    def _views(
+        self, name: str, *, rows: npt.NDArray[np.int64], numbers: npt.NDArray[np.int64]
+    ) -> list[np.ndarray]:
+        """Returns rows of a list column, given the number of each row's shard."""
+        offsets = self._whole(name)
+        # Each shard has one offset more than rows.
+        firsts = rows + numbers
+        values = [shard.ragged[name][1] for shard in self._shards]
+        # Plain integers: slicing by numpy's costs three times as much.
+        places = (numbers.tolist(), offsets[firsts].tolist(), offsets[firsts + 1].tolist())
+        return [values[number][start:end] for number, start, end in zip(*places, strict=True)]
 
     def scalar(self, name: str) -> np.ndarray:
         """Returns a whole number column, [rows].
@@ -231,7 +254,7 @@ class ShardedDataset:
         """
         if self._kinds.get(name) != "scalar":
             raise ValueError(f"{self.folder} has no number column {name!r}: prepare the data again")
-        return np.concatenate([shard.scalars[name] for shard in self._shards])
+        return self._whole(name)
 
     def shard_of(self, row: int) -> str:
         """Returns the name of the shard file which holds a row."""
@@ -297,7 +320,7 @@ class _MappedShard:
             raise ValueError(f"{path} has other columns than the manifest: {_PREPARE_AGAIN}")
         self._path = path
         self.scalars: dict[str, np.ndarray] = {}
-        self._ragged: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self.ragged: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._strings: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for field, column in zip(batch.schema, batch.columns, strict=True):
             kind = column_kind(field)
@@ -305,17 +328,12 @@ class _MappedShard:
                 self.scalars[field.name] = column.to_numpy(zero_copy_only=True)
             elif kind == "ragged":
                 values = column.values.to_numpy(zero_copy_only=True)
-                self._ragged[field.name] = (_offsets(column, len(values), path), values)
+                self.ragged[field.name] = (_offsets(column, len(values), path), values)
             else:
                 data = column.buffers()[2]
                 text = np.frombuffer(data or b"", dtype=np.uint8)
                 self._strings[field.name] = (_offsets(column, len(text), path), text)
         self._compare(info)
-
-    def view(self, name: str, *, row: int) -> np.ndarray:
-        """Returns one row of a list column."""
-        offsets, values = self._ragged[name]
-        return values[offsets[row] : offsets[row + 1]]
 
     def text(self, name: str, *, row: int) -> str:
         """Returns one row of a string column."""
@@ -333,7 +351,7 @@ class _MappedShard:
         lengths, counts = self.scalars["length"], self.scalars["loss_count"]
         expected = (info.rows, info.tokens, info.min_length, info.max_length, info.loss_count)
         actual = (len(lengths), *_length_stats(lengths), int(counts.sum(dtype=np.int64)))
-        if actual != expected or not np.array_equal(np.diff(self._ragged["input_ids"][0]), lengths):
+        if actual != expected or not np.array_equal(np.diff(self.ragged["input_ids"][0]), lengths):
             raise ValueError(
                 f"{self._path} doesn't hold the rows and lengths of the manifest (rows, tokens, "
                 f"min, max, loss terms are {actual}, expected {expected}): {_PREPARE_AGAIN}"
