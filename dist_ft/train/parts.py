@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from dist_ft.config import ModelConfig, Recipe
 from dist_ft.data.loader import MicroBatch
 from dist_ft.data.sampling import Mixture
+from dist_ft.data.shards import ShardedDataset
 from dist_ft.freezing.policies import FreezePolicy
 from dist_ft.freezing.schedule import LayerOrder
 from dist_ft.model.backbone import HeadSpec, ModelSource, MultiTaskModel, load_model, load_tokenizer
@@ -83,19 +84,28 @@ def _attention(choice: str) -> str | None:
 
 def eval_data(recipe: Recipe, parts: Parts, *, split: str) -> list[EvalData]:
     """Return what is scored on `split`; tasks without it are left out."""
-    size = recipe.evaluation.micro_batch_size or 2 * recipe.train.micro_batch_size
     return [
         EvalData(
             task=t.task,
             split=split,
             dataset=t.datasets[split],
             spec=t.task.collate_spec(parts.tokenizer, evaluation=True),
-            micro_batch_size=size,
+            micro_batch_size=_rows_at_once(recipe, t.datasets[split]),
             generate=_generator(parts, t, recipe) if t.task.generates else None,
         )
         for t in parts.tasks
         if split in t.datasets
     ]
+
+
+def _rows_at_once(recipe: Recipe, dataset: ShardedDataset) -> int:
+    """Return the rows of a micro-batch of an evaluation; a row takes less than in training."""
+    if recipe.evaluation.micro_batch_size is not None:
+        return recipe.evaluation.micro_batch_size
+    size = 2 * recipe.train.micro_batch_size
+    if recipe.train.micro_batch_tokens is None:
+        return size
+    return min(size, max(1, 2 * recipe.train.micro_batch_tokens // int(dataset.lengths.max())))
 
 
 def _generator(
