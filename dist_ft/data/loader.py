@@ -65,8 +65,8 @@ class StepBatch:
         global_count: loss terms of the step over all ranks.
         global_tokens: useful tokens of the step over all ranks; of augmented rows, as prepared.
         data_wait_s: how long the training thread waited for this batch, seconds.
-        augmentation: what was changed in the rows that this rank augmented, None without
-            augmentation.
+        augmentation: what was changed; over the ranks, each raw row of the step is counted once
+            (one with windows on several ranks once on each). None without augmentation.
     """
 
     step: int
@@ -188,8 +188,15 @@ class StepLoader:
             micro_batches=micro_batches,
             global_count=global_count + (augmented.added_loss_terms if augmented else 0),
             global_tokens=int(dataset.lengths[selected.rows].sum(dtype=np.int64)),
-            augmentation=augmented.rows.statistics if augmented else None,
+            augmentation=self._changes(augmented, task=selected.task),
         )
+
+    def _changes(self, augmented: _Augmented | None, *, task: str) -> AugmentStatistics | None:
+        """Returns what this rank tells of the changes: where each makes all of them, the first."""
+        if augmented is None:
+            return None
+        repeated = self._readers[task].varying_loss_counts and self._plan.rank > 0
+        return AugmentStatistics() if repeated else augmented.rows.statistics
 
     def _augmented(self, selected: StepRows, *, parts: Sequence[Part]) -> _Augmented | None:
         """Returns the augmented rows of a step that this rank needs, None without augmentation."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dist_ft import dist
+from dist_ft.data.augment.augmenter import AugmentStatistics
 from dist_ft.data.loader import StepBatch
 from dist_ft.engine.base import PhaseReport, StepResult
 from dist_ft.freezing.schedule import Phase
@@ -48,6 +49,7 @@ class _Interval:
     tokens: int = 0
     grad_norm: float | None = None
     wait_s: float = 0.0
+    changes: AugmentStatistics | None = None
 
 
 @dataclass
@@ -99,6 +101,9 @@ class LogSteps(Watcher):
         interval.tokens += batch.global_tokens
         interval.grad_norm = result.grad_norm
         interval.wait_s += batch.data_wait_s
+        if batch.augmentation is not None:
+            interval.changes = interval.changes or AugmentStatistics()
+            interval.changes.merge(batch.augmentation)
         step = run.progress.step
         if step % self.every == 0 or step == run.total_steps:
             self._write(run)
@@ -109,6 +114,7 @@ class LogSteps(Watcher):
         seconds = max(1e-9, run.busy_s - self._busy_before_s)
         tasks = sorted(self._intervals)
         sums = dist.all_reduce_sum([float(_loss(self._intervals[t])) for t in tasks])
+        changes = _over_ranks({t: self._intervals[t].changes for t in tasks})
         tokens = sum(i.tokens for i in self._intervals.values())
         rates = run.learning_rates(run.progress.step - 1, run.progress.thawed_at)
         for task, loss_sum in zip(tasks, sums, strict=True):
@@ -126,6 +132,7 @@ class LogSteps(Watcher):
                 trainable_params=self._trainable_params,
                 data_wait_s=round(interval.wait_s, 4),
                 peak_rss_bytes=_peak_rss_bytes(),
+                **({"augmentation": changes[task].to_json()} if task in changes else {}),
             )
             self.console.losses[task] = loss
         self.console.tokens_per_s = tokens / seconds
@@ -137,6 +144,19 @@ class LogSteps(Watcher):
         if self._intervals:
             self._write(run)
         self.console.stop()
+
+
+def _over_ranks(changes: dict[str, AugmentStatistics | None]) -> dict[str, AugmentStatistics]:
+    """Return what all ranks changed together in the tasks that are augmented."""
+    # Which tasks these are is the same on every rank.
+    own = {task: counts for task, counts in changes.items() if counts is not None}
+    if not own:
+        return {}
+    total = {task: AugmentStatistics() for task in own}
+    for counts in dist.all_gather_object(own):
+        for task, of_rank in counts.items():
+            total[task].merge(of_rank)
+    return total
 
 
 def _loss(interval: _Interval) -> Tensor:
