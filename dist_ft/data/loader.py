@@ -109,6 +109,8 @@ class StepLoader:
         plan: sizes, seed and this rank.
         mixture: assigns steps to tasks.
         augmentation: how the tasks named are augmented; the others are read as prepared.
+        pin_memory: `iterate` delivers tensors in page-locked memory, from which a GPU copies while
+            it computes; needs a GPU.
 
     Raises:
         ValueError: tasks, specs, mixture and augmentation don't agree.
@@ -122,6 +124,7 @@ class StepLoader:
         plan: BatchPlan,
         mixture: Mixture,
         augmentation: Mapping[str, Augmentation] | None = None,
+        pin_memory: bool = False,
     ) -> None:
         if mixture.tasks != len(datasets):
             raise ValueError(
@@ -140,6 +143,7 @@ class StepLoader:
         self._specs = dict(specs)
         self._plan = plan
         self._mixture = mixture
+        self._pin_memory = pin_memory
         self._tasks = tuple(datasets)
         self._readers = {
             task: AugmentedReader(datasets[task], augmentation=how, seed=plan.seed, task=task)
@@ -264,7 +268,7 @@ class StepLoader:
                 while True:
                     # One more than is handed out, so that the next is read while this step runs.
                     while len(pending) <= _PREFETCH_STEPS:
-                        pending.append(executor.submit(self.batch, next(steps)))
+                        pending.append(executor.submit(self._delivered, next(steps)))
                     started = time.perf_counter()
                     batch = pending.popleft().result()
                     batch.data_wait_s = time.perf_counter() - started
@@ -272,6 +276,14 @@ class StepLoader:
             finally:
                 for future in pending:
                     future.cancel()
+
+    def _delivered(self, step: int) -> StepBatch:
+        batch = self.batch(step)
+        if self._pin_memory:
+            # Here, in the thread: it is a copy, into memory that torch keeps for the next ones.
+            for micro_batch in batch.micro_batches:
+                micro_batch.pin()
+        return batch
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """Returns, as JSON, what the order of the data depends on and the next step to consume."""

@@ -89,6 +89,11 @@ class MicroBatch:
     tokens: int
     loss_weight: float
 
+    def pin(self) -> None:
+        """Moves the tensors into page-locked memory."""
+        self.inputs = {name: tensor.pin_memory() for name, tensor in self.inputs.items()}
+        self.targets = {name: tensor.pin_memory() for name, tensor in self.targets.items()}
+
 
 @dataclass(frozen=True)
 class Part:

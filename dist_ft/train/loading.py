@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from dist_ft.config import AnnealedMixture, FixedMixture, Recipe, RoundRobinMixture, UnimaxMixture
@@ -123,6 +124,7 @@ def make_loader(
         ),
         mixture=mixture,
         augmentation=augmentation,
+        pin_memory=torch.cuda.is_available(),
     )
 
 
