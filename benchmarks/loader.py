@@ -3,7 +3,8 @@
 All loaders deliver the same thing from the same 200,000 random sequences with the lengths of real
 text (log-normal, mean 59, at most 512 tokens): batches of 32 with input_ids, attention_mask and
 labels, padded to the longest. Costs are CPU microseconds per sample (user and system, threads and
-worker processes included), as wall-clock times swing on a shared machine.
+worker processes included), as wall-clock times swing on a shared machine. Each loader has a process
+of its own; all take turns, and loaders are compared within each turn.
 
     python benchmarks/loader.py [--quick] [--json FILE] [--check]
 
@@ -13,16 +14,12 @@ mosaicml-streaming.
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import os
-import resource
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,31 +28,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 if not __package__:  # run as a file: the repository is not on the path
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.common import Claim, claim, markdown_table, parse_arguments, report, say
-from dist_ft.data.collate import CollateSpec
-from dist_ft.data.loader import BatchPlan, LengthPlan, StepLoader
+from benchmarks.loading.data import BATCH, STEP, step_loader, text_lengths, write_data
+from benchmarks.loading.loaders import LOADERS, OURS, hf_dataset, pad_torch
+from benchmarks.loading.rounds import Cost, in_rounds
+from dist_ft.data.loader import LengthPlan
 from dist_ft.data.packing import filled_share, first_fit
 from dist_ft.data.planning import deal, plan_step
-from dist_ft.data.sampling import RoundRobin
-from dist_ft.data.schema import shard_schema
-from dist_ft.data.shards import Manifest, ShardedDataset, ShardWriter, write_manifest
+from dist_ft.data.shards import ShardedDataset
 
-BATCH = 32
-STEP = 256
-# Quick loaders deliver more batches, until this is over.
-LEAST_SECONDS = 0.3
-SPEC = CollateSpec(
-    ragged={"input_ids": 0},
-    scalar=("labels",),
-    inputs=("input_ids", "attention_mask"),
-    targets=("labels",),
-)
 PACKAGES = (
     "dist-ft",
     "torch",
@@ -70,247 +56,77 @@ COLUMNS = {
     "loader": "loader",
     "cpu_us": "CPU us per sample, median",
     "cpu_us_least": "least",
-    "times_ours": "least, times ours",
+    "times_ours": "times ours, median of rounds",
+    "times_ours_least": "least",
     "samples_per_s": "samples/s, best",
 }
+_RANKS, _EACH = 8, 4
+_AT_8 = f"useful tokens at {_RANKS} ranks with {_EACH} micro-batches"
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What a loader costs: median and least CPU microseconds per sample, best samples a second."""
-
-    loader: str
-    cpu_us: float
-    cpu_us_least: float
-    samples_per_s: int
-
-
-def text_lengths(rows: int, *, seed: int = 0) -> np.ndarray:
-    """Returns lengths as in real text, int64 [rows]: mean 59, median 43, at most 512 tokens."""
-    rng = np.random.default_rng(seed)
-    return np.clip(np.round(rng.lognormal(np.log(43), 0.8, rows)), 1, 512).astype(np.int64)
-
-
-def write_data(folder: Path, *, lengths: np.ndarray) -> ShardedDataset:
-    """Writes random sequences as shards and opens them."""
-    folder.mkdir()
-    schema = shard_schema(pa.schema([pa.field("labels", pa.int32())]))
-    # About 25,000 rows, as in the shards that the other loaders read.
-    writer = ShardWriter(folder, schema=schema, target_bytes=6 * 2**20)
-    rng = np.random.default_rng(1)
-    for start in range(0, len(lengths), 1000):
-        sizes = lengths[start : start + 1000]
-        ids = pa.array(rng.integers(1, 30_000, int(sizes.sum()), dtype=np.int32))
-        offsets = pa.array(np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32))
-        ones = np.ones(len(sizes), dtype=np.int32)
-        columns = [
-            pa.ListArray.from_arrays(offsets, ids),
-            pa.array(sizes.astype(np.int32)),
-            pa.array(ones),
-            pa.array(np.arange(start, start + len(sizes))),
-            pa.array(ones),
-        ]
-        writer.add_batch(pa.record_batch(columns, schema=schema))
-    manifest = Manifest(
-        task=folder.name,
-        split="train",
-        schema=schema,
-        shards=writer.close(),
-        length_histogram=writer.length_histogram(),
-        tokenizer={},
-        preprocessing={"version": 0, "arguments": {}},
-        source={},
-        selection={},
-        input_fingerprint="",
-    )
-    write_manifest(folder, manifest=manifest)
-    return ShardedDataset(folder, verify="hash")
+def table_of(costs: Mapping[str, Sequence[Cost]]) -> list[dict[str, Any]]:
+    """Returns a row for each loader; ratios are of the same round."""
+    rows = []
+    for name, rounds in costs.items():
+        cpu = [1e6 * cost.cpu_s for cost in rounds]
+        ratios = [c.cpu_s / own.cpu_s for c, own in zip(rounds, costs[OURS], strict=True)]
+        rows.append({
+            "loader": name,
+            "cpu_us": statistics.median(cpu),
+            "cpu_us_least": min(cpu),
+            "times_ours": statistics.median(ratios),
+            "times_ours_least": min(ratios),
+            "samples_per_s": round(1 / min(cost.wall_s for cost in rounds)),
+        })  # fmt: skip
+    return rows
 
 
-def step_loader(data: ShardedDataset, *, layout: LengthPlan | None = None) -> StepLoader:
-    """Returns this project's loader."""
-    return StepLoader(
-        {"t": data},
-        specs={"t": SPEC},
-        plan=BatchPlan(STEP, BATCH, seed=0, layout=layout),
-        mixture=RoundRobin(1),
-    )
+def useful_shares(lengths: np.ndarray) -> dict[str, float]:
+    """Returns shares of useful tokens by layout.
 
-
-def own_batches(data: ShardedDataset, *, layout: LengthPlan | None = None) -> Iterator[Any]:
-    """Yields the tensors of our micro-batches, with the prefetch thread."""
-    steps = step_loader(data, layout=layout).iterate(0)
-    with contextlib.closing(steps):
-        for step in steps:
-            for micro in step.micro_batches:
-                yield {**micro.inputs, **micro.targets}
-
-
-def copied_batches(data: ShardedDataset) -> Iterator[Any]:
-    """Yields copies of ready batches: no loader can be quicker."""
-    ready = list(itertools.islice(own_batches(data), 64))
-    for batch in itertools.cycle(ready):
-        yield {name: tensor.clone() for name, tensor in batch.items()}
-
-
-def hf_dataset(data: ShardedDataset) -> Any:
-    """Returns the shards as a `datasets.Dataset`, memory-mapped."""
-    import datasets
-
-    paths = [data.folder / info.file for info in data.manifest.shards]
-    tables = [pa.ipc.open_file(pa.memory_map(str(path))).read_all() for path in paths]
-    return datasets.Dataset(pa.concat_tables(tables)).select_columns(["input_ids", "labels"])
-
-
-def pad_torch(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Returns a padded batch of rows of tensors."""
-    ids = [row["input_ids"] for row in rows]
-    pad = torch.nn.utils.rnn.pad_sequence
+    Of a layout that can be run, the places of all ranks are counted until the slowest is done with
+    the step: padding and waiting. "Packed" is what a run with `packed` does: rows follow each other
+    without padding in micro-batches of about equal cost. Bins have a fixed number of places, as
+    packed rows of other trainers do; how full they get depends on how many rows there are to choose
+    from.
+    """
+    steps = [
+        lengths[i : i + STEP] for i in range(0, min(len(lengths), 200 * STEP) - STEP + 1, STEP)
+    ]
+    bins = [first_fit(own, capacity=512) for own in steps]
     return {
-        "input_ids": pad(ids, batch_first=True),
-        "attention_mask": pad([torch.ones_like(row) for row in ids], batch_first=True),
-        "labels": torch.stack([row["labels"] for row in rows]),
+        "in order": _mean(_share_in_order(own) for own in steps),
+        "planned": _mean(_share_planned(own, plan=LengthPlan()) for own in steps),
+        "packed": _mean(_share_planned(own, plan=LengthPlan(packed=True)) for own in steps),
+        "bins of 512, first fit within a step": _mean(
+            filled_share(own, bins=found, capacity=512)
+            for own, found in zip(steps, bins, strict=True)
+        ),
+        "bins of 512, first fit over all rows": filled_share(
+            lengths, bins=first_fit(lengths, capacity=512), capacity=512
+        ),
     }
 
 
-def hf_trainer_batches(data: ShardedDataset) -> Iterator[Any]:
-    """Yields batches as transformers' Trainer makes them: rows and DataCollatorWithPadding."""
-    from tokenizers import Tokenizer, models
-    from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
-
-    vocab = {"[PAD]": 0, "[UNK]": 1}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="[UNK]")),
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-    )
-    loader = torch.utils.data.DataLoader(
-        hf_dataset(data),
-        batch_size=BATCH,
-        shuffle=True,
-        collate_fn=DataCollatorWithPadding(tokenizer),
-    )
-    return iter(loader)
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
 
 
-def hf_torch_batches(data: ShardedDataset) -> Iterator[Any]:
-    """Yields batches of `with_format("torch")` and a DataLoader."""
-    dataset = hf_dataset(data).with_format("torch")
-    return iter(
-        torch.utils.data.DataLoader(dataset, batch_size=BATCH, shuffle=True, collate_fn=pad_torch)
-    )
+def _share_in_order(lengths: np.ndarray) -> float:
+    rectangle = lengths.reshape(_RANKS, _EACH, -1)
+    slowest = (rectangle.max(axis=2) * rectangle.shape[2]).sum(axis=1).max()
+    return lengths.sum() / (_RANKS * slowest)
 
 
-def stateful_batches(data: ShardedDataset) -> Iterator[Any]:
-    """Yields batches of torchdata's StatefulDataLoader over the same."""
-    from torchdata.stateful_dataloader import StatefulDataLoader  # type: ignore[import-not-found]
-
-    dataset = hf_dataset(data).with_format("torch")
-    return iter(StatefulDataLoader(dataset, batch_size=BATCH, shuffle=True, collate_fn=pad_torch))
-
-
-def mosaic_batches(data: ShardedDataset) -> Iterator[Any]:
-    """Yields batches of mosaicml-streaming, from local shards of its own format."""
-    from streaming import MDSWriter, StreamingDataset  # type: ignore[import-not-found]
-
-    folder = data.folder.with_name("mds")
-    if not folder.exists():
-        columns = {"input_ids": "ndarray:int32", "labels": "int"}
-        with MDSWriter(out=str(folder), columns=columns) as writer:
-            for start in range(0, len(data), 1000):
-                rows = data.take(np.arange(start, min(start + 1000, len(data))))
-                for ids, label in zip(rows["input_ids"], rows["labels"], strict=True):
-                    writer.write({"input_ids": np.array(ids), "labels": int(label)})
-    dataset = StreamingDataset(local=str(folder), shuffle=True, batch_size=BATCH)
-
-    def collate(rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        tensors = [
-            {
-                "input_ids": torch.from_numpy(row["input_ids"].astype(np.int64)),
-                "labels": torch.tensor(row["labels"]),
-            }
-            for row in rows
-        ]
-        return pad_torch(tensors)
-
-    return iter(torch.utils.data.DataLoader(dataset, batch_size=BATCH, collate_fn=collate))
-
-
-LOADERS: dict[str, Callable[[ShardedDataset], Iterator[Any]]] = {
-    "copy of ready batches (limit)": copied_batches,
-    "dist_ft": own_batches,
-    "dist_ft, planned by length": partial(own_batches, layout=LengthPlan()),
-    "datasets torch format + DataLoader": hf_torch_batches,
-    "datasets + DataCollatorWithPadding": hf_trainer_batches,
-    "StatefulDataLoader over datasets": stateful_batches,
-    "mosaicml-streaming": mosaic_batches,
-}
-
-
-def measure(data: ShardedDataset, *, rounds: int, batches: int) -> Iterator[Measured | str]:
-    """Yields what each loader costs, or why it is left out."""
-    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in LOADERS}
-    missing: dict[str, str] = {}
-    # In turns, so that another user of the machine hinders all of them alike.
-    for _ in range(rounds):
-        for name, make in LOADERS.items():
-            if name not in missing:
-                try:
-                    spent[name].append(_costs(make(data), batches=batches))
-                except ImportError as error:
-                    missing[name] = f"{name}: left out, as it is not installed ({error})"
-    for name, costs in spent.items():
-        if name in missing:
-            yield missing[name]
-            continue
-        cpu = [1e6 * seconds for seconds, _ in costs]
-        fastest = min(wall for _, wall in costs)
-        yield Measured(name, statistics.median(cpu), min(cpu), round(1 / fastest))
-
-
-def _costs(loader: Iterator[Any], *, batches: int) -> tuple[float, float]:
-    """Returns CPU and wall seconds per sample after one batch to warm up."""
-    next(loader)
-    cpu, started = _cpu_seconds(), time.perf_counter()
-    samples = 0
-    for number, batch in enumerate(loader, start=1):
-        # A planned batch may have other than 32 rows.
-        samples += len(batch["labels"])
-        if number >= batches and time.perf_counter() - started > LEAST_SECONDS:
-            break
-    wall = time.perf_counter() - started
-    close = getattr(loader, "close", None)
-    if close is not None:
-        close()
-    # After closing, so that worker processes are counted.
-    return (_cpu_seconds() - cpu) / samples, wall / samples
-
-
-def _cpu_seconds() -> float:
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in used)
-
-
-def useful_shares(lengths: np.ndarray, *, world_size: int = 8, each: int = 4) -> dict[str, float]:
-    """Returns the share of useful tokens, counting all ranks until the slowest is done."""
-    count = world_size * each
-    random_shares, planned_shares = [], []
-    for start in range(0, min(len(lengths), 200 * STEP) - STEP + 1, STEP):
-        own = lengths[start : start + STEP]
-        rectangle = own.reshape(world_size, each, -1)
-        slowest = (rectangle.max(axis=2) * rectangle.shape[2]).sum(axis=1).max()
-        random_shares.append(own.sum() / (world_size * slowest))
-        planned = plan_step(own, micro_batches=count, plan=LengthPlan())
-        padded = [len(members) * int(own[members].max()) for members in planned.micro_batches]
-        ranks = deal(planned.costs, world_size=world_size)
-        slowest = max(sum(padded[n] for n in rank if n is not None) for rank in ranks)
-        planned_shares.append(own.sum() / (world_size * slowest))
-    bins = first_fit(lengths, capacity=512)
-    return {
-        "in order": float(np.mean(random_shares)),
-        "planned": float(np.mean(planned_shares)),
-        "packed (rows of 512, first fit)": filled_share(lengths, bins=bins, capacity=512),
-    }
+def _share_planned(lengths: np.ndarray, *, plan: LengthPlan) -> float:
+    planned = plan_step(lengths, micro_batches=_RANKS * _EACH, plan=plan)
+    places = [
+        int(lengths[members].sum()) if plan.packed else len(members) * int(lengths[members].max())
+        for members in planned.micro_batches
+    ]
+    ranks = deal(planned.costs, world_size=_RANKS)
+    slowest = max(sum(places[n] for n in rank if n is not None) for rank in ranks)
+    return lengths.sum() / (_RANKS * slowest)
 
 
 def resume_times(data: ShardedDataset) -> dict[str, float]:
@@ -338,26 +154,22 @@ def resume_times(data: ShardedDataset) -> dict[str, float]:
 
 
 def claims_of(
-    costs: Iterable[Measured], shares: dict[str, float], times: dict[str, float]
+    rows: Sequence[Mapping[str, Any]], *, shares: Mapping[str, float], times: Mapping[str, float]
 ) -> list[Claim]:
     """Returns what the results are to show."""
-    # The least of several rounds is what others on the machine disturbed least.
-    cpu = {cost.loader: cost.cpu_us_least for cost in costs}
-    own = cpu["dist_ft"]
+    ratios = {row["loader"]: row["times_ours"] for row in rows}
     peers = {"datasets + DataCollatorWithPadding": 20, "mosaicml-streaming": 10}
     claims = [
-        claim(f"CPU of {name} over ours", value=cpu[name] / own, bound=bound, direction="at least")
+        claim(f"CPU of {name} over ours", value=ratios[name], bound=bound, direction="at least")
         for name, bound in peers.items()
-        if name in cpu
+        if name in ratios
     ]
-    at_8 = "useful tokens at 8 ranks with 4 micro-batches"
-    packed = shares["packed (rows of 512, first fit)"]
     resumed = times["dist_ft (slowest of 3)"]
     return [
         *claims,
-        claim(f"{at_8}, planned", value=shares["planned"], bound=0.9, direction="at least"),
-        claim(f"{at_8}, in order", value=shares["in order"], bound=0.3, direction="at most"),
-        claim("useful tokens, packed", value=packed, bound=0.99, direction="at least"),
+        claim(f"{_AT_8}, planned", value=shares["planned"], bound=0.9, direction="at least"),
+        claim(f"{_AT_8}, in order", value=shares["in order"], bound=0.3, direction="at most"),
+        claim(f"{_AT_8}, packed", value=shares["packed"], bound=0.99, direction="at least"),
         claim("seconds to resume", value=resumed, bound=0.05, direction="at most"),
     ]
 
@@ -369,16 +181,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lengths = text_lengths(20_000 if options.quick else 200_000)
     with tempfile.TemporaryDirectory() as folder:
         data = write_data(Path(folder) / "shards", lengths=lengths)
-        rounds, batches = (3, 150) if options.quick else (6, 400)
-        results = list(measure(data, rounds=rounds, batches=batches))
+        rounds, batches = (5, 150) if options.quick else (11, 400)
+        makers = {name: partial(make, data) for name, make in LOADERS.items()}
+        costs, missing = in_rounds(makers, rounds=rounds, batches=batches)
         times = resume_times(data)
-    costs = [result for result in results if isinstance(result, Measured)]
-    own = next(cost.cpu_us_least for cost in costs if cost.loader == "dist_ft")
-    rows = [{**vars(cost), "times_ours": cost.cpu_us_least / own} for cost in costs]
+    rows = table_of(costs)
     say(markdown_table(rows, columns=COLUMNS))
-    for reason in results:
-        if isinstance(reason, str):
-            say(reason)
+    for name, reason in missing.items():
+        say(f"{name}: left out, as it is not installed ({reason})")
     shares = useful_shares(lengths)
     for name, share in shares.items():
         say(f"useful tokens, {name}: {share:.1%}")
@@ -386,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"to the first batch at 90 % of an epoch, {name}: {1000 * seconds:.1f} ms")
     return report(
         [*rows, {"useful_share": shares}, {"resume_s": times}],
-        claims=claims_of(costs, shares, times),
+        claims=claims_of(rows, shares=shares, times=times),
         packages=PACKAGES,
         options=options,
     )

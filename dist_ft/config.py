@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -239,7 +239,25 @@ class TrainConfig(Section):
     max_duration: DurationField
     global_batch_size: Positive
     micro_batch_size: Positive
+    micro_batch_tokens: Positive | None = None
     layout: Literal["in_order", "by_length"] = "by_length"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tokens_decide(cls, values: Any) -> Any:
+        """A budget in tokens alone: one micro-batch would do, if it had room for all rows."""
+        if isinstance(values, dict) and values.get("micro_batch_tokens") is not None:
+            size = values.get("global_batch_size")
+            return values if size is None else {"micro_batch_size": size, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _lays_out(self) -> Self:
+        if self.micro_batch_tokens is not None and self.layout == "in_order":
+            raise ValueError(
+                "micro_batch_tokens needs layout by_length, got in_order: remove one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

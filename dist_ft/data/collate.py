@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from dist_ft.data.packing import packed_layout
@@ -94,18 +95,23 @@ def collate(
     if spec.packed:
         return _collate_packed(columns, spec)
     tensors: dict[str, torch.Tensor] = {}
+    filled = _Filled(spec.pad_side)
     for name in dict.fromkeys((*spec.inputs, *spec.targets)):
         if name == _ATTENTION_MASK and name not in spec.ragged:
-            tensors[name] = _mask(_column(columns, "input_ids"), pad_side=spec.pad_side)
+            places = filled.of(_column(columns, "input_ids"))
+            tensors[name] = torch.from_numpy(places.astype(np.int64))
         else:
-            tensors[name] = _rectangle(columns, name, spec=spec)
+            tensors[name] = _rectangle(columns, name, spec=spec, filled=filled)
     return {n: tensors[n] for n in spec.inputs}, {n: tensors[n] for n in spec.targets}
 
 
-def _rectangle(columns: Columns, name: str, *, spec: CollateSpec) -> torch.Tensor:
+def _rectangle(
+    columns: Columns, name: str, *, spec: CollateSpec, filled: _Filled | None = None
+) -> torch.Tensor:
     """Returns a column as a tensor: padded to [rows, longest] if ragged, else [rows]."""
     if name in spec.ragged:
-        return _pad(_column(columns, name), pad=spec.ragged[name], pad_side=spec.pad_side)
+        filled = filled or _Filled(spec.pad_side)
+        return _pad(_column(columns, name), pad=spec.ragged[name], filled=filled)
     values = np.asarray(_column(columns, name))
     return torch.from_numpy(values.astype(_tensor_dtype(values.dtype)))
 
@@ -166,22 +172,32 @@ def _tensor_dtype(dtype: np.dtype[Any]) -> type[np.generic]:
     return np.float32 if dtype.kind == "f" else np.int64
 
 
-def _pad(
-    rows: Sequence[np.ndarray], *, pad: int | float, pad_side: Literal["right", "left"]
-) -> torch.Tensor:
-    width = max(len(row) for row in rows)
-    padded = np.full((len(rows), width), pad, dtype=_tensor_dtype(rows[0].dtype))
-    for target, row in zip(padded, rows, strict=True):
-        if pad_side == "right":
-            target[: len(row)] = row
-        else:
-            target[width - len(row) :] = row
+class _Filled:
+    """Which places of padded rows hold tokens; found once for columns of the same lengths."""
+
+    def __init__(self, pad_side: Literal["right", "left"]) -> None:
+        self._pad_side = pad_side
+        self._found: dict[bytes, npt.NDArray[np.bool_]] = {}
+
+    def of(self, rows: Sequence[np.ndarray]) -> npt.NDArray[np.bool_]:
+        """Returns where the rows' tokens are, bool [rows, longest]."""
+        lengths = np.fromiter(map(len, rows), dtype=np.int32, count=len(rows))
+        key = lengths.tobytes()
+        if key not in self._found:
+            width = int(lengths.max())
+            # The smallest numbers that can count so far, as this is a large share of a batch's
+            # cost.
+            dtype = np.int16 if width < 2**15 else np.int32
+            places = np.arange(width, dtype=dtype)
+            if self._pad_side == "left":
+                places = places[::-1]
+            self._found[key] = places < lengths.astype(dtype)[:, None]
+        return self._found[key]
+
+
+def _pad(rows: Sequence[np.ndarray], *, pad: int | float, filled: _Filled) -> torch.Tensor:
+    places = filled.of(rows)
+    padded = np.full(places.shape, pad, dtype=_tensor_dtype(rows[0].dtype))
+    # One assignment for all rows: their tokens, one after the other, fill these places in order.
+    padded[places] = np.concatenate(rows)
     return torch.from_numpy(padded)
-
-
-def _mask(rows: Sequence[np.ndarray], *, pad_side: Literal["right", "left"]) -> torch.Tensor:
-    lengths = np.array([len(row) for row in rows])
-    places = np.arange(lengths.max())
-    if pad_side == "left":
-        places = places[::-1]
-    return torch.from_numpy((places[None, :] < lengths[:, None]).astype(np.int64))

@@ -30,9 +30,10 @@ from dist_ft.data.micro_batches import (
     make_micro_batch,
     parts_by_length,
     parts_in_turn,
+    read_parts,
 )
 from dist_ft.data.planning import LengthPlan
-from dist_ft.data.sampling import ORDER_ALGORITHM_VERSION, Mixture, row_at, step_slots
+from dist_ft.data.sampling import ORDER_ALGORITHM_VERSION, Mixture, rows_between, step_slots
 from dist_ft.data.shards import Columns, ShardedDataset
 
 __all__ = [
@@ -64,8 +65,8 @@ class StepBatch:
         global_count: loss terms of the step over all ranks.
         global_tokens: useful tokens of the step over all ranks; of augmented rows, as prepared.
         data_wait_s: how long the training thread waited for this batch, seconds.
-        augmentation: what was changed in the rows that this rank augmented, None without
-            augmentation.
+        augmentation: what was changed; over the ranks, each raw row of the step is counted once
+            (one with windows on several ranks once on each). None without augmentation.
     """
 
     step: int
@@ -108,6 +109,8 @@ class StepLoader:
         plan: sizes, seed and this rank.
         mixture: assigns steps to tasks.
         augmentation: how the tasks named are augmented; the others are read as prepared.
+        pin_memory: `iterate` delivers tensors in page-locked memory, from which a GPU copies while
+            it computes; needs a GPU.
 
     Raises:
         ValueError: tasks, specs, mixture and augmentation don't agree.
@@ -121,6 +124,7 @@ class StepLoader:
         plan: BatchPlan,
         mixture: Mixture,
         augmentation: Mapping[str, Augmentation] | None = None,
+        pin_memory: bool = False,
     ) -> None:
         if mixture.tasks != len(datasets):
             raise ValueError(
@@ -139,6 +143,7 @@ class StepLoader:
         self._specs = dict(specs)
         self._plan = plan
         self._mixture = mixture
+        self._pin_memory = pin_memory
         self._tasks = tuple(datasets)
         self._readers = {
             task: AugmentedReader(datasets[task], augmentation=how, seed=plan.seed, task=task)
@@ -154,8 +159,12 @@ class StepLoader:
             step, mixture=self._mixture, global_batch_size=self._plan.global_batch_size
         )
         task = self._tasks[index]
-        epochs, rows = row_at(
-            slots, rows=len(self._datasets[task]), seed=self._plan.seed, task=task
+        epochs, rows = rows_between(
+            int(slots[0]),
+            int(slots[-1]) + 1,
+            rows=len(self._datasets[task]),
+            seed=self._plan.seed,
+            task=task,
         )
         return StepRows(task, epochs, rows)
 
@@ -186,8 +195,15 @@ class StepLoader:
             micro_batches=micro_batches,
             global_count=global_count + (augmented.added_loss_terms if augmented else 0),
             global_tokens=int(dataset.lengths[selected.rows].sum(dtype=np.int64)),
-            augmentation=augmented.rows.statistics if augmented else None,
+            augmentation=self._changes(augmented, task=selected.task),
         )
+
+    def _changes(self, augmented: _Augmented | None, *, task: str) -> AugmentStatistics | None:
+        """Returns what this rank tells of the changes: where each makes all of them, the first."""
+        if augmented is None:
+            return None
+        repeated = self._readers[task].varying_loss_counts and self._plan.rank > 0
+        return AugmentStatistics() if repeated else augmented.rows.statistics
 
     def _augmented(self, selected: StepRows, *, parts: Sequence[Part]) -> _Augmented | None:
         """Returns the augmented rows of a step that this rank needs, None without augmentation."""
@@ -214,15 +230,14 @@ class StepLoader:
     def _micro_batches(
         self, selected: StepRows, *, parts: Sequence[Part], augmented: _Augmented | None
     ) -> list[MicroBatch]:
+        dataset, spec = self._datasets[selected.task], self._specs[selected.task]
+        if augmented is None:
+            read = read_parts(parts, rows=selected.rows, dataset=dataset, spec=spec)
+        else:
+            read = [None if part.filler else augmented.columns_of(part) for part in parts]
         return [
-            make_micro_batch(
-                part,
-                rows=selected.rows,
-                dataset=self._datasets[selected.task],
-                spec=self._specs[selected.task],
-                read=None if augmented is None or part.filler else augmented.columns_of,
-            )
-            for part in parts
+            make_micro_batch(part, rows=selected.rows, dataset=dataset, spec=spec, columns=columns)
+            for part, columns in zip(parts, read, strict=True)
         ]
 
     def _parts(self, lengths: Int64Array) -> list[Part]:
@@ -256,7 +271,7 @@ class StepLoader:
                 while True:
                     # One more than is handed out, so that the next is read while this step runs.
                     while len(pending) <= _PREFETCH_STEPS:
-                        pending.append(executor.submit(self.batch, next(steps)))
+                        pending.append(executor.submit(self._delivered, next(steps)))
                     started = time.perf_counter()
                     batch = pending.popleft().result()
                     batch.data_wait_s = time.perf_counter() - started
@@ -264,6 +279,14 @@ class StepLoader:
             finally:
                 for future in pending:
                     future.cancel()
+
+    def _delivered(self, step: int) -> StepBatch:
+        batch = self.batch(step)
+        if self._pin_memory:
+            # Here, in the thread: it is a copy, into memory that torch keeps for the next ones.
+            for micro_batch in batch.micro_batches:
+                micro_batch.pin()
+        return batch
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """Returns, as JSON, what the order of the data depends on and the next step to consume."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,11 @@ class MicroBatch:
     loss_weight: float
     distinct: bool = True
 
+    def pin(self) -> None:
+        """Moves the tensors into page-locked memory."""
+        self.inputs = {name: tensor.pin_memory() for name, tensor in self.inputs.items()}
+        self.targets = {name: tensor.pin_memory() for name, tensor in self.targets.items()}
+
 
 @dataclass(frozen=True)
 class Part:
@@ -165,7 +171,7 @@ def make_micro_batch(
     rows: Int64Array,
     dataset: ShardedDataset,
     spec: CollateSpec,
-    read: Callable[[Part], Columns] | None = None,
+    columns: Columns | None = None,
 ) -> MicroBatch:
     """Returns the tensors of a micro-batch.
 
@@ -174,31 +180,62 @@ def make_micro_batch(
         rows: the rows that `part` counts in, int64.
         dataset: where they are.
         spec: columns and padding.
-        read: returns the columns of a part, by default as they are in the data set.
+        columns: the columns of the part's rows, by default as they are in the data set.
 
     Raises:
         ValueError: a row can't be read, naming shard and rows.
     """
     own = rows[part.places]
     try:
-        columns = dataset.take(own, columns=spec.columns) if read is None else read(part)
+        if columns is None:
+            columns = dataset.take(own, columns=spec.columns)
         inputs, targets = collate(columns, spec)
         kept = kept_columns(columns, spec)
     except ValueError as error:
         raise ValueError(f"{place_of(own, dataset=dataset)}: {error}") from error
-    tokens = int(dataset.lengths[own].sum(dtype=np.int64))
-    if read is not None and "input_ids" in columns:
-        tokens = sum(len(ids) for ids in columns["input_ids"])
+    if part.filler:
+        tokens = 0
+    elif "input_ids" in columns:
+        # Augmented rows have other lengths than the data set says.
+        tokens = sum(map(len, columns["input_ids"]))
+    else:
+        tokens = int(dataset.lengths[own].sum(dtype=np.int64))
     return MicroBatch(
         inputs=inputs,
         targets=targets,
         kept=kept,
         rows=own,
         index=part.index,
-        tokens=0 if part.filler else tokens,
+        tokens=tokens,
         loss_weight=0.0 if part.filler else 1.0,
         distinct=not part.filler,
     )
+
+
+def read_parts(
+    parts: Sequence[Part], *, rows: Int64Array, dataset: ShardedDataset, spec: CollateSpec
+) -> list[Columns]:
+    """Returns the columns of each part, all read at once, as that costs half as much.
+
+    Args:
+        parts: which rows each part has.
+        rows: the rows that the parts count in, int64.
+        dataset: where they are.
+        spec: says which columns.
+
+    Raises:
+        ValueError: a row can't be read, naming shard and rows.
+    """
+    own = rows[np.concatenate([part.places for part in parts])]
+    try:
+        columns = dataset.take(own, columns=spec.columns)
+    except ValueError as error:
+        raise ValueError(f"{place_of(own, dataset=dataset)}: {error}") from error
+    ends = list(itertools.accumulate(len(part.places) for part in parts))
+    return [
+        {name: values[end - len(part.places) : end] for name, values in columns.items()}
+        for part, end in zip(parts, ends, strict=True)
+    ]
 
 
 def place_of(rows: Int64Array, *, dataset: ShardedDataset) -> str:

@@ -151,33 +151,34 @@ def _rounded(count: int, *, plan: LengthPlan, rows: int) -> int:
 
 def _padded_groups(sizes: Int64Array, *, least: int, plan: LengthPlan) -> list[Int64Array]:
     """Returns runs of the rows, which are sorted from long to short."""
+    # Plain integers, as the search looks at few of them, again and again.
+    costs: list[int] = plan.row_costs(sizes).tolist()
     # As many rows of a length as the budget allows.
-    widest = np.full(len(sizes), len(sizes))
+    widest = [len(costs)] * len(costs)
     if plan.max_tokens is not None:
-        widest = plan.max_tokens // sizes
-        least = max(least, len(_runs(widest)))
-    count = _rounded(least, plan=plan, rows=len(sizes))
-    costs = plan.row_costs(sizes)
+        widest = (plan.max_tokens // sizes).tolist()
+        least = max(least, len(_runs(costs, bound=costs[0] * len(costs), widest=widest)))
+    count = _rounded(least, plan=plan, rows=len(costs))
     # The smallest bound under which `count` micro-batches are enough makes them equally costly.
-    low, high = int(costs[0]), int(costs[0]) * len(sizes)
+    # Padding only adds to what all rows cost, and the first row costs most.
+    low, high = max(costs[0], sum(costs) // count), costs[0] * len(costs)
     while high - low > low // _BOUND_PRECISION:
         bound = (low + high) // 2
-        if len(_runs(np.minimum(widest, bound // costs))) <= count:
+        if len(_runs(costs, bound=bound, widest=widest)) <= count:
             high = bound
         else:
             low = bound + 1
-    starts = _runs(np.minimum(widest, high // costs))
-    return _split(starts, costs=costs, count=count)
+    starts = _runs(costs, bound=high, widest=widest)
+    return _split(starts, costs=np.array(costs), count=count)
 
 
-def _runs(widest: Int64Array) -> list[int]:
-    """Returns the first row of each run if each is as long as its first row allows."""
-    steps = widest.tolist()
+def _runs(costs: list[int], *, bound: int, widest: list[int]) -> list[int]:
+    """Returns the first row of each run if each is as long as the bound on its cost allows."""
     starts: list[int] = []
     place = 0
-    while place < len(steps):
+    while place < len(costs):
         starts.append(place)
-        place += max(1, steps[place])
+        place += max(1, min(widest[place], bound // costs[place]))
     return starts
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +28,10 @@ ORDER_ALGORITHM_VERSION = 1
 
 # Three rounds are statistically indistinguishable from random at 200,000 rows; six leave a margin.
 _ROUNDS = 6
+# Rows of consecutive slots are found this many at once: for few, calling numpy costs more than the
+# arithmetic.
+_BLOCK = 4096
+_CACHED_BLOCKS = 128
 
 Int64Array = npt.NDArray[np.int64]
 _UInt64Array = npt.NDArray[np.uint64]
@@ -60,6 +65,39 @@ def row_at(
     epochs, positions = np.divmod(slot_array, np.int64(rows))
     keys = _round_keys(epochs, seed=seed, task=task)
     return epochs, _permute(positions.astype(np.uint64), rows=rows, keys=keys).astype(np.int64)
+
+
+def rows_between(
+    first: int, end: int, *, rows: int, seed: int, task: str
+) -> tuple[Int64Array, Int64Array]:
+    """Returns (epochs, rows) of the slots [first, end), as `row_at` does, but quicker in a run.
+
+    Args:
+        first: a slot, not negative.
+        end: the slot after the last one.
+        rows: how many rows the task's data set has.
+        seed: the run's seed.
+        task: the task's name.
+
+    Raises:
+        ValueError: `rows` is not positive, or a slot is negative.
+    """
+    numbers = range(first // _BLOCK, -(-end // _BLOCK))
+    found = [_block_rows(number, rows, seed, task) for number in numbers]
+    inside = slice(first - numbers.start * _BLOCK, end - numbers.start * _BLOCK)
+    if len(found) == 1:
+        return found[0][0][inside], found[0][1][inside]
+    epochs, places = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return epochs[inside], places[inside]
+
+
+@lru_cache(maxsize=_CACHED_BLOCKS)
+def _block_rows(block: int, rows: int, seed: int, task: str) -> tuple[Int64Array, Int64Array]:
+    slots = np.arange(block * _BLOCK, (block + 1) * _BLOCK, dtype=np.int64)
+    found = row_at(slots, rows=rows, seed=seed, task=task)
+    for values in found:
+        values.flags.writeable = False
+    return found
 
 
 def _round_keys(epochs: Int64Array, *, seed: int, task: str) -> _UInt64Array:

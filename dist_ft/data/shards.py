@@ -26,6 +26,7 @@ from dist_ft.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from dist_ft.data.mapped import PREPARE_AGAIN, MappedShard, length_stats, open_batch
 from dist_ft.data.schema import column_kind
 from dist_ft.data.verification import VerifyLevel, check_files, hash_file, is_intact
 
@@ -46,7 +47,6 @@ Columns = dict[str, list[np.ndarray] | np.ndarray | list[str]]
 
 TARGET_BYTES = 64 * 2**20
 _HISTOGRAM_WIDTH = 8
-_PREPARE_AGAIN = "restore the file or prepare the data again"
 
 
 class ShardWriter:
@@ -132,7 +132,7 @@ class ShardWriter:
                 writer.write_batch(batch)
             file.flush()
             os.fsync(file.fileno())
-        written = _open_batch(temporary)
+        written = open_batch(temporary)
         written.validate(full=True)
         if not written.equals(batch):
             raise RuntimeError(f"{temporary} reads back differently: check the disk")
@@ -171,15 +171,18 @@ class ShardedDataset:
         self.manifest = read_manifest(self.folder)
         check_files(self.folder, manifest=self.manifest, level=verify)
         self._shards = [
-            _MappedShard(self.folder / info.file, info=info, schema=self.manifest.schema)
+            MappedShard(self.folder / info.file, info=info, schema=self.manifest.schema)
             for info in self.manifest.shards
         ]
         counts = np.array([info.rows for info in self.manifest.shards], dtype=np.int64)
         self._ends = np.cumsum(counts)
         self._starts = self._ends - counts
         self._kinds = {field.name: column_kind(field) for field in self.manifest.schema}
-        self.lengths = np.concatenate([shard.scalars["length"] for shard in self._shards])
-        self.loss_counts = np.concatenate([shard.scalars["loss_count"] for shard in self._shards])
+        # Whole columns of numbers and offsets, joined when they are first used: looking rows up
+        # shard by shard would cost more than reading them.
+        self._joined: dict[str, np.ndarray] = {}
+        self.lengths = self._whole("length")
+        self.loss_counts = self._whole("loss_count")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -198,7 +201,8 @@ class ShardedDataset:
             array [n], for a string column a list of str.
 
         Raises:
-            ValueError: a row number is out of range, or a string isn't UTF-8.
+            ValueError: a row number is out of range, a string isn't UTF-8, or a shard was cut since
+                it was opened.
         """
         rows = np.asarray(rows, dtype=np.int64)
         if rows.size and (int(rows.min()) < 0 or int(rows.max()) >= len(self)):
@@ -207,21 +211,45 @@ class ShardedDataset:
                 f"for {self.folder}"
             )
         numbers = np.searchsorted(self._ends, rows, side="right")
-        local = (rows - self._starts[numbers]).tolist()
-        shards = [self._shards[number] for number in numbers.tolist()]
-        places = list(zip(shards, local, strict=True))
+        for number in set(numbers.tolist()):
+            self._shards[number].check_size()
         taken: Columns = {}
         for name, kind in self._kinds.items():
             if columns is not None and name not in columns:
                 continue
             if kind == "ragged":
-                taken[name] = [shard.view(name, row=row) for shard, row in places]
+                taken[name] = self._views(name, rows=rows, numbers=numbers)
             elif kind == "string":
-                taken[name] = [shard.text(name, row=row) for shard, row in places]
+                local = (rows - self._starts[numbers]).tolist()
+                shards = [self._shards[number] for number in numbers.tolist()]
+                taken[name] = [s.text(name, row=n) for s, n in zip(shards, local, strict=True)]
             else:
-                values = [shard.scalars[name][row] for shard, row in places]
-                taken[name] = np.array(values, dtype=self._shards[0].scalars[name].dtype)
+                taken[name] = self._whole(name)[rows]
         return taken
+
+    def _whole(self, name: str) -> np.ndarray:
+        """Returns a number column, [rows], or the offsets of a list column, [rows + shards]."""
+        if name not in self._joined:
+            for shard in self._shards:
+                shard.check_size()
+            is_list = self._kinds[name] == "ragged"
+            parts = [s.ragged[name][0] if is_list else s.scalars[name] for s in self._shards]
+            joined = np.concatenate(parts)
+            joined.flags.writeable = False
+            self._joined[name] = joined
+        return self._joined[name]
+
+    def _views(
+        self, name: str, *, rows: npt.NDArray[np.int64], numbers: npt.NDArray[np.int64]
+    ) -> list[np.ndarray]:
+        """Returns rows of a list column, given the number of each row's shard."""
+        offsets = self._whole(name)
+        # Each shard has one offset more than rows.
+        firsts = rows + numbers
+        values = [shard.ragged[name][1] for shard in self._shards]
+        # Plain integers: slicing by numpy's costs three times as much.
+        places = (numbers.tolist(), offsets[firsts].tolist(), offsets[firsts + 1].tolist())
+        return [values[number][start:end] for number, start, end in zip(*places, strict=True)]
 
     def scalar(self, name: str) -> np.ndarray:
         """Returns a whole number column, [rows].
@@ -231,7 +259,14 @@ class ShardedDataset:
         """
         if self._kinds.get(name) != "scalar":
             raise ValueError(f"{self.folder} has no number column {name!r}: prepare the data again")
-        return np.concatenate([shard.scalars[name] for shard in self._shards])
+        return self._whole(name)
+
+    def row_of_largest_token(self, shard: int) -> int:
+        """Returns the first row that holds the largest token id of a shard, given its number."""
+        offsets, ids = self._shards[shard].ragged["input_ids"]
+        place = int(ids[offsets[0] : offsets[-1]].argmax()) + int(offsets[0])
+        local = int(np.searchsorted(offsets, place, side="right")) - 1
+        return int(self._starts[shard]) + local
 
     def shard_of(self, row: int) -> str:
         """Returns the name of the shard file which holds a row."""
@@ -250,111 +285,29 @@ def verify(folder: Path, *, vocab_size: int | None = None) -> Manifest:
             token id is outside of the vocabulary.
     """
     dataset = ShardedDataset(folder, verify="hash")
-    for info in dataset.manifest.shards:
+    for number, info in enumerate(dataset.manifest.shards):
         path = dataset.folder / info.file
-        batch = _open_batch(path)
+        batch = open_batch(path)
         try:
             batch.validate(full=True)
         except pa.ArrowInvalid as error:
             raise ValueError(
-                f"shard {path} is not valid Arrow data ({error}): {_PREPARE_AGAIN}"
+                f"shard {path} is not valid Arrow data ({error}): {PREPARE_AGAIN}"
             ) from error
         actual = _shard_info(path, batch=batch, index=0)
         if replace(actual, file=info.file) != info:
-            raise ValueError(f"{path} doesn't hold what the manifest says: {_PREPARE_AGAIN}")
+            raise ValueError(f"{path} doesn't hold what the manifest says: {PREPARE_AGAIN}")
         if vocab_size is not None and info.max_token_id >= vocab_size:
             raise ValueError(
-                f"{path} holds token id {info.max_token_id}, but the vocabulary has {vocab_size} "
-                "entries: prepare the data with this model's tokenizer"
+                f"{path}, row {dataset.row_of_largest_token(number)} of the data, holds token id "
+                f"{info.max_token_id}, but the vocabulary has {vocab_size} entries: prepare the "
+                "data with this model's tokenizer"
             )
     return dataset.manifest
 
 
-def _open_batch(path: Path) -> pa.RecordBatch:
-    """Returns the only record batch of a shard; its buffers keep the file mapped."""
-    try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        count = reader.num_record_batches
-        batch = reader.get_batch(0) if count else None
-        if batch is not None:
-            # A damaged header may name buffers that aren't there; touching them would crash.
-            batch.validate()
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"shard {path} can't be read as an Arrow file ({error}): {_PREPARE_AGAIN}"
-        ) from error
-    if batch is None or count != 1:
-        raise ValueError(f"shard {path} has {count} record batches, not 1: {_PREPARE_AGAIN}")
-    return batch
-
-
-class _MappedShard:
-    """Numpy views on the buffers of one shard."""
-
-    def __init__(self, path: Path, *, info: ShardInfo, schema: pa.Schema) -> None:
-        batch = _open_batch(path)
-        if not batch.schema.equals(schema):
-            raise ValueError(f"{path} has other columns than the manifest: {_PREPARE_AGAIN}")
-        self._path = path
-        self.scalars: dict[str, np.ndarray] = {}
-        self._ragged: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        self._strings: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        for field, column in zip(batch.schema, batch.columns, strict=True):
-            kind = column_kind(field)
-            if kind == "scalar":
-                self.scalars[field.name] = column.to_numpy(zero_copy_only=True)
-            elif kind == "ragged":
-                values = column.values.to_numpy(zero_copy_only=True)
-                self._ragged[field.name] = (_offsets(column, len(values), path), values)
-            else:
-                data = column.buffers()[2]
-                text = np.frombuffer(data or b"", dtype=np.uint8)
-                self._strings[field.name] = (_offsets(column, len(text), path), text)
-        self._compare(info)
-
-    def view(self, name: str, *, row: int) -> np.ndarray:
-        """Returns one row of a list column."""
-        offsets, values = self._ragged[name]
-        return values[offsets[row] : offsets[row + 1]]
-
-    def text(self, name: str, *, row: int) -> str:
-        """Returns one row of a string column."""
-        offsets, data = self._strings[name]
-        try:
-            return data[offsets[row] : offsets[row + 1]].tobytes().decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{self._path}, row {row} of the shard: column {name!r} is not UTF-8 ({error}): "
-                f"{_PREPARE_AGAIN}"
-            ) from error
-
-    def _compare(self, info: ShardInfo) -> None:
-        """Compares the cheap numbers; catches two shards of one size which were swapped."""
-        lengths, counts = self.scalars["length"], self.scalars["loss_count"]
-        expected = (info.rows, info.tokens, info.min_length, info.max_length, info.loss_count)
-        actual = (len(lengths), *_length_stats(lengths), int(counts.sum(dtype=np.int64)))
-        if actual != expected or not np.array_equal(np.diff(self._ragged["input_ids"][0]), lengths):
-            raise ValueError(
-                f"{self._path} doesn't hold the rows and lengths of the manifest (rows, tokens, "
-                f"min, max, loss terms are {actual}, expected {expected}): {_PREPARE_AGAIN}"
-            )
-
-
-def _offsets(column: pa.Array, size: int, path: Path) -> np.ndarray:
-    """Returns a column's offsets, int32 [rows + 1], which are known to stay inside its values."""
-    buffer = column.buffers()[1]
-    offsets = np.frombuffer(buffer, dtype=np.int32, count=len(column) + 1)
-    if offsets[0] < 0 or offsets[-1] > size or bool((np.diff(offsets) < 0).any()):
-        raise ValueError(f"{path} has row offsets outside of its values: {_PREPARE_AGAIN}")
-    return offsets
-
-
-def _length_stats(lengths: np.ndarray) -> tuple[int, int, int]:
-    return int(lengths.sum(dtype=np.int64)), int(lengths.min()), int(lengths.max())
-
-
 def _shard_info(path: Path, *, batch: pa.RecordBatch, index: int) -> ShardInfo:
-    tokens, shortest, longest = _length_stats(batch.column("length").to_numpy())
+    tokens, shortest, longest = length_stats(batch.column("length").to_numpy())
     xxh3_128 = hash_file(path, algorithm=xxhash.xxh3_128)
     return ShardInfo(
         file=f"shard-{index:05d}-{xxh3_128[:8]}.arrow",

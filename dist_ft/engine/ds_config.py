@@ -68,6 +68,8 @@ def build_ds_config(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
+    # It follows, and where micro-batches differ in rows it has no other two numbers to agree with.
+    config.pop("train_batch_size", None)
     if options.precision != "fp32":
         config[options.precision] = {
             **config.get(options.precision, {}),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dist_ft.config import Recipe
+from dist_ft.config import Recipe, TrainConfig
 from dist_ft.recipe.errors import Finding, show_value
 from dist_ft.recipe.validate import Draft
 
@@ -85,7 +85,7 @@ def _pairs(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[tuple[str, Any
     train, engine = recipe.train, recipe.engine
     simple = {
         "train_batch_size": ("train.global_batch_size", train.global_batch_size),
-        "train_micro_batch_size_per_gpu": ("train.micro_batch_size", train.micro_batch_size),
+        "train_micro_batch_size_per_gpu": _micro_batch(train),
         "gradient_clipping": ("optim.max_grad_norm", recipe.optim.max_grad_norm),
         "zero_optimization.stage": ("engine.zero_stage", engine.zero_stage),
     }
@@ -103,8 +103,18 @@ def _pairs(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[tuple[str, Any
     yield key, offloads, "engine.offload_optimizer", engine.offload_optimizer
 
 
+def _micro_batch(train: TrainConfig) -> tuple[str, int | str]:
+    if train.micro_batch_tokens is not None:
+        return "train.micro_batch_tokens", f"{train.micro_batch_tokens} tokens"
+    return "train.micro_batch_size", train.micro_batch_size
+
+
 def _accumulation(draft: Draft, *, recipe: Recipe, theirs: Any) -> Iterator[str]:
     if theirs in (None, _AUTO) or not draft.is_sure("train"):
+        return
+    if recipe.train.micro_batch_tokens is not None:
+        rule = "gradient_accumulation_steps differs from step to step with train.micro_batch_tokens"
+        yield f"{rule}, got {show_value(theirs)}: remove it from the file"
         return
     micro_batches = recipe.train.global_batch_size // recipe.train.micro_batch_size
     if not isinstance(theirs, int) or theirs < 1 or micro_batches % theirs:

@@ -90,7 +90,14 @@ def check_world(recipe: Recipe, world: dist.World) -> None:
         ValueError: If it cannot, or the reference engine is to run on several ranks.
     """
     micro_batches = recipe.train.global_batch_size // recipe.train.micro_batch_size
-    if micro_batches % world.world_size:
+    if recipe.train.micro_batch_tokens is not None:
+        # As many micro-batches as ranks can always be made, down to one row each.
+        if recipe.train.global_batch_size < world.world_size:
+            raise ValueError(
+                f"train.global_batch_size: {recipe.train.global_batch_size} rows are too few for "
+                f"{world.world_size} ranks: start fewer ranks or raise it"
+            )
+    elif micro_batches % world.world_size:
         fits = [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
         raise ValueError(
             f"train.global_batch_size: {recipe.train.global_batch_size} rows in micro-batches of "
@@ -222,9 +229,13 @@ def make_engine(
     # Imported here: it takes seconds, and the reference engine does without.
     from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
 
-    micro_batches = recipe.train.global_batch_size // recipe.train.micro_batch_size
-    base = recipe.engine.deepspeed
     world_size = torch.distributed.get_world_size()
+    size = recipe.train.micro_batch_size
+    if recipe.train.micro_batch_tokens is not None:
+        # Micro-batches differ in rows, and steps in micro-batches: the engine itself says which is
+        # a step's last, and DeepSpeed only wants numbers.
+        size = min(size, recipe.train.global_batch_size // world_size)
+    base = recipe.engine.deepspeed
     switch = recipe.freezing.switch
     engine = DeepSpeedEngine(
         module,
@@ -232,8 +243,10 @@ def make_engine(
         options=options,
         deepspeed_options=DeepSpeedOptions(
             zero_stage=recipe.engine.zero_stage,
-            micro_batch_size=recipe.train.micro_batch_size,
-            gradient_accumulation_steps=micro_batches // world_size,
+            micro_batch_size=size,
+            gradient_accumulation_steps=max(
+                1, recipe.train.global_batch_size // (size * world_size)
+            ),
             offload_optimizer=recipe.engine.offload_optimizer,
             base=None if base is None else json.loads(base.read_text()),
         ),

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from dist_ft import dist
+from dist_ft.data.augment.augmenter import AugmentStatistics
 from dist_ft.data.loader import StepBatch
 from dist_ft.engine.base import PhaseReport, StepResult
 from dist_ft.freezing.schedule import Phase
@@ -49,6 +50,7 @@ class _Interval:
     wait_s: float = 0.0
     prefix_rows: int = 0
     prefix_found: int = 0
+    changes: AugmentStatistics | None = None
 
 
 @dataclass
@@ -104,6 +106,9 @@ class LogSteps(Watcher):
         interval.wait_s += batch.data_wait_s
         interval.prefix_rows += result.prefix_rows
         interval.prefix_found += result.prefix_found
+        if batch.augmentation is not None:
+            interval.changes = interval.changes or AugmentStatistics()
+            interval.changes.merge(batch.augmentation)
         step = run.progress.step
         if step % self.every == 0 or step == run.total_steps:
             self._write(run)
@@ -114,6 +119,7 @@ class LogSteps(Watcher):
         seconds = max(1e-9, run.busy_s - self._busy_before_s)
         tasks = sorted(self._intervals)
         sums = _sums_over_ranks([self._intervals[t] for t in tasks])
+        changes = _over_ranks({t: self._intervals[t].changes for t in tasks})
         tokens = sum(i.tokens for i in self._intervals.values())
         rates = run.learning_rates(run.progress.step - 1, run.progress.thawed_at)
         for task, (loss_sum, prefix_rows, prefix_found) in zip(tasks, sums, strict=True):
@@ -132,6 +138,7 @@ class LogSteps(Watcher):
                 data_wait_s=round(interval.wait_s, 4),
                 peak_rss_bytes=_peak_rss_bytes(),
                 **({"prefix_hit_share": prefix_found / prefix_rows} if prefix_rows else {}),
+                **({"augmentation": changes[task].to_json()} if task in changes else {}),
             )
             self.console.losses[task] = loss
         self.console.tokens_per_s = tokens / seconds
@@ -159,6 +166,19 @@ def _sums_over_ranks(intervals: Sequence[_Interval]) -> list[tuple[float, ...]]:
     ]
     sums = dist.all_reduce_sum(values)
     return [tuple(sums[start : start + width]) for start in range(0, len(sums), width)]
+
+
+def _over_ranks(changes: dict[str, AugmentStatistics | None]) -> dict[str, AugmentStatistics]:
+    """Return what all ranks changed together in the tasks that are augmented."""
+    # Which tasks these are is the same on every rank.
+    own = {task: counts for task, counts in changes.items() if counts is not None}
+    if not own:
+        return {}
+    total = {task: AugmentStatistics() for task in own}
+    for counts in dist.all_gather_object(own):
+        for task, of_rank in counts.items():
+            total[task].merge(of_rank)
+    return total
 
 
 def _peak_rss_bytes() -> int:

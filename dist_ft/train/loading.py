@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from dist_ft.config import AnnealedMixture, FixedMixture, Recipe, RoundRobinMixture, UnimaxMixture
@@ -100,7 +101,8 @@ def make_loader(
     """Return the loader of a rank's training steps.
 
     Raises:
-        ValueError: If a word list of the augmentation is not readable.
+        ValueError: If a word list of the augmentation is not readable, or a row doesn't fit into
+            a micro-batch.
         RuntimeError: If one is not installed.
     """
     augmentation = {
@@ -118,8 +120,27 @@ def make_loader(
             seed=recipe.seed,
             rank=rank,
             world_size=world_size,
-            layout=LengthPlan() if recipe.train.layout == "by_length" else None,
+            layout=_layout(recipe, tasks, world_size=world_size),
         ),
         mixture=mixture,
         augmentation=augmentation,
+        pin_memory=torch.cuda.is_available(),
     )
+
+
+def _layout(recipe: Recipe, tasks: Sequence[PreparedTask], *, world_size: int) -> LengthPlan | None:
+    """Return how rows are laid out by length, None if they are not."""
+    budget = recipe.train.micro_batch_tokens
+    if recipe.train.layout == "in_order":
+        return None
+    if budget is None:
+        return LengthPlan()
+    for t in tasks:
+        longest = int(t.datasets["train"].lengths.max())
+        if longest > budget:
+            raise ValueError(
+                f"train.micro_batch_tokens: task {t.task.name} has a row of {longest} tokens, more "
+                f"than the budget of {budget}: raise it, or lower the task's max_length"
+            )
+    # As many for every rank: fillers would be forward and backward passes for nothing.
+    return LengthPlan(max_tokens=budget, multiple_of=world_size)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dist_ft.config import ModelConfig, Recipe
 from dist_ft.data.loader import MicroBatch
 from dist_ft.data.sampling import Mixture
+from dist_ft.data.shards import ShardedDataset
 from dist_ft.freezing.policies import FreezePolicy
 from dist_ft.freezing.schedule import LayerOrder
 from dist_ft.model.backbone import HeadSpec, ModelSource, MultiTaskModel, load_model, load_tokenizer
@@ -42,6 +43,7 @@ def make_parts(recipe: Recipe, say: Callable[[str], None]) -> Parts:
     tasks = prepare_tasks(recipe, tokenizer=tokenizer, say=say)
     heads = [HeadSpec(t.task.name, t.task.auto_class, t.task.config_updates()) for t in tasks]
     model, _ = load_model(source, heads=heads, dtype=torch.float32, seed=recipe.seed)
+    check_vocabulary(tasks, model=model.backbone)
     groups = find_layer_groups(model, overrides=recipe.freezing.layer_groups or None)
     steps = plan_steps(recipe, tasks)
     policy = make_policy(
@@ -59,6 +61,31 @@ def make_parts(recipe: Recipe, say: Callable[[str], None]) -> Parts:
     return Parts(
         tokenizer, tasks, model, groups, policy, steps.total_steps, steps.lengths, steps.mixture
     )
+
+
+def check_vocabulary(tasks: Sequence[PreparedTask], *, model: torch.nn.Module) -> None:
+    """Check that the model has an embedding for every token of the data.
+
+    Raises:
+        ValueError: If a token id is too large, as where the tokenizer has got tokens that the
+            model has not; on a GPU that ends in an assertion without a place.
+    """
+    try:
+        embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    except NotImplementedError:
+        return
+    if not isinstance(embedding, torch.nn.Embedding):
+        return
+    size = embedding.num_embeddings
+    for task, split, dataset in ((t, s, d) for t in tasks for s, d in t.datasets.items()):
+        for number, shard in enumerate(dataset.manifest.shards):
+            if shard.max_token_id >= size:
+                raise ValueError(
+                    f"task {task.task.name}, {split}: {dataset.folder / shard.file}, row "
+                    f"{dataset.row_of_largest_token(number)} of the data, holds token id "
+                    f"{shard.max_token_id}, but the model has {size} embeddings: use the "
+                    "tokenizer of the model, or resize its embeddings"
+                )
 
 
 def model_source(config: ModelConfig) -> ModelSource:
@@ -83,19 +110,28 @@ def _attention(choice: str) -> str | None:
 
 def eval_data(recipe: Recipe, parts: Parts, *, split: str) -> list[EvalData]:
     """Return what is scored on `split`; tasks without it are left out."""
-    size = recipe.evaluation.micro_batch_size or 2 * recipe.train.micro_batch_size
     return [
         EvalData(
             task=t.task,
             split=split,
             dataset=t.datasets[split],
             spec=t.task.collate_spec(parts.tokenizer, evaluation=True),
-            micro_batch_size=size,
+            micro_batch_size=_rows_at_once(recipe, t.datasets[split]),
             generate=_generator(parts, t, recipe) if t.task.generates else None,
         )
         for t in parts.tasks
         if split in t.datasets
     ]
+
+
+def _rows_at_once(recipe: Recipe, dataset: ShardedDataset) -> int:
+    """Return the rows of a micro-batch of an evaluation; a row takes less than in training."""
+    if recipe.evaluation.micro_batch_size is not None:
+        return recipe.evaluation.micro_batch_size
+    size = 2 * recipe.train.micro_batch_size
+    if recipe.train.micro_batch_tokens is None:
+        return size
+    return min(size, max(1, 2 * recipe.train.micro_batch_tokens // int(dataset.lengths.max())))
 
 
 def _generator(

@@ -29,6 +29,7 @@ FREE_ON_RESUME = {
     "checkpoint",
     "logging",
     "train.micro_batch_size",
+    "train.micro_batch_tokens",
 }
 
 

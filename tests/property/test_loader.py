@@ -176,6 +176,36 @@ def test_next_step_is_read_ahead(datasets: dict[str, ShardedDataset]) -> None:
     assert watched.built == [10, 11, 12]
 
 
+def test_tensors_are_pinned_in_the_thread(
+    datasets: dict[str, ShardedDataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[str] = []
+
+    def pinned(tensor: torch.Tensor) -> torch.Tensor:
+        threads.append(threading.current_thread().name)
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
+    plain = make_loader(datasets)
+    next(plain.iterate(0))
+    assert not threads
+    pinning = StepLoader(
+        datasets,
+        specs=dict.fromkeys(datasets, SPEC),
+        plan=BatchPlan(12, 3, seed=7),
+        mixture=RoundRobin(3),
+        pin_memory=True,
+    )
+    pinning.batch(0)
+    assert not threads
+    steps = pinning.iterate(0)
+    batch = next(steps)
+    steps.close()
+    assert len(threads) >= len(batch.micro_batches) * len({*SPEC.inputs, *SPEC.targets})
+    assert all(name.startswith("dist_ft-prefetch") for name in threads)
+    assert all(map(same, batch.micro_batches, plain.batch(0).micro_batches))
+
+
 def test_errors_reach_the_training_thread_with_their_place(tmp_path: Path) -> None:
     data = make_dataset(tmp_path / "broken", lengths=[4] * 6)
     (shard,) = (tmp_path / "broken").glob("*.arrow")

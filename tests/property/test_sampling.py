@@ -6,7 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dist_ft.data.sampling import ORDER_ALGORITHM_VERSION, RoundRobin, row_at, step_slots
+from dist_ft.data.sampling import (
+    ORDER_ALGORITHM_VERSION,
+    RoundRobin,
+    row_at,
+    rows_between,
+    step_slots,
+)
 
 # Frozen: a change of these numbers is a change of every run's order and needs a new version.
 GOLDEN_VERSION = 1
@@ -111,11 +117,25 @@ def test_round_robin_uses_each_tasks_slots_in_order_without_gaps(
         assert used == list(range(len(used)))
 
 
+@given(
+    rows=st.sampled_from([1, 2, 97, 4096, 200_000]),
+    seed=st.integers(0, 3),
+    first=st.one_of(st.integers(0, 3 * 4096), st.integers(0, 2**40)),
+    count=st.one_of(st.integers(1, 300), st.sampled_from([4096, 4097, 10_000])),
+)
+def test_slots_in_a_run_hold_the_same_rows(rows: int, seed: int, first: int, count: int) -> None:
+    found = rows_between(first, first + count, rows=rows, seed=seed, task="t")
+    expected = row_at(np.arange(first, first + count), rows=rows, seed=seed, task="t")
+    assert all(map(np.array_equal, found, expected))
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="rows must be at least 1, got 0 for task 'empty'"):
         row_at([0], rows=0, seed=0, task="empty")
     with pytest.raises(ValueError, match="slots must not be negative, got -1"):
         row_at([-1], rows=3, seed=0, task="t")
+    with pytest.raises(ValueError, match="slots must not be negative"):
+        rows_between(-1, 3, rows=3, seed=0, task="t")
     with pytest.raises(ValueError, match="step must not be negative, got -1"):
         RoundRobin(2).task_of(-1)
     with pytest.raises(ValueError, match="at least 1 task"):

@@ -128,7 +128,7 @@ def test_labels_without_an_outside() -> None:
     )
     after, changes = changing.apply(sample, seed=0, epoch=0, row=0)
     assert after == tagged("dogs sleep fast now", "NOUN VERB ADV ADV")
-    assert changes.edits == {"synonyms": 1}
+    assert changes.edits == {"word_replacement": 1}
     dropping = Augmenter([WordDropout(share=0.5)], fields=fields)
     pairs = set(zip(sample["tokens"], sample["tags"], strict=True))
     for row in range(20):
@@ -147,14 +147,14 @@ def test_statistics() -> None:
     one, other = AugmentStatistics(), AugmentStatistics()
     one.add(Changes({"casing": 2}))
     one.add(Changes())
-    other.add(Changes({"casing": 1, "synonyms": 1}))
+    other.add(Changes({"casing": 1, "word_replacement": 1}))
     other.add(Changes(skipped="no_text"))
     one.merge(other)
     assert one.to_json() == {
         "samples": 4,
         "changed": 2,
-        "edits": {"casing": 3, "synonyms": 1},
-        "samples_by_transform": {"casing": 2, "synonyms": 1},
+        "edits": {"casing": 3, "word_replacement": 1},
+        "samples_by_transform": {"casing": 2, "word_replacement": 1},
         "skipped": {"no_text": 1},
     }
 
@@ -180,7 +180,7 @@ def test_bad_options() -> None:
         (CharacterNoise, {"kinds": ()}, "kinds must be 'swap', 'drop' or both"),
         (SentenceShuffling, {"chance": 2}, "sentence_shuffling.chance"),
         (KeyboardTypos, {"share": -0.1}, "keyboard_typos.share"),
-        (PunctuationInsertion, {"share": 7}, "punctuation.share"),
+        (PunctuationInsertion, {"share": 7}, "punctuation_insertion.share"),
     ]
     for kind, options, message in bad:
         with pytest.raises(ValueError, match=message):

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from dist_ft.config import Recipe, RoundRobinMixture, WordReplacementConfig
+from dist_ft.dist import World
 from dist_ft.recipe import RecipeError, load_recipe
+from dist_ft.train.build import check_world
 from tests.unit.test_recipe import folder as folder_of_test_recipe
 
 folder = folder_of_test_recipe
@@ -56,8 +58,39 @@ def test_a_lexicon_starts_from_the_recipe(folder: Path) -> None:
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
 
 
+def test_a_budget_of_tokens_does_without_a_count(folder: Path) -> None:
+    short = "train={max_duration: 5step, global_batch_size: 32, micro_batch_tokens: 512}"
+    recipe = load_recipe(folder / "demo.yaml", overrides=[short])
+    assert (recipe.train.micro_batch_tokens, recipe.train.micro_batch_size) == (512, 32)
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    check_world(recipe, World(rank=0, local_rank=0, world_size=5))
+    with pytest.raises(ValueError, match="32 rows are too few for 33 ranks"):
+        check_world(recipe, World(rank=0, local_rank=0, world_size=33))
+    neither = "train={max_duration: 5step, global_batch_size: 32}"
+    assert errors_of(folder / "demo.yaml", neither) == [
+        "train.micro_batch_size: required, got nothing: add micro_batch_size (a whole number)"
+    ]
+    config = {"train_micro_batch_size_per_gpu": 16, "gradient_accumulation_steps": 2}
+    (folder / "ds.json").write_text(json.dumps({**config, "train_batch_size": 32}))
+    assert errors_of(folder / "demo.yaml", short, "engine.deepspeed=ds.json") == [
+        "engine.deepspeed: ds.json: train_micro_batch_size_per_gpu must agree with "
+        "train.micro_batch_tokens ('512 tokens'), got 16: remove train_micro_batch_size_per_gpu "
+        "from the file",
+        "engine.deepspeed: ds.json: gradient_accumulation_steps differs from step to step with "
+        "train.micro_batch_tokens, got 2: remove it from the file",
+    ]
+
+
 # Each row: overrides of a good recipe, the lines that must come out, whole.
 GOLDEN: dict[str, tuple[list[str], list[str]]] = {
+    "budget without a layout": (
+        ["train.micro_batch_tokens=512", "train.layout=in_order"],
+        ["train.micro_batch_tokens: needs layout by_length, got in_order: remove one of them"],
+    ),
+    "empty budget": (
+        ["train.micro_batch_tokens=0"],
+        ["train.micro_batch_tokens: must be greater than 0, got 0: raise it"],
+    ),
     "policy": (
         ["mixture.policy=temprature"],
         [

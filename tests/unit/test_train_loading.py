@@ -1,12 +1,14 @@
 """From recipe to steps: mixture, layout and augmentation reach the loader; `dist-ft data`."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from transformers import BertConfig, BertModel
 
 from dist_ft import cli
 from dist_ft.config import Recipe
@@ -16,7 +18,7 @@ from dist_ft.model.backbone import load_tokenizer
 from dist_ft.recipe import load_recipe
 from dist_ft.train.data import PreparedTask, prepare_tasks
 from dist_ft.train.loading import StepPlan, make_loader, plan_steps
-from dist_ft.train.parts import model_source
+from dist_ft.train.parts import check_vocabulary, make_parts, model_source
 from tests.helpers.tiny_run import write_recipe
 
 AUGMENTATION: dict[str, list[dict[str, Any]]] = {
@@ -201,3 +203,26 @@ def test_verify_finds_a_flipped_byte(
     assert out.count(": intact\n") == 5
     assert err.startswith("tags/train: ")
     assert shard.name in err
+
+
+def test_a_token_that_the_model_does_not_know_is_refused(recipe: Path, tmp_path: Path) -> None:
+    """A tokenizer that has grown beyond the model's embeddings."""
+    loaded, tasks, _ = opened(recipe)
+    largest = max(d.manifest.max_token_id for t in tasks for d in t.datasets.values())
+    config = BertConfig(
+        vocab_size=largest,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=8,
+    )
+    place = rf"task \w+, \w+: .*shard-\d+.*arrow, row \d+ of the data, holds token id {largest}"
+    with pytest.raises(ValueError, match=place):
+        check_vocabulary(tasks, model=BertModel(config))
+    # It is asked before anything trains.
+    model = Path(shutil.copytree(loaded.model.path, tmp_path / "model"))
+    BertModel(config).save_pretrained(model)
+    with pytest.raises(ValueError, match=place):
+        make_parts(load_recipe(recipe, overrides=[f"model.path={model}"]), say=lambda _: None)
+    config.vocab_size = largest + 1
+    check_vocabulary(tasks, model=BertModel(config))

@@ -176,7 +176,7 @@ class PunctuationInsertion:
 
     share: float = 1 / 3
     chance: float = 1.0
-    name: str = "punctuation"
+    name: str = "punctuation_insertion"
 
     def __post_init__(self) -> None:
         check_share(f"{self.name}.share", self.share)

@@ -57,7 +57,7 @@ class WordReplacement:
     share: float = 0.1
     chance: float = 1.0
     stop_words: Collection[str] = field(default=ENGLISH_STOP_WORDS, repr=False)
-    name: str = "synonyms"
+    name: str = "word_replacement"
 
     def __post_init__(self) -> None:
         check_share(f"{self.name}.share", self.share)
