@@ -95,6 +95,7 @@ __all__ = [
     "SourceField",
     "SplitField",
     "StaticFreezing",
+    "SupervisionConfig",
     "TaskBase",
     "TaskConfig",
     "TaskName",
@@ -230,6 +231,7 @@ class EngineConfig(Section):
     offload_optimizer: bool = False
     deepspeed: Path | None = None
     collective_timeout_s: Positive = 600
+    join_timeout_s: Positive = 1800
 
 
 class TrainConfig(Section):
@@ -264,6 +266,17 @@ class CheckpointConfig(Section):
 
     every: DurationField | None = None
     keep_last: Positive = 2
+    keep_every: DurationField | None = None
+    keep_best: bool = False
+    ephemeral_every: DurationField | None = None
+    in_background: bool = True
+
+
+class SupervisionConfig(Section):
+    """When a rank that shows no sign of life counts as hung; the launcher then starts again."""
+
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    slow_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
 
 
 class LoggingConfig(Section):
@@ -291,6 +304,7 @@ class Recipe(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:

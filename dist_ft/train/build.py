@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from dist_ft.engine.ds_config import DeepSpeedOptions
 from dist_ft.engine.layer_modes import LayerModes
 from dist_ft.engine.loss_module import LossModule
 from dist_ft.engine.reference import ReferenceEngine
+from dist_ft.heartbeat import Heartbeat
 from dist_ft.model.backbone import load_tokenizer
 from dist_ft.model.layer_groups import LayerGroup
 from dist_ft.optim.lr_schedules import LrSchedule, thaw_factor
@@ -31,12 +33,19 @@ from dist_ft.train.loading import make_loader
 from dist_ft.train.loop import Progress, Run, fit
 from dist_ft.train.parts import Parts, eval_data, make_parts, model_source
 from dist_ft.train.recorder import Recorder
+from dist_ft.train.retention import Retention
 from dist_ft.train.run_folder import RunFolder, environment
+from dist_ft.train.run_lock import RunLock
+from dist_ft.train.saving import CheckpointWriter
 from dist_ft.train.signals import StopRequest
 
 log = logging.getLogger("dist_ft")
 
 DONE, PREEMPTED = 0, 75
+# Set by the launcher for ranks that are started again: what went wrong, as JSON.
+FAILURE = "DIST_FT_FAILURE"
+# Sections that may take longer than a step, and whose length no rank knows.
+SLOW_SECTIONS = {"start", "phase change", "save"}
 
 
 def prepare(recipe: Recipe) -> None:
@@ -61,25 +70,61 @@ def train(recipe: Recipe, *, resume: bool) -> int:
 
 
 def _train(recipe: Recipe, *, resume: bool, stop: StopRequest) -> int:
+    heartbeat = Heartbeat.of_this_rank()
     world = dist.world_from_environment()
     check_world(recipe, world)
     console = Console(main=world.is_main, every=recipe.logging.every)
     folder = RunFolder(recipe.output_dir / recipe.name)
     parts = make_parts(recipe, console.say)
-    device = dist.init_process_group(world, timeout_s=recipe.engine.collective_timeout_s)
+    device = dist.init_process_group(
+        world,
+        timeout_s=recipe.engine.collective_timeout_s,
+        join_timeout_s=recipe.engine.join_timeout_s,
+    )
+    lock = RunLock(folder.root)
     try:
-        _open_folder(folder, recipe, resume=resume, world=world, device=device)
+        _open_folder(folder, recipe, lock=lock, resume=resume, device=device)
         folder.log_to_file(world)
         recorder = Recorder(folder.metrics if world.is_main else None)
         run = make_run(recipe, parts, folder=folder, world=world, device=device,
                        console=console, recorder=recorder)  # fmt: skip
+        beat = make_beat(recipe, run, heartbeat)
+        beat("start")
+        _record_failure(recorder)
         if resume:
             restore(run, folder=folder, recorder=recorder, console=console)
         run.stop_signal = lambda: stop.signal
+        run.beat = beat
         fit(run)
         return finish(run, recorder=recorder, console=console)
     finally:
+        lock.release()
         dist.shut_down()
+
+
+def make_beat(recipe: Recipe, run: Run, heartbeat: Heartbeat) -> Callable[[str], None]:
+    """Return what tells the launcher which section of the run this rank enters."""
+    limits = recipe.supervision
+
+    def beat(section: str) -> None:
+        # The first step of a process builds and compiles what later ones find.
+        slow = section in SLOW_SECTIONS or run.busy_s == 0
+        heartbeat.beat(
+            section,
+            step=run.progress.step,
+            phase=run.progress.phase,
+            timeout_s=limits.slow_timeout_s if slow else limits.timeout_s,
+        )
+
+    return beat
+
+
+def _record_failure(recorder: Recorder) -> None:
+    """Write why the launcher has started these ranks again."""
+    text = os.environ.get(FAILURE)
+    if text is not None:
+        failure = json.loads(text)
+        recorder.event("failure", **failure)
 
 
 def check_world(recipe: Recipe, world: dist.World) -> None:
@@ -104,11 +149,13 @@ def check_world(recipe: Recipe, world: dist.World) -> None:
 
 
 def _open_folder(
-    folder: RunFolder, recipe: Recipe, *, resume: bool, world: dist.World, device: torch.device
+    folder: RunFolder, recipe: Recipe, *, lock: RunLock, resume: bool, device: torch.device
 ) -> None:
     problem: str | None = None
+    world = dist.world_from_environment()
     if world.is_main:
         try:
+            lock.acquire()
             folder.start(recipe.model_dump(mode="json"), resume=resume)
             folder.write_json("env.json", environment(world, device))
         except ValueError as error:
@@ -259,9 +306,18 @@ def _callbacks(
     checkpoint = Checkpoint(
         recorder=recorder,
         console=console,
-        folder=folder.checkpoints,
+        writer=CheckpointWriter(
+            folder.checkpoints,
+            retention=Retention(
+                keep_last=recipe.checkpoint.keep_last,
+                keep_every=interval(recipe.checkpoint.keep_every),
+                keep_best=recipe.checkpoint.keep_best,
+            ),
+        ),
         every=interval(recipe.checkpoint.every),
-        keep_last=recipe.checkpoint.keep_last,
+        ephemeral_every=interval(recipe.checkpoint.ephemeral_every),
+        in_background=recipe.checkpoint.in_background,
+        scores=evaluate.deciding_scores,
         describe=lambda: {
             "world_size": world.world_size,
             "zero_stage": recipe.engine.zero_stage,

@@ -65,6 +65,7 @@ class Run:
         total_steps: Length of the run.
         callbacks: Watchers, in order.
         stop_signal: Returns the signal that asked this rank to stop, or 0.
+        beat: Tells who watches this rank which section it enters.
         progress: How far the run has come.
         stopped_by: The signal that ended the loop before its time, or 0.
         busy_s: Seconds spent in steps: waiting for data, and computing.
@@ -78,6 +79,7 @@ class Run:
     total_steps: int
     callbacks: Sequence[Callback] = ()
     stop_signal: Callable[[], int] = lambda: 0
+    beat: Callable[[str], None] = lambda section: None  # noqa: ARG005 - nobody watches
     progress: Progress = field(default_factory=Progress)
     stopped_by: int = 0
     busy_s: float = 0.0
@@ -97,13 +99,17 @@ def fit(run: Run) -> Run:
         callback.on_fit_start(run)
     with closing(run.loader.iterate(run.progress.step)) as batches:
         while run.progress.step < run.total_steps:
+            run.beat("data")
             batch = next(batches)
             phase = run.policy.phase_at(batch.step)
+            run.beat("agreement")
             run.stopped_by = agree(plan_of(run, batch, phase), stop=run.stop_signal())
             if run.stopped_by:
                 break
             if phase.index != run.progress.phase:
+                run.beat("phase change")
                 enter_phase(run, phase)
+            run.beat("step")
             began = time.monotonic()
             result = run.engine.train_step(
                 batch.step,
