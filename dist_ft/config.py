@@ -56,6 +56,7 @@ from dist_ft.duration import Duration
 __all__ = [
     "AdaptiveFreezing",
     "AnnealedMixture",
+    "BadNumbersConfig",
     "BottomUpFreezing",
     "CasingConfig",
     "CharacterNoiseConfig",
@@ -234,6 +235,15 @@ class EngineConfig(Section):
     join_timeout_s: Positive = 1800
 
 
+class BadNumbersConfig(Section):
+    """What happens when loss or gradient are not finite, or the loss leaps."""
+
+    roll_back_after: Positive = 3
+    max_roll_backs: Annotated[int, Field(ge=0)] = 2
+    spike_factor: Annotated[float, Field(gt=1)] | None = None
+    spike_window: Annotated[int, Field(ge=5)] = 50
+
+
 class TrainConfig(Section):
     """How long and in which batches."""
 
@@ -241,6 +251,7 @@ class TrainConfig(Section):
     global_batch_size: Positive
     micro_batch_size: Positive
     layout: Literal["in_order", "by_length"] = "by_length"
+    on_bad_numbers: BadNumbersConfig = BadNumbersConfig()
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

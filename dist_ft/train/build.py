@@ -25,14 +25,15 @@ from dist_ft.optim.lr_schedules import LrSchedule, thaw_factor
 from dist_ft.optim.param_groups import LearningRates, ParamGroup, build_param_groups
 from dist_ft.train.adapt import WatchGroups
 from dist_ft.train.callbacks import Checkpoint, Evaluate, LogSteps
-from dist_ft.train.checkpoint import CheckpointReader, find_checkpoint, set_aside
 from dist_ft.train.console import Console
 from dist_ft.train.data import prepare_tasks
 from dist_ft.train.deciders import deciders
 from dist_ft.train.loading import make_loader
-from dist_ft.train.loop import Progress, Run, fit
+from dist_ft.train.loop import Run, fit
+from dist_ft.train.numbers import GuardNumbers
 from dist_ft.train.parts import Parts, eval_data, make_parts, model_source
 from dist_ft.train.recorder import Recorder
+from dist_ft.train.restoring import go_back, restore
 from dist_ft.train.retention import Retention
 from dist_ft.train.run_folder import RunFolder, environment
 from dist_ft.train.run_lock import RunLock
@@ -202,6 +203,8 @@ def make_run(
         total_steps=parts.total_steps,
     )
     run.callbacks = _callbacks(recipe, parts, folder, world, console, recorder)
+    guard = next(c for c in run.callbacks if isinstance(c, GuardNumbers))
+    run.loss_limit = lambda task: guard.loss_limit(run, task)
     return run
 
 
@@ -330,36 +333,14 @@ def _callbacks(
         every=recipe.logging.groups_every or 10 * recipe.logging.every,
         layer_group_of={name: g.name for g in parts.groups for name in g.parameters},
     )
+    guard = GuardNumbers(
+        recorder=recorder,
+        console=console,
+        config=recipe.train.on_bad_numbers,
+        go_back=lambda run: go_back(run, checkpoint=checkpoint, folder=folder),
+    )
     # A decision is part of the checkpoint of its step.
-    return [steps, groups, evaluate, *deciders(recipe, parts, evaluate), checkpoint]
-
-
-def restore(run: Run, *, folder: RunFolder, recorder: Recorder, console: Console) -> None:
-    """Bring a run back to its newest whole checkpoint, if there is one.
-
-    The order matters: progress, then the phase, then the engine's state, then the data; the loop
-    starts the iterator only afterwards.
-    """
-    path, passed_over = find_checkpoint(folder.checkpoints)
-    for text in passed_over:
-        console.say(f"checkpoint passed over: {text}")
-    if dist.rank() == 0:
-        set_aside(folder.checkpoints, [text.split(":")[0] for text in passed_over])
-    if path is None:
-        recorder.event("resume", step=0, path=None)
-        console.say(f"{folder.root} has no checkpoint: training starts at step 0")
-        return
-    reader = CheckpointReader(path)
-    run.progress = Progress(**reader.trainer["progress"])
-    run.policy.load_state_dict(reader.trainer["policy"])
-    run.engine.set_trainable(reader.trainer["trainable"])
-    run.engine.load_state(reader)
-    run.loader.check_state(reader.trainer["data"])
-    for callback in run.callbacks:
-        if isinstance(callback, Checkpoint):
-            callback.saved_at = run.progress.step
-    recorder.event("resume", step=run.progress.step, path=path.name)
-    console.say(f"step {run.progress.step}: resumed from {path.name}")
+    return [steps, groups, guard, evaluate, *deciders(recipe, parts, evaluate), checkpoint]
 
 
 def finish(run: Run, *, recorder: Recorder, console: Console) -> int:

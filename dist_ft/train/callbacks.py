@@ -91,16 +91,20 @@ class LogSteps(Watcher):
 
     def on_step_end(self, run: Run, batch: StepBatch, result: StepResult) -> None:
         """Add the step to its task's interval; write the events when the interval ends."""
+        if result.refused is None:  # otherwise it has an event of its own
+            self._count(batch, result)
+        step = run.progress.step
+        if self._intervals and (step % self.every == 0 or step == run.total_steps):
+            self._write(run)
+        self.console.advance(step, task=batch.task)
+
+    def _count(self, batch: StepBatch, result: StepResult) -> None:
         interval = self._intervals.setdefault(batch.task, _Interval())
         interval.steps += 1
         interval.loss = result.loss if interval.loss is None else interval.loss + result.loss
         interval.tokens += batch.global_tokens
         interval.grad_norm = result.grad_norm
         interval.wait_s += batch.data_wait_s
-        step = run.progress.step
-        if step % self.every == 0 or step == run.total_steps:
-            self._write(run)
-        self.console.advance(step, task=batch.task)
 
     def _write(self, run: Run) -> None:
         # Time in steps alone: evaluations and checkpoints have figures of their own.
@@ -213,6 +217,7 @@ class Checkpoint(Watcher):
         describe: Returns what else a checkpoint says of the run.
         scores: Returns the latest scores, larger is better, if they are of this step.
         saved_at: Step of the newest checkpoint.
+        is_due: Save at the end of this step in any case.
     """
 
     recorder: Recorder
@@ -224,6 +229,7 @@ class Checkpoint(Watcher):
     describe: Callable[[], dict[str, Any]]
     scores: Callable[[int], dict[str, float]]
     saved_at: int = -1
+    is_due: bool = False
 
     def on_fit_start(self, run: Run) -> None:
         """Make room for what a save of a resumed run copies."""
@@ -243,7 +249,9 @@ class Checkpoint(Watcher):
         self._tell(self.writer.poll())
         step = run.progress.step
         regular = bool(self.every and step % self.every == 0)
-        if regular or (self.ephemeral_every and step % self.ephemeral_every == 0):
+        ephemeral = bool(self.ephemeral_every and step % self.ephemeral_every == 0)
+        if regular or ephemeral or self.is_due:
+            self.is_due = False
             self._begin(run, ephemeral=not regular)
             if not self.in_background:
                 self.settle(run)
