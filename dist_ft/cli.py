@@ -14,6 +14,7 @@ import typer
 from dist_ft.cli_arguments import OverridesArgument, RecipeArgument
 from dist_ft.cli_data import data_app
 from dist_ft.cli_launch import launch_command
+from dist_ft.cli_slurm import slurm
 from dist_ft.heartbeat import note_error, show_stacks_when_asked
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ recipes_app = typer.Typer(
 )
 app.add_typer(recipes_app, name="recipes", invoke_without_command=True)
 app.add_typer(data_app, name="data")
+app.command()(slurm)
 
 RunArgument = Annotated[Path, typer.Argument(help="The folder of a run.")]
 
@@ -178,11 +180,16 @@ def search(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    *,
+    node: Annotated[
+        bool, typer.Option("--node", help="Only what differs from node to node, for Slurm jobs.")
+    ] = False,
+) -> None:
     """Look at versions, devices, backends, disk and memory; exit 1 if something is broken."""
-    from dist_ft.doctor import examine, print_findings
+    from dist_ft.doctor import examine, examine_node, print_findings
 
-    findings = examine()
+    findings = examine_node() if node else examine()
     print_findings(findings)
     raise typer.Exit(FAILED if any(finding.is_broken for finding in findings) else 0)
 

@@ -19,7 +19,13 @@ from dist_ft.data.packaged import PACKAGED
 from dist_ft.model.sources import PACKAGED_MODELS
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci/run", ROOT / "slurm/train.sbatch"]
+SCRIPTS = [
+    *sorted((ROOT / "launch").glob("*.sh")),
+    *sorted((ROOT / "slurm").iterdir()),
+    ROOT / ".ci/run",
+    ROOT / "dist_ft/launcher/job.sh",
+    ROOT / "tests/slurm/cluster.sh",
+]
 TORCHRUN = ROOT / "launch" / "torchrun.sh"
 
 # A program in dist_ft's place: it shows what the launcher gave it and ends as it is told.
@@ -107,7 +113,8 @@ def launched(folder: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
 def test_script_is_bash_and_executable(script: Path) -> None:
     done = subprocess.run(["bash", "-n", str(script)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert os.access(script, os.X_OK) or script.name in ("common.sh", "train.sbatch")
+    called_by_name = script.suffix == ".sbatch" or script.name in ("common.sh", "job.sh")
+    assert os.access(script, os.X_OK) or called_by_name
 
 
 def test_ranks_get_threads_accelerator_and_rendezvous_settings(stand_in: Path) -> None:
