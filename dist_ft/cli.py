@@ -13,6 +13,9 @@ import typer
 
 from dist_ft.cli_arguments import OverridesArgument, RecipeArgument
 from dist_ft.cli_data import data_app
+from dist_ft.cli_launch import launch_command
+from dist_ft.cli_slurm import slurm
+from dist_ft.heartbeat import note_error, show_stacks_when_asked
 
 if TYPE_CHECKING:
     from dist_ft.config import Recipe
@@ -20,8 +23,6 @@ if TYPE_CHECKING:
 FAILED = 1
 BAD_INPUT = 2
 PREEMPTED = 75
-# torchrun ends with 1 whatever its ranks end with; launch/torchrun.sh asks for the code here.
-EXIT_FILE = "DIST_FT_EXIT_FILE"
 
 app = typer.Typer(
     name="dist-ft",
@@ -38,6 +39,7 @@ recipes_app = typer.Typer(
 )
 app.add_typer(recipes_app, name="recipes", invoke_without_command=True)
 app.add_typer(data_app, name="data")
+app.command()(slurm)
 
 RunArgument = Annotated[Path, typer.Argument(help="The folder of a run.")]
 
@@ -178,11 +180,16 @@ def search(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    *,
+    node: Annotated[
+        bool, typer.Option("--node", help="Only what differs from node to node, for Slurm jobs.")
+    ] = False,
+) -> None:
     """Look at versions, devices, backends, disk and memory; exit 1 if something is broken."""
-    from dist_ft.doctor import examine, print_findings
+    from dist_ft.doctor import examine, examine_node, print_findings
 
-    findings = examine()
+    findings = examine_node() if node else examine()
     print_findings(findings)
     raise typer.Exit(FAILED if any(finding.is_broken for finding in findings) else 0)
 
@@ -237,8 +244,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
-    code = _run([word for word in words if word != "--debug"], debug=debug)
-    return _leave_code(code)
+    show_stacks_when_asked()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Started by torchrun itself, which leaves its ranks behind when it is killed.
+        from dist_ft.launcher.processes import die_with
+
+        die_with(os.getppid())
+    return _run([word for word in words if word != "--debug"], debug=debug)
+
+
+# Everything behind its own options belongs to the command that it runs.
+app.command("launch", context_settings={"allow_interspersed_args": False})(launch_command(main))
 
 
 def _run(words: list[str], *, debug: bool) -> int:
@@ -267,19 +283,9 @@ def _report_error(error: Exception, *, debug: bool) -> None:
             typer.echo("\n".join(f"error: {line}" for line in lines), err=True)
         return
     text = " ".join(str(error).split()) or type(error).__name__
+    note_error(text)
     prefix = f"[rank {rank}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     typer.echo(f"{prefix}error: {text}", err=True)
-
-
-def _leave_code(code: int) -> int:
-    """Write the exit code where launch/torchrun.sh looks for it, and return what torchrun needs."""
-    file = os.environ.get(EXIT_FILE)
-    if not file:
-        return code
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        Path(file).write_text(f"{code}\n", encoding="utf-8")
-    # torchrun would call an orderly stop a failure, kill the other ranks and print their traces.
-    return 0 if code == PREEMPTED else code
 
 
 def _load(recipe: str, overrides: list[str] | None) -> Recipe:

@@ -56,6 +56,7 @@ from dist_ft.duration import Duration
 __all__ = [
     "AdaptiveFreezing",
     "AnnealedMixture",
+    "BadNumbersConfig",
     "BottomUpFreezing",
     "CasingConfig",
     "CharacterNoiseConfig",
@@ -95,6 +96,7 @@ __all__ = [
     "SourceField",
     "SplitField",
     "StaticFreezing",
+    "SupervisionConfig",
     "TaskBase",
     "TaskConfig",
     "TaskName",
@@ -231,6 +233,16 @@ class EngineConfig(Section):
     offload_optimizer: bool = False
     deepspeed: Path | None = None
     collective_timeout_s: Positive = 600
+    join_timeout_s: Positive = 1800
+
+
+class BadNumbersConfig(Section):
+    """What happens when loss or gradient are not finite, or the loss leaps."""
+
+    roll_back_after: Positive = 3
+    max_roll_backs: Annotated[int, Field(ge=0)] = 2
+    spike_factor: Annotated[float, Field(gt=1)] | None = None
+    spike_window: Annotated[int, Field(ge=5)] = 50
 
 
 class TrainConfig(Section):
@@ -241,6 +253,7 @@ class TrainConfig(Section):
     micro_batch_size: Positive
     micro_batch_tokens: Positive | None = None
     layout: Literal["in_order", "by_length"] = "by_length"
+    on_bad_numbers: BadNumbersConfig = BadNumbersConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -283,6 +296,17 @@ class CheckpointConfig(Section):
 
     every: DurationField | None = None
     keep_last: Positive = 2
+    keep_every: DurationField | None = None
+    keep_best: bool = False
+    ephemeral_every: DurationField | None = None
+    in_background: bool = True
+
+
+class SupervisionConfig(Section):
+    """When a rank that shows no sign of life counts as hung; the launcher then starts again."""
+
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    slow_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
 
 
 class CacheConfig(Section):
@@ -319,6 +343,7 @@ class Recipe(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -99,10 +100,12 @@ class StepResult:
             as after a step that was skipped because its fp16 gradients overflowed.
         prefix_rows: Rows of this rank that start from a cached frozen prefix.
         prefix_found: Those of them for which the cache had the hidden states.
+        refused: Why the update was left out, the same on every rank; None if it was made.
     """
 
     loss: Tensor
     grad_norm: float | None
+    refused: str | None = None
     prefix_rows: int = 0
     prefix_found: int = 0
 
@@ -198,8 +201,12 @@ class Engine(Protocol):
         micro_batches: Sequence[MicroBatchLike],
         global_count: int,
         learning_rates: Mapping[str, float],
+        loss_limit: float = math.inf,
     ) -> StepResult:
         """Run one optimizer step over this rank's micro-batches.
+
+        If the global loss or gradient is not finite, or the loss is above the limit, no rank
+        updates anything: weights, moments and step counts stay.
 
         Args:
             step: Index of the step, from 0.
@@ -207,6 +214,7 @@ class Engine(Protocol):
             micro_batches: As many on every rank.
             global_count: Loss terms of the global batch; the loss is their mean.
             learning_rates: By layer group.
+            loss_limit: Largest global mean loss that is believed.
         """
         ...
 
@@ -233,6 +241,20 @@ class Engine(Protocol):
     def full_weights(self) -> dict[str, Tensor]:
         """Return whole parameters by name on the host: on rank 0, elsewhere an empty dict."""
         ...
+
+
+def loss_problem(loss: float, *, limit: float) -> str | None:
+    """Return what is wrong with a global mean loss, or None."""
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    return f"the loss is {loss:.4g}, above {limit:.4g}" if loss > limit else None
+
+
+def gradient_problem(norm: float | None) -> str | None:
+    """Return what is wrong with a global gradient norm, or None; DeepSpeed's sign for it is -1."""
+    if norm is None or (math.isfinite(norm) and norm >= 0):
+        return None
+    return "the gradient is not finite"
 
 
 def on_device(values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

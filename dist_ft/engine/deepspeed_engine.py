@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,8 @@ from dist_ft.engine.base import (
     StateSource,
     StepResult,
     Switch,
+    gradient_problem,
+    loss_problem,
     micro_batch_seed,
     on_device,
 )
@@ -195,6 +198,7 @@ class DeepSpeedEngine:
         micro_batches: Sequence[MicroBatchLike],
         global_count: int,
         learning_rates: Mapping[str, float],
+        loss_limit: float = math.inf,
     ) -> StepResult:
         """Run one optimizer step; see `Engine.train_step`."""
         engine = self._engine
@@ -217,16 +221,23 @@ class DeepSpeedEngine:
             share = loss_sum * (batch.loss_weight / global_count)
             engine.backward(share * self._world, scale_wrt_gas=False)
             loss += share.detach()
-        self._activate(task, learning_rates)
+        # Every rank must know before any updates.
+        (total,) = all_reduce_sum([float(loss)])
+        refused = loss_problem(total, limit=loss_limit)
         norm = self._clip_whole_gradients()
+        refused = refused or gradient_problem(norm)
+        self._activate(task, learning_rates if refused is None else {})
         engine.step()
         if self._ds.zero_stage == 3 and engine.optimizer.grad_partitions_flat_buffer is not None:
             # A head outside this step's task would find its last gradient here again.
             engine.optimizer.grad_partitions_flat_buffer.zero_()
         if norm is None and not self._skipped():
             norm = engine.get_global_grad_norm()
+            # A gradient too large for fp16 is no fault: DeepSpeed lowers its scale and goes on.
+            if not engine.was_step_applied() and self.options.precision != "fp16":
+                refused = refused or gradient_problem(math.nan)
         norm = None if norm is None else float(norm)
-        return StepResult(loss, norm, **prefix_counts(ways))
+        return StepResult(loss, norm, refused, **prefix_counts(ways))
 
     def _skipped(self) -> bool:
         """Return whether fp16 gradients overflowed: the step moved nothing but the loss scale."""
@@ -243,8 +254,10 @@ class DeepSpeedEngine:
     def _activate(self, task: str, learning_rates: Mapping[str, float]) -> None:
         assert self._inner is not None
         for group, settings in zip(self._states.held, self._inner.param_groups, strict=True):
-            settings["lr"] = learning_rates[group.layer_group]
-            settings["active"] = group.layer_group in self._trainable and task in group.tasks
+            rate = learning_rates.get(group.layer_group)  # none: the update is left out
+            settings["lr"] = rate or 0.0
+            trains = group.layer_group in self._trainable and task in group.tasks
+            settings["active"] = trains and rate is not None
 
     def _clip_whole_gradients(self) -> float | None:
         if not clips_itself(self.options, self._ds):

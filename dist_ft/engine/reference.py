@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from dist_ft.engine.base import (
     StateSlice,
     StateSource,
     StepResult,
+    gradient_problem,
+    loss_problem,
     micro_batch_seed,
     on_device,
 )
@@ -75,6 +78,7 @@ class ReferenceEngine:
         micro_batches: Sequence[MicroBatchLike],
         global_count: int,
         learning_rates: Mapping[str, float],
+        loss_limit: float = math.inf,
     ) -> StepResult:
         """Run one optimizer step; see `Engine.train_step`."""
         self.module.train()
@@ -91,12 +95,14 @@ class ReferenceEngine:
             scaled.backward()
             loss += scaled.detach()
         norm = self._clip()
+        refused = loss_problem(float(loss), limit=loss_limit) or gradient_problem(norm)
         for group, param_group in zip(self._groups, self._optimizer.param_groups, strict=True):
             param_group["lr"] = learning_rates[group.layer_group]
             param_group["active"] = group.layer_group in self._trainable and task in group.tasks
-        self._optimizer.step()
+        if refused is None:
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, norm, **prefix_counts(ways))
+        return StepResult(loss, norm, refused, **prefix_counts(ways))
 
     def _run(
         self, task: str, batch: MicroBatchLike, way: TrunkPass | None = None

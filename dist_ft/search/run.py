@@ -112,7 +112,11 @@ def search(recipe: Recipe, *, options: SearchOptions, resume: bool) -> Outcome:
         console = Console(main=world.is_main)
         model = _look_at(recipe, console)
         space = model.space(options.granule)
-        device = dist.init_process_group(world, timeout_s=recipe.engine.collective_timeout_s)
+        device = dist.init_process_group(
+            world,
+            timeout_s=recipe.engine.collective_timeout_s,
+            join_timeout_s=recipe.engine.join_timeout_s,
+        )
         try:
             place = Place(world, device, stop_signal=lambda: stop.signal)
             searcher = Searcher(recipe, model=model, place=place, console=console)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,27 +18,36 @@ from dist_ft.engine.ds_config import DeepSpeedOptions
 from dist_ft.engine.layer_modes import LayerModes
 from dist_ft.engine.loss_module import LossModule
 from dist_ft.engine.reference import ReferenceEngine
+from dist_ft.heartbeat import Heartbeat
 from dist_ft.model.backbone import load_tokenizer
 from dist_ft.model.layer_groups import LayerGroup
 from dist_ft.optim.lr_schedules import LrSchedule, thaw_factor
 from dist_ft.optim.param_groups import LearningRates, ParamGroup, build_param_groups
 from dist_ft.train.adapt import WatchGroups
 from dist_ft.train.callbacks import Checkpoint, Evaluate, LogSteps
-from dist_ft.train.checkpoint import CheckpointReader, find_checkpoint, set_aside
 from dist_ft.train.console import Console
 from dist_ft.train.data import prepare_tasks
 from dist_ft.train.deciders import deciders
 from dist_ft.train.loading import make_loader
-from dist_ft.train.loop import Progress, Run, fit
+from dist_ft.train.loop import Run, fit
+from dist_ft.train.numbers import GuardNumbers
 from dist_ft.train.parts import Parts, eval_data, make_parts, model_source
 from dist_ft.train.recorder import Recorder
+from dist_ft.train.restoring import go_back, restore
+from dist_ft.train.retention import Retention
 from dist_ft.train.run_folder import RunFolder, environment
+from dist_ft.train.run_lock import RunLock
+from dist_ft.train.saving import CheckpointWriter
 from dist_ft.train.signals import StopRequest
 from dist_ft.train.trunk_passes import make_passes
 
 log = logging.getLogger("dist_ft")
 
 DONE, PREEMPTED = 0, 75
+# Set by the launcher for ranks that are started again: what went wrong, as JSON.
+FAILURE = "DIST_FT_FAILURE"
+# Sections that may take longer than a step, and whose length no rank knows.
+SLOW_SECTIONS = {"start", "phase change", "save"}
 
 
 def prepare(recipe: Recipe) -> None:
@@ -62,25 +72,61 @@ def train(recipe: Recipe, *, resume: bool) -> int:
 
 
 def _train(recipe: Recipe, *, resume: bool, stop: StopRequest) -> int:
+    heartbeat = Heartbeat.of_this_rank()
     world = dist.world_from_environment()
     check_world(recipe, world)
     console = Console(main=world.is_main, every=recipe.logging.every)
     folder = RunFolder(recipe.output_dir / recipe.name)
     parts = make_parts(recipe, console.say)
-    device = dist.init_process_group(world, timeout_s=recipe.engine.collective_timeout_s)
+    device = dist.init_process_group(
+        world,
+        timeout_s=recipe.engine.collective_timeout_s,
+        join_timeout_s=recipe.engine.join_timeout_s,
+    )
+    lock = RunLock(folder.root)
     try:
-        _open_folder(folder, recipe, resume=resume, world=world, device=device)
+        _open_folder(folder, recipe, lock=lock, resume=resume, device=device)
         folder.log_to_file(world)
         recorder = Recorder(folder.metrics if world.is_main else None)
         run = make_run(recipe, parts, folder=folder, world=world, device=device,
                        console=console, recorder=recorder)  # fmt: skip
+        beat = make_beat(recipe, run, heartbeat)
+        beat("start")
+        _record_failure(recorder)
         if resume:
             restore(run, folder=folder, recorder=recorder, console=console)
         run.stop_signal = lambda: stop.signal
+        run.beat = beat
         fit(run)
         return finish(run, recorder=recorder, console=console)
     finally:
+        lock.release()
         dist.shut_down()
+
+
+def make_beat(recipe: Recipe, run: Run, heartbeat: Heartbeat) -> Callable[[str], None]:
+    """Return what tells the launcher which section of the run this rank enters."""
+    limits = recipe.supervision
+
+    def beat(section: str) -> None:
+        # The first step of a process builds and compiles what later ones find.
+        slow = section in SLOW_SECTIONS or run.busy_s == 0
+        heartbeat.beat(
+            section,
+            step=run.progress.step,
+            phase=run.progress.phase,
+            timeout_s=limits.slow_timeout_s if slow else limits.timeout_s,
+        )
+
+    return beat
+
+
+def _record_failure(recorder: Recorder) -> None:
+    """Write why the launcher has started these ranks again."""
+    text = os.environ.get(FAILURE)
+    if text is not None:
+        failure = json.loads(text)
+        recorder.event("failure", **failure)
 
 
 def check_world(recipe: Recipe, world: dist.World) -> None:
@@ -112,11 +158,13 @@ def check_world(recipe: Recipe, world: dist.World) -> None:
 
 
 def _open_folder(
-    folder: RunFolder, recipe: Recipe, *, resume: bool, world: dist.World, device: torch.device
+    folder: RunFolder, recipe: Recipe, *, lock: RunLock, resume: bool, device: torch.device
 ) -> None:
     problem: str | None = None
+    world = dist.world_from_environment()
     if world.is_main:
         try:
+            lock.acquire()
             folder.start(recipe.model_dump(mode="json"), resume=resume)
             folder.write_json("env.json", environment(world, device))
         except ValueError as error:
@@ -173,6 +221,8 @@ def make_run(
         discard=passes.discard,
     )
     run.callbacks = _callbacks(recipe, parts, folder, world, console, recorder)
+    guard = next(c for c in run.callbacks if isinstance(c, GuardNumbers))
+    run.loss_limit = lambda task: guard.loss_limit(run, task)
     return run
 
 
@@ -278,9 +328,18 @@ def _callbacks(
     checkpoint = Checkpoint(
         recorder=recorder,
         console=console,
-        folder=folder.checkpoints,
+        writer=CheckpointWriter(
+            folder.checkpoints,
+            retention=Retention(
+                keep_last=recipe.checkpoint.keep_last,
+                keep_every=interval(recipe.checkpoint.keep_every),
+                keep_best=recipe.checkpoint.keep_best,
+            ),
+        ),
         every=interval(recipe.checkpoint.every),
-        keep_last=recipe.checkpoint.keep_last,
+        ephemeral_every=interval(recipe.checkpoint.ephemeral_every),
+        in_background=recipe.checkpoint.in_background,
+        scores=evaluate.deciding_scores,
         describe=lambda: {
             "world_size": world.world_size,
             "zero_stage": recipe.engine.zero_stage,
@@ -293,36 +352,14 @@ def _callbacks(
         every=recipe.logging.groups_every or 10 * recipe.logging.every,
         layer_group_of={name: g.name for g in parts.groups for name in g.parameters},
     )
+    guard = GuardNumbers(
+        recorder=recorder,
+        console=console,
+        config=recipe.train.on_bad_numbers,
+        go_back=lambda run: go_back(run, checkpoint=checkpoint, folder=folder),
+    )
     # A decision is part of the checkpoint of its step.
-    return [steps, groups, evaluate, *deciders(recipe, parts, evaluate), checkpoint]
-
-
-def restore(run: Run, *, folder: RunFolder, recorder: Recorder, console: Console) -> None:
-    """Bring a run back to its newest whole checkpoint, if there is one.
-
-    The order matters: progress, then the phase, then the engine's state, then the data; the loop
-    starts the iterator only afterwards.
-    """
-    path, passed_over = find_checkpoint(folder.checkpoints)
-    for text in passed_over:
-        console.say(f"checkpoint passed over: {text}")
-    if dist.rank() == 0:
-        set_aside(folder.checkpoints, [text.split(":")[0] for text in passed_over])
-    if path is None:
-        recorder.event("resume", step=0, path=None)
-        console.say(f"{folder.root} has no checkpoint: training starts at step 0")
-        return
-    reader = CheckpointReader(path)
-    run.progress = Progress(**reader.trainer["progress"])
-    run.policy.load_state_dict(reader.trainer["policy"])
-    run.engine.set_trainable(reader.trainer["trainable"])
-    run.engine.load_state(reader)
-    run.loader.check_state(reader.trainer["data"])
-    for callback in run.callbacks:
-        if isinstance(callback, Checkpoint):
-            callback.saved_at = run.progress.step
-    recorder.event("resume", step=run.progress.step, path=path.name)
-    console.say(f"step {run.progress.step}: resumed from {path.name}")
+    return [steps, groups, guard, evaluate, *deciders(recipe, parts, evaluate), checkpoint]
 
 
 def finish(run: Run, *, recorder: Recorder, console: Console) -> int:

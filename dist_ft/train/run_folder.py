@@ -28,6 +28,7 @@ FREE_ON_RESUME = {
     "evaluation",
     "checkpoint",
     "logging",
+    "supervision",
     "train.micro_batch_size",
     "train.micro_batch_tokens",
 }

@@ -13,12 +13,13 @@ import torch
 from dist_ft import dist
 from dist_ft.config import Recipe
 from dist_ft.train.adapt import mean_score
-from dist_ft.train.build import make_run, restore
+from dist_ft.train.build import make_run
 from dist_ft.train.callbacks import Evaluate
 from dist_ft.train.console import Console
 from dist_ft.train.loop import Run, fit
 from dist_ft.train.parts import make_parts
 from dist_ft.train.recorder import Recorder
+from dist_ft.train.restoring import restore
 from dist_ft.train.run_folder import RunFolder, environment
 
 T = TypeVar("T")

@@ -11,7 +11,8 @@ import torch.distributed as dist
 from dist_ft.engine.base import EngineOptions, EngineState, StateSlice
 from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
 from dist_ft.engine.ds_weights import FloatBuffers
-from dist_ft.train.checkpoint import CheckpointReader, save_checkpoint
+from dist_ft.train.checkpoint import CheckpointReader
+from dist_ft.train.saving import save_checkpoint
 from tests.helpers.phases import ALL, bitwise_equal, make_deepspeed, run
 from tests.helpers.run_distributed import run_distributed
 from tests.helpers.tiny import TinyModel, global_batch, learning_rates, param_groups

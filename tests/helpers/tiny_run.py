@@ -107,7 +107,7 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
         "logging": {"every": 1},
     }
     for key, value in changes.items():
-        recipe[key] = {**recipe[key], **value} if isinstance(value, dict) else value
+        recipe[key] = {**recipe.get(key, {}), **value} if isinstance(value, dict) else value
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path

@@ -137,24 +137,6 @@ def test_an_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch
         cli.main(["train", "quickstart"])
 
 
-def test_the_exit_code_is_left_for_the_launcher(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "code"
-    monkeypatch.setenv(cli.EXIT_FILE, str(file))
-    assert cli.main(["check", "quickstart", "sed=1"]) == 2
-    assert file.read_text() == "2\n"
-    monkeypatch.setattr(cli, "_run", lambda *_, **__: cli.PREEMPTED)
-    # torchrun must not take an orderly stop for a failure.
-    assert cli.main([]) == 0
-    assert file.read_text() == "75\n"
-    file.unlink()
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert cli.main([]) == 0
-    assert not file.exists()
-    del capsys
-
-
 def test_recipes_are_listed_shown_and_copied(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
