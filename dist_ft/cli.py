@@ -117,6 +117,18 @@ def report(
 
 
 @app.command()
+def watch(
+    run: RunArgument,
+    *,
+    once: Annotated[bool, typer.Option("--once", help="Print it as it is now and end.")] = False,
+) -> None:
+    """Show a run in the terminal while it trains; works over ssh, beside any number of ranks."""
+    from dist_ft.watch import watch as show
+
+    show(run, once=once)
+
+
+@app.command()
 def check(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Say everything that is wrong with a recipe, one line each, without loading a model."""
     from dist_ft.recipe import RecipeError

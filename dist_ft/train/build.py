@@ -33,10 +33,13 @@ from dist_ft.train.parts import Parts, eval_data, make_parts, model_source
 from dist_ft.train.recorder import Recorder
 from dist_ft.train.run_folder import RunFolder, environment
 from dist_ft.train.signals import StopRequest
+from dist_ft.train.trackers import make_trackers
 
 log = logging.getLogger("dist_ft")
 
 DONE, PREEMPTED = 0, 75
+# Places in a run at which the record says what the mixture plans, for the report.
+PLAN_MARKS = 20
 
 
 def prepare(recipe: Recipe) -> None:
@@ -70,7 +73,7 @@ def _train(recipe: Recipe, *, resume: bool, stop: StopRequest) -> int:
     try:
         _open_folder(folder, recipe, resume=resume, world=world, device=device)
         folder.log_to_file(world)
-        recorder = Recorder(folder.metrics if world.is_main else None)
+        recorder = _recorder(recipe, folder=folder, world=world)
         run = make_run(recipe, parts, folder=folder, world=world, device=device,
                        console=console, recorder=recorder)  # fmt: skip
         if resume:
@@ -117,6 +120,18 @@ def _open_folder(
     problem = dist.broadcast_object(problem)
     if problem is not None:
         raise ValueError(problem)
+
+
+def _recorder(recipe: Recipe, *, folder: RunFolder, world: dist.World) -> Recorder:
+    if not world.is_main:
+        return Recorder(None)
+    trackers = make_trackers(
+        recipe.logging.trackers,
+        folder=folder.root,
+        name=recipe.name,
+        recipe=recipe.model_dump(mode="json"),
+    )
+    return Recorder(folder.metrics, trackers=trackers)
 
 
 def make_run(
@@ -268,7 +283,13 @@ def _callbacks(
             "precision": recipe.engine.precision,
         },
     )
-    steps = LogSteps(recorder=recorder, console=console, world=world, every=recipe.logging.every)
+    steps = LogSteps(
+        recorder=recorder,
+        console=console,
+        world=world,
+        every=recipe.logging.every,
+        about=_about(parts, world),
+    )
     groups = WatchGroups(
         recorder=recorder,
         every=recipe.logging.groups_every or 10 * recipe.logging.every,
@@ -276,6 +297,24 @@ def _callbacks(
     )
     # A decision is part of the checkpoint of its step.
     return [steps, groups, evaluate, *deciders(recipe, parts, evaluate), checkpoint]
+
+
+def _about(parts: Parts, world: dist.World) -> dict[str, Any]:
+    """Return what the ``start`` event says: ranks, layer groups, and the mixture's own plan."""
+    numel = {name: p.numel() for name, p in parts.model.named_parameters()}
+    marks = sorted({parts.total_steps * i // PLAN_MARKS for i in range(1, PLAN_MARKS + 1)} - {0})
+    drawn = [parts.mixture.steps_before(step) for step in marks]
+    return {
+        "world_size": world.world_size,
+        "mixture_plan": {
+            "steps": marks,
+            "tasks": {
+                t.task.name: [counts[i] for counts in drawn] for i, t in enumerate(parts.tasks)
+            },
+        },
+        "train_rows": {t.task.name: len(t.datasets["train"]) for t in parts.tasks},
+        "layer_groups": {g.name: sum(numel[n] for n in g.parameters) for g in parts.groups},
+    }
 
 
 def restore(run: Run, *, folder: RunFolder, recorder: Recorder, console: Console) -> None:

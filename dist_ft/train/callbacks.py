@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,18 +46,28 @@ class _Interval:
     steps: int = 0
     loss: Tensor | None = None
     tokens: int = 0
+    positions: int = 0
     grad_norm: float | None = None
     wait_s: float = 0.0
 
 
 @dataclass
 class LogSteps(Watcher):
-    """Writes a ``step`` event per task at every interval, and a ``phase`` event per change."""
+    """Writes a ``step`` event per task at every interval, and a ``phase`` event per change.
+
+    Attributes:
+        recorder: Where the events go.
+        console: What a person sees.
+        world: This rank's place.
+        every: Steps of an interval.
+        about: What the ``start`` event says of the run.
+    """
 
     recorder: Recorder
     console: Console
     world: dist.World
     every: int
+    about: Mapping[str, Any] = field(default_factory=dict)
     _intervals: dict[str, _Interval] = field(default_factory=dict)
     _busy_before_s: float = 0.0
     _trainable_params: int = 0
@@ -71,6 +81,9 @@ class LogSteps(Watcher):
                 if p.requires_grad
             )
             self.console.current_phase = run.progress.phase
+        self.recorder.event(
+            "start", step=run.progress.step, total_steps=run.total_steps, **self.about
+        )
         self.console.start(run.total_steps, done=run.progress.step)
 
     def on_phase(self, run: Run, phase: Phase, report: PhaseReport) -> None:
@@ -97,6 +110,7 @@ class LogSteps(Watcher):
         interval.steps += 1
         interval.loss = result.loss if interval.loss is None else interval.loss + result.loss
         interval.tokens += batch.global_tokens
+        interval.positions += _positions(batch)
         interval.grad_norm = result.grad_norm
         interval.wait_s += batch.data_wait_s
         step = run.progress.step
@@ -108,10 +122,12 @@ class LogSteps(Watcher):
         # Time in steps alone: evaluations and checkpoints have figures of their own.
         seconds = max(1e-9, run.busy_s - self._busy_before_s)
         tasks = sorted(self._intervals)
-        sums = dist.all_reduce_sum([float(_loss(self._intervals[t])) for t in tasks])
+        own = [float(_loss(self._intervals[t])) for t in tasks]
+        own += [float(self._intervals[t].positions) for t in tasks]
+        sums = dist.all_reduce_sum(own)
         tokens = sum(i.tokens for i in self._intervals.values())
         rates = run.learning_rates(run.progress.step - 1, run.progress.thawed_at)
-        for task, loss_sum in zip(tasks, sums, strict=True):
+        for task, loss_sum, positions in zip(tasks, sums, sums[len(tasks) :], strict=False):
             interval = self._intervals[task]
             loss = loss_sum / interval.steps
             self.recorder.event(
@@ -124,6 +140,9 @@ class LogSteps(Watcher):
                 tokens=run.progress.tokens,
                 tokens_per_s=round(tokens / seconds, 1),
                 trainable_params=self._trainable_params,
+                task_steps=interval.steps,
+                task_tokens=interval.tokens,
+                task_positions=int(positions),
                 data_wait_s=round(interval.wait_s, 4),
                 peak_rss_bytes=_peak_rss_bytes(),
             )
@@ -141,6 +160,11 @@ class LogSteps(Watcher):
 
 def _loss(interval: _Interval) -> Tensor:
     return torch.zeros(()) if interval.loss is None else interval.loss
+
+
+def _positions(batch: StepBatch) -> int:
+    """Return the positions of this rank's input, padding and fillers counted."""
+    return sum(b.inputs["input_ids"].numel() for b in batch.micro_batches)
 
 
 def _peak_rss_bytes() -> int:
@@ -182,6 +206,7 @@ class Evaluate(Watcher):
                 task=scores.task,
                 split=scores.split,
                 metrics=scores.metrics,
+                rows=scores.rows,
                 eval_s=round(scores.seconds, 3),
             )
             self.console.scores(run.progress.step, scores)
