@@ -117,7 +117,7 @@ def _head(name: str, events: Sequence[Event]) -> RenderableType:
 
 
 def _ending(events: Sequence[Event]) -> str:
-    """Return ``end`` or ``stop`` if the run's last start has come to one; evaluations may follow."""
+    """Return ``end`` or ``stop`` if the last start has come to one; evaluations may follow."""
     for event in reversed(events):
         if event["event"] in (*_ENDS, "start", "step"):
             return event["event"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import html.parser
+import importlib
 import importlib.util
 import json
 import re
@@ -209,9 +210,8 @@ def test_a_tracker_takes_a_whole_run(name: str, run: Path, tmp_path: Path) -> No
     written = [p for p in tmp_path.rglob("*") if p.is_file() and p.name != "metrics.jsonl"]
     assert sum(p.stat().st_size for p in written) > 1000
     if name == "tensorboard":
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-        board = EventAccumulator(str(tmp_path / "tensorboard"))
+        reader = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+        board = reader.EventAccumulator(str(tmp_path / "tensorboard"))
         board.Reload()
         drawn = [(s.step, s.value) for s in board.Scalars("train/text/loss")]
         expected = read_run(run).series("loss", task="text")
