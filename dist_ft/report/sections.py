@@ -67,7 +67,8 @@ def _figure(plot: Plot) -> str:
     file = f"plots/{plot.slug}.svg"
     return (
         f"<figure id='{_e(plot.slug)}'><figcaption>{_e(plot.title)} "
-        f"<a href='{_e(file)}' download>SVG</a></figcaption>{plot.body}</figure>"
+        f"<a href='{_e(file)}' download>SVG</a></figcaption>"
+        f"<div class='plot'>{plot.body}</div></figure>"
     )
 
 
