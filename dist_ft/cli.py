@@ -119,6 +119,18 @@ def report(
 
 
 @app.command()
+def watch(
+    run: RunArgument,
+    *,
+    once: Annotated[bool, typer.Option("--once", help="Print it as it is now and end.")] = False,
+) -> None:
+    """Show a run in the terminal while it trains; works over ssh, beside any number of ranks."""
+    from dist_ft.watch import watch as show
+
+    show(run, once=once)
+
+
+@app.command()
 def check(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Say everything that is wrong with a recipe, one line each, without loading a model."""
     from dist_ft.recipe import RecipeError
@@ -130,6 +142,31 @@ def check(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
         raise typer.Exit(BAD_INPUT) from None
     tasks = ", ".join(task.name for task in loaded.tasks)
     typer.echo(f"{recipe}: no errors ({loaded.name}: {tasks}; freezing {loaded.freezing.policy})")
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    nodes: Annotated[int, typer.Option("--nodes", help="Machines.")] = 1,
+    gpus: Annotated[int, typer.Option("--gpus", help="Accelerators of each.")] = 1,
+    gpu: Annotated[
+        str, typer.Option("--gpu", help="Which, such as h100-80g, a100-40g, t4-16g, cpu-8g.")
+    ] = "h100-80g",
+    epoch_steps: Annotated[
+        int | None, typer.Option("--epoch-steps", help="Optimizer steps of an epoch.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--json", help="Also write the plan to this file.")
+    ] = None,
+) -> None:
+    """Say what a run will need, phase by phase, and whether it fits; loads no weights or data."""
+    loaded = _load(recipe, overrides, needs_files=False)
+    from dist_ft.planning.run import PlanRequest, plan_recipe, report_plan
+
+    request = PlanRequest(nodes, gpus, gpu, epoch_steps)
+    report_plan(plan_recipe(loaded, request), output=output)
 
 
 @app.command("freeze-plan")
@@ -288,10 +325,10 @@ def _report_error(error: Exception, *, debug: bool) -> None:
     typer.echo(f"{prefix}error: {text}", err=True)
 
 
-def _load(recipe: str, overrides: list[str] | None) -> Recipe:
+def _load(recipe: str, overrides: list[str] | None, *, needs_files: bool = True) -> Recipe:
     from dist_ft.recipe import load_recipe
 
-    return load_recipe(recipe, overrides=overrides or ())
+    return load_recipe(recipe, overrides=overrides or (), needs_files=needs_files)
 
 
 def _require_run(run: Path) -> None:

@@ -318,10 +318,11 @@ class CacheConfig(Section):
 
 
 class LoggingConfig(Section):
-    """How often a step event is written."""
+    """How often a step event is written, and where else than into ``metrics.jsonl``."""
 
     every: Positive = 10
     groups_every: Positive | None = None
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] | None = None
 
 
 class Recipe(Section):

@@ -13,11 +13,7 @@ import torch
 from dist_ft import dist
 from dist_ft.config import Recipe
 from dist_ft.duration import Duration
-from dist_ft.engine.base import Engine, EngineOptions
-from dist_ft.engine.ds_config import DeepSpeedOptions
-from dist_ft.engine.layer_modes import LayerModes
 from dist_ft.engine.loss_module import LossModule
-from dist_ft.engine.reference import ReferenceEngine
 from dist_ft.heartbeat import Heartbeat
 from dist_ft.model.backbone import load_tokenizer
 from dist_ft.model.layer_groups import LayerGroup
@@ -28,6 +24,7 @@ from dist_ft.train.callbacks import Checkpoint, Evaluate, LogSteps
 from dist_ft.train.console import Console
 from dist_ft.train.data import prepare_tasks
 from dist_ft.train.deciders import deciders
+from dist_ft.train.engines import make_engine
 from dist_ft.train.loading import make_loader
 from dist_ft.train.loop import Run, fit
 from dist_ft.train.numbers import GuardNumbers
@@ -39,6 +36,7 @@ from dist_ft.train.run_folder import RunFolder, environment
 from dist_ft.train.run_lock import RunLock
 from dist_ft.train.saving import CheckpointWriter
 from dist_ft.train.signals import StopRequest
+from dist_ft.train.trackers import make_trackers
 from dist_ft.train.trunk_passes import make_passes
 
 log = logging.getLogger("dist_ft")
@@ -48,6 +46,8 @@ DONE, PREEMPTED = 0, 75
 FAILURE = "DIST_FT_FAILURE"
 # Sections that may take longer than a step, and whose length no rank knows.
 SLOW_SECTIONS = {"start", "phase change", "save"}
+# Places in a run at which the record says what the mixture plans, for the report.
+PLAN_MARKS = 20
 
 
 def prepare(recipe: Recipe) -> None:
@@ -87,7 +87,7 @@ def _train(recipe: Recipe, *, resume: bool, stop: StopRequest) -> int:
     try:
         _open_folder(folder, recipe, lock=lock, resume=resume, device=device)
         folder.log_to_file(world)
-        recorder = Recorder(folder.metrics if world.is_main else None)
+        recorder = _recorder(recipe, folder=folder, world=world)
         run = make_run(recipe, parts, folder=folder, world=world, device=device,
                        console=console, recorder=recorder)  # fmt: skip
         beat = make_beat(recipe, run, heartbeat)
@@ -175,6 +175,18 @@ def _open_folder(
         raise ValueError(problem)
 
 
+def _recorder(recipe: Recipe, *, folder: RunFolder, world: dist.World) -> Recorder:
+    if not world.is_main:
+        return Recorder(None)
+    trackers = make_trackers(
+        recipe.logging.trackers,
+        folder=folder.root,
+        name=recipe.name,
+        recipe=recipe.model_dump(mode="json"),
+    )
+    return Recorder(folder.metrics, trackers=trackers)
+
+
 def make_run(
     recipe: Recipe,
     parts: Parts,
@@ -194,15 +206,7 @@ def make_run(
     )
     module = LossModule(parts.model, {t.task.name: t.task.loss for t in parts.tasks}).to(device)
     passes = make_passes(recipe, parts, folder=folder, device=device, say=console.say)
-    modes = LayerModes.of(
-        parts.model,
-        groups=parts.groups,
-        checkpointing=recipe.model.activation_checkpointing,
-        # Kept activations can't draw anew; without them the recipe's word counts.
-        prefix_dropout=recipe.freezing.prefix_dropout is not False and passes.cache is None,
-        passes=passes,
-    )
-    engine = make_engine(recipe, parts, module=module, param_groups=param_groups, modes=modes)
+    engine = make_engine(recipe, parts, module=module, param_groups=param_groups, passes=passes)
     loader = make_loader(
         recipe,
         parts.tasks,
@@ -257,56 +261,6 @@ def trainable_groups(module: torch.nn.Module, groups: Sequence[LayerGroup]) -> t
     return tuple(g.name for g in groups if any(needs[n] for n in g.parameters))
 
 
-def make_engine(
-    recipe: Recipe,
-    parts: Parts,
-    *,
-    module: LossModule,
-    param_groups: Sequence[ParamGroup],
-    modes: LayerModes,
-) -> Engine:
-    """Return the engine that the recipe asks for."""
-    options = EngineOptions(
-        precision=recipe.engine.precision,
-        max_grad_norm=recipe.optim.max_grad_norm,
-        betas=recipe.optim.betas,
-        eps=recipe.optim.eps,
-        seed=recipe.seed,
-        returning=recipe.freezing.returning,
-    )
-    if recipe.engine.type == "reference":
-        return ReferenceEngine(module, param_groups=param_groups, options=options, modes=modes)
-    # Imported here: it takes seconds, and the reference engine does without.
-    from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
-
-    world_size = torch.distributed.get_world_size()
-    size = recipe.train.micro_batch_size
-    if recipe.train.micro_batch_tokens is not None:
-        # Micro-batches differ in rows, and steps in micro-batches: the engine itself says which is
-        # a step's last, and DeepSpeed only wants numbers.
-        size = min(size, recipe.train.global_batch_size // world_size)
-    base = recipe.engine.deepspeed
-    switch = recipe.freezing.switch
-    engine = DeepSpeedEngine(
-        module,
-        param_groups=param_groups,
-        options=options,
-        deepspeed_options=DeepSpeedOptions(
-            zero_stage=recipe.engine.zero_stage,
-            micro_batch_size=size,
-            gradient_accumulation_steps=max(
-                1, recipe.train.global_batch_size // (size * world_size)
-            ),
-            offload_optimizer=recipe.engine.offload_optimizer,
-            base=None if base is None else json.loads(base.read_text()),
-        ),
-        switch=parts.policy.suits() if switch == "auto" else switch,
-        modes=modes,
-    )
-    engine.limit_universe(parts.policy.universe())
-    return engine
-
-
 def _callbacks(
     recipe: Recipe,
     parts: Parts,
@@ -346,7 +300,13 @@ def _callbacks(
             "precision": recipe.engine.precision,
         },
     )
-    steps = LogSteps(recorder=recorder, console=console, world=world, every=recipe.logging.every)
+    steps = LogSteps(
+        recorder=recorder,
+        console=console,
+        world=world,
+        every=recipe.logging.every,
+        about=_about(parts, world),
+    )
     groups = WatchGroups(
         recorder=recorder,
         every=recipe.logging.groups_every or 10 * recipe.logging.every,
@@ -360,6 +320,24 @@ def _callbacks(
     )
     # A decision is part of the checkpoint of its step.
     return [steps, groups, guard, evaluate, *deciders(recipe, parts, evaluate), checkpoint]
+
+
+def _about(parts: Parts, world: dist.World) -> dict[str, Any]:
+    """Return what the ``start`` event says: ranks, layer groups, and the mixture's own plan."""
+    numel = {name: p.numel() for name, p in parts.model.named_parameters()}
+    marks = sorted({parts.total_steps * i // PLAN_MARKS for i in range(1, PLAN_MARKS + 1)} - {0})
+    drawn = [parts.mixture.steps_before(step) for step in marks]
+    return {
+        "world_size": world.world_size,
+        "mixture_plan": {
+            "steps": marks,
+            "tasks": {
+                t.task.name: [counts[i] for counts in drawn] for i, t in enumerate(parts.tasks)
+            },
+        },
+        "train_rows": {t.task.name: len(t.datasets["train"]) for t in parts.tasks},
+        "layer_groups": {g.name: sum(numel[n] for n in g.parameters) for g in parts.groups},
+    }
 
 
 def finish(run: Run, *, recorder: Recorder, console: Console) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,7 @@ class _Interval:
     steps: int = 0
     loss: Tensor | None = None
     tokens: int = 0
+    positions: int = 0
     grad_norm: float | None = None
     wait_s: float = 0.0
     prefix_rows: int = 0
@@ -53,12 +54,21 @@ class _Interval:
 
 @dataclass
 class LogSteps(Watcher):
-    """Writes a ``step`` event per task at every interval, and a ``phase`` event per change."""
+    """Writes a ``step`` event per task at every interval, and a ``phase`` event per change.
+
+    Attributes:
+        recorder: Where the events go.
+        console: What a person sees.
+        world: This rank's place.
+        every: Steps of an interval.
+        about: What the ``start`` event says of the run.
+    """
 
     recorder: Recorder
     console: Console
     world: dist.World
     every: int
+    about: Mapping[str, Any] = field(default_factory=dict)
     _intervals: dict[str, _Interval] = field(default_factory=dict)
     _busy_before_s: float = 0.0
     _trainable_params: int = 0
@@ -72,6 +82,9 @@ class LogSteps(Watcher):
                 if p.requires_grad
             )
             self.console.current_phase = run.progress.phase
+        self.recorder.event(
+            "start", step=run.progress.step, total_steps=run.total_steps, **self.about
+        )
         self.console.start(run.total_steps, done=run.progress.step)
 
     def on_phase(self, run: Run, phase: Phase, report: PhaseReport) -> None:
@@ -108,6 +121,7 @@ class LogSteps(Watcher):
         interval.steps += 1
         interval.loss = result.loss if interval.loss is None else interval.loss + result.loss
         interval.tokens += batch.global_tokens
+        interval.positions += _positions(batch)
         interval.grad_norm = result.grad_norm
         interval.wait_s += batch.data_wait_s
         interval.prefix_rows += result.prefix_rows
@@ -124,7 +138,8 @@ class LogSteps(Watcher):
         changes = _over_ranks({t: self._intervals[t].changes for t in tasks})
         tokens = sum(i.tokens for i in self._intervals.values())
         rates = run.learning_rates(run.progress.step - 1, run.progress.thawed_at)
-        for task, (loss_sum, prefix_rows, prefix_found) in zip(tasks, sums, strict=True):
+        for task, of_task in zip(tasks, sums, strict=True):
+            loss_sum, positions, prefix_rows, prefix_found = of_task
             interval = self._intervals[task]
             loss = loss_sum / interval.steps
             self.recorder.event(
@@ -137,6 +152,9 @@ class LogSteps(Watcher):
                 tokens=run.progress.tokens,
                 tokens_per_s=round(tokens / seconds, 1),
                 trainable_params=self._trainable_params,
+                task_steps=interval.steps,
+                task_tokens=interval.tokens,
+                task_positions=int(positions),
                 data_wait_s=round(interval.wait_s, 4),
                 peak_rss_bytes=_peak_rss_bytes(),
                 **({"prefix_hit_share": prefix_found / prefix_rows} if prefix_rows else {}),
@@ -155,13 +173,14 @@ class LogSteps(Watcher):
 
 
 def _sums_over_ranks(intervals: Sequence[_Interval]) -> list[tuple[float, ...]]:
-    """Return each interval's loss, rows with a cached prefix, and such rows that were found."""
-    width = 3
+    """Return each interval's loss, positions, rows with a cached prefix, and such as were found."""
+    width = 4
     values = [
         value
         for i in intervals
         for value in (
             0.0 if i.loss is None else float(i.loss),
+            float(i.positions),
             float(i.prefix_rows),
             float(i.prefix_found),
         )
@@ -181,6 +200,11 @@ def _over_ranks(changes: dict[str, AugmentStatistics | None]) -> dict[str, Augme
         for task, of_rank in counts.items():
             total[task].merge(of_rank)
     return total
+
+
+def _positions(batch: StepBatch) -> int:
+    """Return the positions of this rank's input, padding and fillers counted."""
+    return sum(b.inputs["input_ids"].numel() for b in batch.micro_batches)
 
 
 def _peak_rss_bytes() -> int:
@@ -238,6 +262,7 @@ class Evaluate(Watcher):
                 task=scores.task,
                 split=scores.split,
                 metrics=scores.metrics,
+                rows=scores.rows,
                 eval_s=round(scores.seconds, 3),
             )
             self.console.scores(run.progress.step, scores)

@@ -26,6 +26,7 @@ from dist_ft.train.run_folder import RunFolder
 log = logging.getLogger("dist_ft")
 
 SPLITS = ("validation", "test")
+RESAMPLES = 200  # of the rows, for the confidence intervals
 
 
 def open_finished(run: Path) -> tuple[Recipe, Parts, RunFolder, int]:
@@ -77,9 +78,17 @@ def evaluate(run: Path) -> dict[str, dict[str, dict[str, float]]]:
     recorder = Recorder(folder.metrics)
     for split in SPLITS:
         for data in eval_data(recipe, parts, split=split):
-            scores = evaluate_task(data, forward=forward, world=world)
+            scores = evaluate_task(data, forward=forward, world=world, resamples=RESAMPLES)
             results.setdefault(scores.task, {})[split] = scores.metrics
-            recorder.event("eval", step=step, task=scores.task, split=split, metrics=scores.metrics)
+            recorder.event(
+                "eval",
+                step=step,
+                task=scores.task,
+                split=split,
+                metrics=scores.metrics,
+                rows=scores.rows,
+                intervals=scores.intervals,
+            )
     recorder.close()
     return results
 

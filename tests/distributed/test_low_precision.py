@@ -112,9 +112,7 @@ def _loss_scale_survives(folder: Path) -> None:
         assert engine.set_trainable(TOP).switch == "rebuild"
         assert engine.state().loss_scale == before
         state = engine.state()
-        saved, _ = save_checkpoint(
-            folder / str(stage), step=7, state=state, trainer={}, keep_last=1
-        )
+        saved = save_checkpoint(folder / str(stage), step=7, state=state, trainer={}).path
         run(engine, {}, steps=range(7, 12), micro_batches=2, share=share)
         resumed = make_deepspeed(FP16, zero_stage=stage, base=SCALING)
         resumed.set_trainable(TOP)
