@@ -252,7 +252,7 @@ class TrainConfig(Section):
     global_batch_size: Positive
     micro_batch_size: Positive
     micro_batch_tokens: Positive | None = None
-    layout: Literal["in_order", "by_length"] = "by_length"
+    layout: Literal["in_order", "by_length", "packed"] = "by_length"
     on_bad_numbers: BadNumbersConfig = BadNumbersConfig()
 
     @model_validator(mode="before")
@@ -268,7 +268,7 @@ class TrainConfig(Section):
     def _lays_out(self) -> Self:
         if self.micro_batch_tokens is not None and self.layout == "in_order":
             raise ValueError(
-                "micro_batch_tokens needs layout by_length, got in_order: remove one of them"
+                "micro_batch_tokens needs layout by_length or packed, got in_order: change one"
             )
         return self
 
@@ -345,6 +345,15 @@ class Recipe(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     supervision: SupervisionConfig = SupervisionConfig()
+
+    @model_validator(mode="after")
+    def _packed_rows_have_no_padding(self) -> Self:
+        if self.train.layout == "packed" and self.model.padding == "padded":
+            raise ValueError(
+                "train.layout packed needs blocks that run without padding, got model.padding "
+                "padded: remove one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:

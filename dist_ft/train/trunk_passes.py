@@ -102,15 +102,19 @@ def _refuse(
     recipe: Recipe, *, unpadded: str | None, boundary: str | None, say: Callable[[str], None]
 ) -> None:
     """Say what the model can't do, or raise if the recipe asks for just that."""
-    for reason, key, wanted, without in (
-        (unpadded, "model.padding", recipe.model.padding == "unpadded", "blocks run with padding"),
+    # Rows of any length share the micro-batches of a packed layout: they would be mostly padding.
+    packed = recipe.train.layout == "packed"
+    insists = packed or recipe.model.padding == "unpadded"
+    key = "train.layout: packed" if packed else "model.padding"
+    for reason, where, wanted, without in (
+        (unpadded, key, insists, "blocks run with padding"),
         (boundary, "cache.policy", recipe.cache.policy == "on", "the frozen prefix is not cached"),
     ):
         if reason is None:
             continue
         if wanted:
             raise ValueError(
-                f"{key}: {recipe.model.path} can't do it, as {reason}: set {key} to auto"
+                f"{where}: {recipe.model.path} can't do it, as {reason}: choose another value"
             )
         say(f"{without}: {reason}")
 
