@@ -214,6 +214,18 @@ class Engine(Protocol):
         """Return whole parameters by name on the host: on rank 0, elsewhere an empty dict."""
         ...
 
+    def close(self) -> None:
+        """Free weights and optimizer state; neither the engine nor its module is of use then."""
+        ...
+
+
+def free_weights(module: nn.Module) -> None:
+    """Let go of the storage of all parameters, whoever still refers to them."""
+    for parameter in module.parameters():
+        vars(parameter).clear()
+        parameter.grad = None
+        parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+
 
 def on_device(values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """Return the tensors on `device`; the copy overlaps with compute where memory is pinned."""

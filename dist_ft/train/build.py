@@ -77,7 +77,10 @@ def _train(recipe: Recipe, *, resume: bool, stop: StopRequest) -> int:
             restore(run, folder=folder, recorder=recorder, console=console)
         run.stop_signal = lambda: stop.signal
         fit(run)
-        return finish(run, recorder=recorder, console=console)
+        exit_code = finish(run, recorder=recorder, console=console)
+        if exit_code == DONE:  # who is asked to stop leaves no time for it, and the process ends
+            run.engine.close()
+        return exit_code
     finally:
         dist.shut_down()
 
