@@ -242,6 +242,18 @@ class Engine(Protocol):
         """Return whole parameters by name on the host: on rank 0, elsewhere an empty dict."""
         ...
 
+    def close(self) -> None:
+        """Free weights and optimizer state; neither the engine nor its module is of use then."""
+        ...
+
+
+def free_weights(module: nn.Module) -> None:
+    """Let go of the storage of all parameters, whoever still refers to them."""
+    for parameter in module.parameters():
+        vars(parameter).clear()
+        parameter.grad = None
+        parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+
 
 def loss_problem(loss: float, *, limit: float) -> str | None:
     """Return what is wrong with a global mean loss, or None."""

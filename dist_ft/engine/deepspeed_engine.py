@@ -21,13 +21,19 @@ from dist_ft.engine.base import (
     StateSource,
     StepResult,
     Switch,
+    free_weights,
     gradient_problem,
     loss_problem,
     micro_batch_seed,
     on_device,
 )
 from dist_ft.engine.ds_config import DeepSpeedOptions, build_ds_config, clips_itself
-from dist_ft.engine.ds_detach import ModuleSnapshot, collect_garbage, exempt_from_collection
+from dist_ft.engine.ds_detach import (
+    ModuleSnapshot,
+    collect_garbage,
+    exempt_from_collection,
+    include_in_collection,
+)
 from dist_ft.engine.ds_groups import GroupStates, Partitioning
 from dist_ft.engine.ds_loss_scale import read_loss_scale, write_loss_scale
 from dist_ft.engine.ds_setup import set_up_deepspeed
@@ -299,3 +305,15 @@ class DeepSpeedEngine:
     def full_weights(self) -> dict[str, Tensor]:
         """Return whole parameters by name on the host: on rank 0, elsewhere an empty dict."""
         return self._weights.gather()
+
+    def close(self) -> None:
+        """Free weights and optimizer state; neither the engine nor its module is of use then.
+
+        Letting go of the object is not enough: DeepSpeed's hooks and attributes keep engine and
+        parameters alive through references that no collection sees (0.2 GiB for MiniLM).
+        """
+        if self._engine is not None:
+            self._take_down()
+        self._states.clear()
+        free_weights(self.module)
+        include_in_collection()

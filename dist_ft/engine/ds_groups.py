@@ -97,6 +97,12 @@ class GroupStates:
             self._parked[group.name] = self._whole(index)
         self._attached = None
 
+    def clear(self) -> None:
+        """Forget all state."""
+        self._attached = None
+        self._parked.clear()
+        self._steps.clear()
+
     @property
     def _engine(self) -> Attached:
         assert self._attached is not None, "set_trainable comes first"

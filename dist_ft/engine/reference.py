@@ -18,6 +18,7 @@ from dist_ft.engine.base import (
     StateSlice,
     StateSource,
     StepResult,
+    free_weights,
     gradient_problem,
     loss_problem,
     micro_batch_seed,
@@ -226,3 +227,8 @@ class ReferenceEngine:
     def full_weights(self) -> dict[str, Tensor]:
         """Return whole parameters by name on the host."""
         return {name: p.detach().cpu().clone() for name, p in self._parameters.items()}
+
+    def close(self) -> None:
+        """Free weights and optimizer state; neither the engine nor its module is of use then."""
+        self._optimizer.state.clear()
+        free_weights(self.module)

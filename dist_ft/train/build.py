@@ -98,7 +98,10 @@ def _train(recipe: Recipe, *, resume: bool, stop: StopRequest) -> int:
         run.stop_signal = lambda: stop.signal
         run.beat = beat
         fit(run)
-        return finish(run, recorder=recorder, console=console)
+        exit_code = finish(run, recorder=recorder, console=console)
+        if exit_code == DONE:  # who is asked to stop leaves no time for it, and the process ends
+            run.engine.close()
+        return exit_code
     finally:
         lock.release()
         dist.shut_down()
