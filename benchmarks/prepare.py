@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -143,7 +144,11 @@ def write_recipe(folder: Path) -> Path:
 
 
 def prepare(recipe: Path, data_dir: Path, *, kill_after: float | None = None) -> Outcome:
-    """Prepare the recipe's data, or kill that after so many seconds; watch the memory."""
+    """Prepare the recipe's data, or kill that after so many seconds; watch the memory.
+
+    Raises:
+        RuntimeError: If it ended in any other way than at its end or by the kill.
+    """
     began = time.monotonic()
     with (recipe.parent / "log.txt").open("ab") as log:
         process = subprocess.Popen(
@@ -162,6 +167,9 @@ def prepare(recipe: Path, data_dir: Path, *, kill_after: float | None = None) ->
         time.sleep(_SAMPLE_S)
     outcome.code = process.returncode
     outcome.seconds = time.monotonic() - began
+    if outcome.code not in (0, -signal.SIGKILL):
+        log_end = (recipe.parent / "log.txt").read_text()[-2000:]
+        raise RuntimeError(f"preparing ended with exit code {outcome.code}: {log_end}")
     return outcome
 
 
@@ -229,8 +237,6 @@ def run(folder: Path, *, size: int, kills: int) -> Results:
     recipe = write_recipe(folder)
     results = Results()
     straight = prepare(recipe, folder / "straight")
-    if straight.code:
-        raise RuntimeError((folder / "log.txt").read_text()[-2000:])
     results.add("undisturbed", straight, size=size, shards=0)
     results.ids = dataset_ids(folder / "straight")
     draw = random.Random(1)
@@ -239,7 +245,7 @@ def run(folder: Path, *, size: int, kills: int) -> Results:
         shards = _count_shards(data_dir)
         moment = draw.uniform(0.2, 0.8) * straight.seconds
         outcome = prepare(recipe, data_dir, kill_after=moment)
-        results.kills += outcome.code == -9
+        results.kills += outcome.code == -signal.SIGKILL
         results.add(f"killed, {number + 1}", outcome, size=size, shards=shards)
     shards = _count_shards(data_dir)
     results.add("to the end", prepare(recipe, data_dir), size=size, shards=shards)

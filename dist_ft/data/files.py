@@ -28,6 +28,7 @@ SUFFIXES = {
 _BATCH_ROWS = 1000
 # One CSV row must fit into one block; types are inferred from the first one.
 _CSV_BLOCK_BYTES = 16 * 2**20
+_ESTIMATED_FROM_BYTES = 2**20
 # The marker that ends an Arrow stream: 0xFFFFFFFF and a length of 0.
 _STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
@@ -51,6 +52,26 @@ def read_rows(path: Path, *, file_format: str, on_bad_row: OnBadRow) -> Iterator
         return _json(path, on_bad_row=on_bad_row)
     readers = {"csv": _csv, "parquet": _parquet, "arrow": _arrow}
     return _named_errors(path, rows=readers[file_format](path), file_format=file_format)
+
+
+def estimate_rows(path: Path, *, file_format: str) -> int | None:
+    """Returns about how many rows a file has, None where only reading all of it would tell.
+
+    Args:
+        path: the file.
+        file_format: one of FORMATS.
+    """
+    try:
+        if file_format == "parquet":
+            with pyarrow.parquet.ParquetFile(path) as file:
+                return file.metadata.num_rows
+        if file_format not in ("jsonl", "csv"):
+            return None
+        with path.open("rb") as file:
+            start = file.read(_ESTIMATED_FROM_BYTES)
+    except (pa.ArrowException, OSError):
+        return None  # reading says what is wrong
+    return max(1, round(path.stat().st_size * start.count(b"\n") / max(1, len(start))))
 
 
 def _named_errors(path: Path, *, rows: Iterator[Row], file_format: str) -> Iterator[Row]:
