@@ -220,7 +220,7 @@ class Results:
         self.rows.append({
             "run": name,
             "seconds": round(outcome.seconds, 1),
-            "mb_per_s": round(size / 1e6 / outcome.seconds, 1) if done else None,
+            "mb_per_s": round(size / 1e6 / outcome.seconds, 1) if done and not shards else None,
             "peak_gb": outcome.peak / GB,
             "peak_worker_gb": outcome.peak_worker / GB,
             "shards_before": shards,
@@ -246,7 +246,7 @@ def run(folder: Path, *, size: int, kills: int) -> Results:
         moment = draw.uniform(0.2, 0.8) * straight.seconds
         outcome = prepare(recipe, data_dir, kill_after=moment)
         results.kills += outcome.code == -signal.SIGKILL
-        results.add(f"killed, {number + 1}", outcome, size=size, shards=shards)
+        results.add(f"to be killed, {number + 1}", outcome, size=size, shards=shards)
     shards = _count_shards(data_dir)
     results.add("to the end", prepare(recipe, data_dir), size=size, shards=shards)
     results.ids_after_kills = dataset_ids(data_dir)

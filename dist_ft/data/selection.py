@@ -344,11 +344,26 @@ def _problem(row: Row, *, required: Sequence[str]) -> str | None:
             return f"column {column!r} is null"
         if isinstance(value, str) and not value.strip():
             return f"column {column!r} is blank"
+        if (place := _surrogate(value)) is not None:
+            return f"column {column!r} is no valid text (a lone surrogate at character {place})"
         if (size := _characters(value)) > _MOST_CHARACTERS:
             return (
                 f"column {column!r} has {size:,} characters, more than {_MOST_CHARACTERS:,}: "
                 "split the text"
             )
+    return None
+
+
+def _surrogate(value: Any) -> int | None:
+    """Returns where a text has half a character, which JSON can hold but UTF-8 can't."""
+    if isinstance(value, list):
+        return next((p for p in map(_surrogate, value) if p is not None), None)
+    if not isinstance(value, str) or value.isascii():
+        return None
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        return error.start
     return None
 
 
@@ -359,7 +374,7 @@ def _characters(value: Any) -> int:
 
 
 def _hash(text: str) -> int:
-    # A lone surrogate is no valid text, but it is encode() that says so, with the row.
+    # A column that isn't required may be no valid text.
     return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
 
 
