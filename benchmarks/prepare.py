@@ -161,9 +161,9 @@ def prepare(recipe: Path, data_dir: Path, *, kill_after: float | None = None) ->
     while process.poll() is None:
         if kill_after is not None and time.monotonic() - began > kill_after:
             process.kill()
-        outcome.peak = max(outcome.peak, _peak(process.pid))
-        for worker in _children(process.pid):
-            outcome.peak_worker = max(outcome.peak_worker, _peak(worker))
+        outcome.peak = max(outcome.peak, peak_bytes(process.pid))
+        for worker in children_of(process.pid):
+            outcome.peak_worker = max(outcome.peak_worker, peak_bytes(worker))
         time.sleep(_SAMPLE_S)
     outcome.code = process.returncode
     outcome.seconds = time.monotonic() - began
@@ -173,14 +173,15 @@ def prepare(recipe: Path, data_dir: Path, *, kill_after: float | None = None) ->
     return outcome
 
 
-def _children(pid: int) -> list[int]:
+def children_of(pid: int) -> list[int]:
+    """Return a process's children and theirs, none if it is gone."""
     try:
         return [child.pid for child in psutil.Process(pid).children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
 
 
-def _peak(pid: int) -> int:
+def peak_bytes(pid: int) -> int:
     """Return the most bytes that a process had resident so far, 0 if it is gone."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
