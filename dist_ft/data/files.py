@@ -28,6 +28,7 @@ SUFFIXES = {
 _BATCH_ROWS = 1000
 # One CSV row must fit into one block; types are inferred from the first one.
 _CSV_BLOCK_BYTES = 16 * 2**20
+_ESTIMATED_FROM_BYTES = 2**20
 # The marker that ends an Arrow stream: 0xFFFFFFFF and a length of 0.
 _STREAM_END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 
@@ -40,7 +41,8 @@ def read_rows(path: Path, *, file_format: str, on_bad_row: OnBadRow) -> Iterator
     Args:
         path: the file.
         file_format: one of FORMATS.
-        on_bad_row: called for a JSON line that is no row; other formats raise for the whole file.
+        on_bad_row: called for a JSON line that is no row, and for text that is not UTF-8; what
+            else is wrong with a file of another format is raised for the whole file.
 
     Raises:
         ValueError: the file isn't in its format, naming file and line where known.
@@ -50,7 +52,28 @@ def read_rows(path: Path, *, file_format: str, on_bad_row: OnBadRow) -> Iterator
     if file_format == "json":
         return _json(path, on_bad_row=on_bad_row)
     readers = {"csv": _csv, "parquet": _parquet, "arrow": _arrow}
-    return _named_errors(path, rows=readers[file_format](path), file_format=file_format)
+    rows = _rows_of(readers[file_format](path), path=path, on_bad_row=on_bad_row)
+    return _named_errors(path, rows=rows, file_format=file_format)
+
+
+def estimate_rows(path: Path, *, file_format: str) -> int | None:
+    """Returns about how many rows a file has, None where only reading all of it would tell.
+
+    Args:
+        path: the file.
+        file_format: one of FORMATS.
+    """
+    try:
+        if file_format == "parquet":
+            with pyarrow.parquet.ParquetFile(path) as file:
+                return file.metadata.num_rows
+        if file_format not in ("jsonl", "csv"):
+            return None
+        with path.open("rb") as file:
+            start = file.read(_ESTIMATED_FROM_BYTES)
+    except (pa.ArrowException, OSError):
+        return None  # reading says what is wrong
+    return max(1, round(path.stat().st_size * start.count(b"\n") / max(1, len(start))))
 
 
 def _named_errors(path: Path, *, rows: Iterator[Row], file_format: str) -> Iterator[Row]:
@@ -100,7 +123,7 @@ def _kind(value: Any) -> str:
     return {list: "an array", str: "a string", type(None): "null"}.get(type(value), "a number")
 
 
-def _csv(path: Path) -> Iterator[Row]:
+def _csv(path: Path) -> Iterator[pa.RecordBatch]:
     reader = _open_csv(path, types={})
     names = reader.schema.names
     if len(set(names)) != len(names):
@@ -112,8 +135,7 @@ def _csv(path: Path) -> Iterator[Row]:
     ]
     if others:
         reader = _open_csv(path, types=dict.fromkeys(others, pa.string()))
-    for batch in reader:
-        yield from _batch_rows(batch)
+    yield from reader
 
 
 def _is_plain(dtype: pa.DataType) -> bool:
@@ -132,18 +154,16 @@ def _open_csv(path: Path, *, types: dict[str, pa.DataType]) -> pyarrow.csv.CSVSt
     )
 
 
-def _parquet(path: Path) -> Iterator[Row]:
+def _parquet(path: Path) -> Iterator[pa.RecordBatch]:
     with pyarrow.parquet.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=_BATCH_ROWS):
-            yield from batch.to_pylist()
+        yield from file.iter_batches(batch_size=_BATCH_ROWS)
 
 
-def _arrow(path: Path) -> Iterator[Row]:
+def _arrow(path: Path) -> Iterator[pa.RecordBatch]:
     with pa.memory_map(str(path)) as source:
         if source.read(6) == b"ARROW1":
             reader = pa.ipc.open_file(source)
-            for index in range(reader.num_record_batches):
-                yield from _batch_rows(reader.get_batch(index))
+            yield from map(reader.get_batch, range(reader.num_record_batches))
             return
         size = source.size()
         source.seek(max(0, size - len(_STREAM_END)))
@@ -153,10 +173,31 @@ def _arrow(path: Path) -> Iterator[Row]:
                 f"{path} is an Arrow stream without its end marker, so it was cut: write it again"
             )
         source.seek(0)
-        for batch in pa.ipc.open_stream(source):
-            yield from _batch_rows(batch)
+        yield from pa.ipc.open_stream(source)
 
 
-def _batch_rows(batch: pa.RecordBatch) -> Iterator[Row]:
-    for start in range(0, batch.num_rows, _BATCH_ROWS):
-        yield from batch.slice(start, _BATCH_ROWS).to_pylist()
+def _rows_of(
+    batches: Iterator[pa.RecordBatch], *, path: Path, on_bad_row: OnBadRow
+) -> Iterator[Row]:
+    first = 0
+    for batch in batches:
+        for start in range(0, batch.num_rows, _BATCH_ROWS):
+            piece = batch.slice(start, _BATCH_ROWS)
+            try:
+                yield from piece.to_pylist()
+            except UnicodeDecodeError:
+                # Nothing has looked at the texts before, and one bad one hides all the others.
+                yield from _readable(piece, first=first + start, path=path, on_bad_row=on_bad_row)
+        first += batch.num_rows
+
+
+def _readable(
+    piece: pa.RecordBatch, *, first: int, path: Path, on_bad_row: OnBadRow
+) -> Iterator[Row]:
+    for place in range(piece.num_rows):
+        try:
+            (row,) = piece.slice(place, 1).to_pylist()
+        except UnicodeDecodeError as error:
+            on_bad_row(f"{path}, row {first + place} (counted from 0) is not UTF-8 ({error})")
+        else:
+            yield row

@@ -44,7 +44,7 @@ from dist_ft.data.shards import TARGET_BYTES, ShardedDataset, ShardWriter
 __all__ = ["PrepareSpec", "PreparedSplit", "RowFunctions", "SplitPlan", "prepare_split"]
 
 # Any change of what rows come out needs a new version: older folders are then not used again.
-PREPARE_VERSION = 1
+PREPARE_VERSION = 2
 _PROGRESS_NAME = "progress.json"
 
 _LOG = logging.getLogger(__name__)

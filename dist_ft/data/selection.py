@@ -20,8 +20,10 @@ _LOG = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 BATCH_ROWS = 1000
-# A batch ends early after this much text: a thousand rows of 10 MB would not fit into memory.
-_BATCH_CHARACTERS = 8 * 2**20
+# A batch ends early after this much text, and a longer text than that is a mistake, such as a lost
+# quotation mark: while they encode, tokenizers take about 150 bytes for each character.
+_BATCH_CHARACTERS = 2**20
+_MOST_CHARACTERS = 2 * 2**20
 # What a task's functions raise for a row whose values have unexpected types.
 BAD_ROW_ERRORS = (ValueError, TypeError, KeyError, AttributeError)
 _LOGGED_BAD_ROWS = 5
@@ -112,7 +114,8 @@ class RowFunctions:
 
     Attributes:
         schema: the task's columns, without the base columns.
-        required_columns: columns of the raw rows which must not be null, NaN or blank text.
+        required_columns: columns of the raw rows which must not be null, NaN, blank text or text
+            beyond all measure.
         split_key: rows with one split key never lie in two splits (QA: the passage).
         dedupe_key: of several rows with one dedupe key only the first is kept.
         encode: raw rows -> features. A raw row also has "source_row", its number in the source; a
@@ -315,7 +318,7 @@ def _pieces(rows: Iterable[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
     size = 0
     for number, row in rows:
         piece.append((number, row))
-        size += sum(len(value) for value in row.values() if isinstance(value, str))
+        size += sum(map(_characters, row.values()))
         if len(piece) == BATCH_ROWS or size >= _BATCH_CHARACTERS:
             yield piece
             piece, size = [], 0
@@ -341,11 +344,37 @@ def _problem(row: Row, *, required: Sequence[str]) -> str | None:
             return f"column {column!r} is null"
         if isinstance(value, str) and not value.strip():
             return f"column {column!r} is blank"
+        if (place := _surrogate(value)) is not None:
+            return f"column {column!r} is no valid text (a lone surrogate at character {place})"
+        if (size := _characters(value)) > _MOST_CHARACTERS:
+            return (
+                f"column {column!r} has {size:,} characters, more than {_MOST_CHARACTERS:,}: "
+                "split the text"
+            )
     return None
 
 
+def _surrogate(value: Any) -> int | None:
+    """Returns where a text has half a character, which JSON can hold but UTF-8 can't."""
+    if isinstance(value, list):
+        return next((p for p in map(_surrogate, value) if p is not None), None)
+    if not isinstance(value, str) or value.isascii():
+        return None
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
+
+
+def _characters(value: Any) -> int:
+    if isinstance(value, str):
+        return len(value)
+    return sum(map(_characters, value)) if isinstance(value, list) else 0
+
+
 def _hash(text: str) -> int:
-    # A lone surrogate is no valid text, but it is encode() that says so, with the row.
+    # A column that isn't required may be no valid text.
     return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dist_ft.data.files import FORMATS, SUFFIXES, OnBadRow, Row, read_rows
+from dist_ft.data.files import FORMATS, SUFFIXES, OnBadRow, Row, estimate_rows, read_rows
 from dist_ft.data.packaged import PACKAGED, PackagedSet
 
 _PACKAGE_PREFIX = "package:"
@@ -45,11 +45,13 @@ class RawSource:
         name: what error messages call it.
         read: yields the rows; called with what to do about a row that can't be read.
         identify: returns the fingerprint.
+        estimate: returns about how many rows there are, None if nobody knows.
     """
 
     name: str
     read: Callable[[OnBadRow], Iterator[Row]]
     identify: Callable[[], dict[str, Any]]
+    estimate: Callable[[], int | None] = lambda: None
 
     def rows(self, *, on_bad_row: OnBadRow | None = None) -> Iterator[Row]:
         """Yields the rows in order, a dict from column to value each.
@@ -209,7 +211,11 @@ def _file_source(spec: SourceSpec, *, files: list[Path]) -> RawSource:
             "files": [_file_fingerprint(path, name=path.name) for path in files],
         }
 
-    return RawSource(spec.path, read, identify)
+    def estimate() -> int | None:
+        found = [estimate_rows(path, file_format=file_format) for path in files]
+        return None if None in found else sum(rows or 0 for rows in found)
+
+    return RawSource(spec.path, read, identify, estimate)
 
 
 def _file_fingerprint(path: Path, *, name: str) -> dict[str, Any]:

@@ -53,7 +53,12 @@ PLAN_MARKS = 20
 def prepare(recipe: Recipe) -> None:
     """Turn the recipe's data into shards, saying what becomes of each split."""
     console = Console(main=True)
-    prepare_tasks(recipe, tokenizer=load_tokenizer(model_source(recipe.model)), say=console.say)
+    prepare_tasks(
+        recipe,
+        tokenizer=load_tokenizer(model_source(recipe.model)),
+        say=console.say,
+        reading=console.reading,
+    )
 
 
 def train(recipe: Recipe, *, resume: bool) -> int:

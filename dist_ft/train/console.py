@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from rich.console import Console as RichConsole
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from dist_ft.engine.base import PhaseReport
 from dist_ft.freezing.schedule import Phase
 from dist_ft.train.evaluate import Scores
+from dist_ft.train.reading import ReadingProgress
 
 log = logging.getLogger("dist_ft")
 
@@ -44,6 +46,11 @@ class Console:
         log.info("%s", text)
         if self.main:
             self._rich.print(text, highlight=False, markup=False)
+
+    def reading(self, name: str, expected: Callable[[], int | None]) -> ReadingProgress:
+        """Return what shows how far reading a source has come."""
+        terminal = self._rich if self.main and self._rich.is_terminal else None
+        return ReadingProgress(name, expected=expected, say=self.say, terminal=terminal)
 
     def start(self, total: int, *, done: int) -> None:
         """Show the bar at `done` of `total` steps."""

@@ -25,12 +25,15 @@ from dist_ft.data.shards import ShardedDataset
 from dist_ft.data.sources import SourceSpec
 from dist_ft.tasks import build_task
 from dist_ft.tasks.base import Task
+from dist_ft.train.reading import ReadingProgress
 
 # Task settings that change how rows are scored or named, not what is in them.
 NOT_IN_FEATURES = {"name", "data", "metric", "max_answer_length", "max_new_tokens", "on_error"}
 NOT_IN_FEATURES |= {"augmentation"}
 
 Say = Callable[[str], None]
+# What is read, and about how many rows that is -> what shows how far it has come.
+Reading = Callable[[str, Callable[[], int | None]], ReadingProgress]
 
 
 @dataclass(frozen=True)
@@ -42,43 +45,68 @@ class PreparedTask:
 
 
 def prepare_tasks(
-    recipe: Recipe, *, tokenizer: PreTrainedTokenizerBase, say: Say
+    recipe: Recipe,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Say,
+    reading: Reading | None = None,
 ) -> list[PreparedTask]:
     """Return every task with its splits, preparing what is not prepared yet.
 
     Any number of processes may call this at once: for each split one works and the others wait.
 
+    Args:
+        recipe: What to prepare.
+        tokenizer: Of the model.
+        say: Prints a line.
+        reading: Shows how far reading has come; by default lines are printed now and then.
+
     Raises:
         ValueError: If a source, a column, a label or a row is bad.
     """
+
+    def by_lines(name: str, expected: Callable[[], int | None]) -> ReadingProgress:
+        return ReadingProgress(name, expected=expected, say=say)
+
     return [
-        _prepare_task(config, recipe=recipe, tokenizer=tokenizer, say=say)
+        _prepare_task(
+            config, recipe=recipe, tokenizer=tokenizer, say=say, reading=reading or by_lines
+        )
         for config in recipe.tasks
     ]
 
 
 def _prepare_task(
-    config: TaskConfig, *, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, say: Say
+    config: TaskConfig,
+    *,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Say,
+    reading: Reading,
 ) -> PreparedTask:
     plan = split_plan(config)
     task = build_task(config.model_dump(exclude={"data", "on_error", "augmentation"}))
     task.check_tokenizer(tokenizer)
     spec = _spec(config, task=task, plan=plan, tokenizer=tokenizer)
     if task.needs_scan:
-        state = _scanned(spec, task=task, folder=recipe.data_dir / config.name)
+        with reading(f"{config.name}, labels", plan.source_of("train").estimate) as progress:
+            folder = recipe.data_dir / config.name
+            state = _scanned(spec, task=task, folder=folder, progress=progress)
         task = task.with_state(state)
         spec = _spec(config, task=task, plan=plan, tokenizer=tokenizer)
     datasets: dict[str, ShardedDataset] = {}
     for split in plan.splits:
         # Only training rows are augmented, so only theirs are kept.
         kept = raw_columns(config) if split == "train" else ()
-        prepared = prepare_split(
-            replace(spec, raw_columns=kept),
-            split=split,
-            data_dir=recipe.data_dir,
-            rebuild=True,
-            processes=recipe.data_processes,
-        )
+        with reading(f"{config.name}/{split}", plan.source_of(split).estimate) as progress:
+            prepared = prepare_split(
+                replace(spec, raw_columns=kept),
+                split=split,
+                data_dir=recipe.data_dir,
+                rebuild=True,
+                processes=recipe.data_processes,
+                progress=progress,
+            )
         say(_describe(config.name, split, prepared))
         datasets[split] = ShardedDataset(prepared.folder, verify="cached")
     return PreparedTask(task, datasets)
@@ -145,7 +173,9 @@ def _source(config: SourceConfig) -> SourceSpec:
     return SourceSpec(**config.model_dump())
 
 
-def _scanned(spec: PrepareSpec, *, task: Task, folder: Path) -> dict[str, Any]:
+def _scanned(
+    spec: PrepareSpec, *, task: Task, folder: Path, progress: ReadingProgress
+) -> dict[str, Any]:
     """Return what `task` must know of its training rows, remembered from the last time."""
     key = fingerprint(
         {
@@ -159,7 +189,7 @@ def _scanned(spec: PrepareSpec, *, task: Task, folder: Path) -> dict[str, Any]:
         known = json.loads(path.read_text())
         if known["key"] == key:
             return known["state"]
-    state = task.scan(spec.raw_rows("train"))
+    state = task.scan(progress.each(spec.raw_rows("train")))
     folder.mkdir(parents=True, exist_ok=True)
     # Every rank may be here at once, of several hosts, and forked ones share even the addresses
     # of their objects.

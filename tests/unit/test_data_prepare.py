@@ -201,6 +201,10 @@ BAD_ROWS = [
     ({"text": " \n", "label": 1}, "row 1 .*column 'text' is blank"),
     ({"text": "x", "label": 7}, "row 1 .*label 7 is unknown"),
     ({"text": 5, "label": 1}, "row 1 .*keys must be text"),
+    ({"text": "ü\ud800", "label": 1}, "row 1 .*'text' is no valid text .* at character 1"),
+    ({"text": ["a", "\udfff"], "label": 1}, "row 1 .*'text' is no valid text"),
+    ({"text": "x" * 10**7, "label": 1}, "row 1 .*'text' has 10,000,000 characters, more than 2,0"),
+    ({"text": ["x" * 99] * 10**5, "label": 1}, "row 1 .*'text' has 9,900,000 characters"),
 ]
 
 

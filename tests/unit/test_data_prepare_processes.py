@@ -315,7 +315,7 @@ def test_a_damaged_cache_is_ignored(tmp_path: Path, content: str) -> None:
 
 
 def test_long_rows_make_small_batches(tmp_path: Path) -> None:
-    rows = [{"text": f"{n} " + "x" * 3_000_000, "label": 1} for n in range(8)]
+    rows = [{"text": f"{n} " + "x" * 400_000, "label": 1} for n in range(8)]
     spec = make_spec(tmp_path, {"train": write_rows(tmp_path / "a.jsonl", rows)})
     seen: list[int] = []
     prepared = prepare(spec, tmp_path / "d", progress=seen.append)

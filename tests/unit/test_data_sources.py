@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
@@ -101,6 +102,28 @@ def test_bad_json_lines_are_named_or_skipped(tmp_path: Path, content: bytes, mes
     source = open_source(SourceSpec("a.jsonl"), base_dir=tmp_path)
     assert list(source.rows(on_bad_row=skipped.append))[-1] == {"a": 3}
     assert len(skipped) == 1
+
+
+def test_text_that_is_not_utf8_is_named_or_skipped(tmp_path: Path) -> None:
+    offsets = np.arange(2502, dtype=np.int32)
+    letters = np.full(2501, ord("a"), dtype=np.uint8)
+    letters[[3, 2200]] = 0xFF
+    column = pa.StringArray.from_buffers(2501, pa.py_buffer(offsets), pa.py_buffer(letters))
+    table = pa.table({"a": column})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=700)
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    for name in ("a.parquet", "a.arrow"):
+        with pytest.raises(ValueError, match=rf"{name}, row 3 \(counted from 0\) is not UTF-8"):
+            read(name, base_dir=tmp_path)
+        skipped: list[str] = []
+        source = open_source(SourceSpec(name), base_dir=tmp_path)
+        assert len(list(source.rows(on_bad_row=skipped.append))) == 2499
+        assert [", row 3 " in skipped[0], ", row 2200 " in skipped[1]] == [True, True]
+        assert len(skipped) == 2
+    (tmp_path / "a.csv").write_bytes(b"a,b\nx,1\nb\xff,2\n")
+    with pytest.raises(ValueError, match=r"a.csv .*Row #3: .*invalid UTF8"):
+        read("a.csv", base_dir=tmp_path)
 
 
 def test_long_lines_are_read(tmp_path: Path) -> None:
