@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterator
+from io import FileIO
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger("dist_ft")
 
 
 class Recorder:
@@ -15,18 +19,27 @@ class Recorder:
     def __init__(self, path: Path | None) -> None:
         """Open `path` for appending; None (every rank but 0) records nothing."""
         self._began = time.monotonic()
-        self._file = None
+        self._cut = False
+        self._file: FileIO | None = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             _mend(path)
-            self._file = path.open("a", encoding="utf-8", buffering=1)
+            # Unbuffered: what could not be written must not be tried again with the next event.
+            self._file = path.open("ab", buffering=0)
 
     def event(self, kind: str, *, step: int, **fields: Any) -> None:
         """Write an event with the seconds since this process began to record."""
         if self._file is None:
             return
         body = {"event": kind, "step": step, "time_s": round(time.monotonic() - self._began, 3)}
-        self._file.write(json.dumps({**body, **fields}) + "\n")
+        # What a full disk cut off stands on a line of its own, and nobody reads it.
+        line = (("\n" if self._cut else "") + json.dumps({**body, **fields}) + "\n").encode()
+        try:
+            self._cut = self._file.write(line) != len(line)
+        except OSError:
+            self._cut = True
+        if self._cut:
+            log.error("step %d: the %s event is lost: the disk is full", step, kind)
 
     def close(self) -> None:
         """Close the file."""
