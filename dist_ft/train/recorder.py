@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
+
+log = logging.getLogger("dist_ft")
 
 
 class Tracker(Protocol):
@@ -32,12 +36,14 @@ class Recorder:
             trackers: Get every event too, as it is written.
         """
         self._began = time.monotonic()
-        self._file = None
         self._trackers = trackers
+        self._cut = False
+        self._file: FileIO | None = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             _mend(path)
-            self._file = path.open("a", encoding="utf-8", buffering=1)
+            # Unbuffered: what could not be written must not be tried again with the next event.
+            self._file = path.open("ab", buffering=0)
 
     def event(self, kind: str, *, step: int, **fields: Any) -> None:
         """Write an event with the seconds since this process began to record."""
@@ -45,7 +51,14 @@ class Recorder:
             return
         body = {"event": kind, "step": step, "time_s": round(time.monotonic() - self._began, 3)}
         body |= fields
-        self._file.write(json.dumps(body) + "\n")
+        # What a full disk cut off stands on a line of its own, and nobody reads it.
+        line = (("\n" if self._cut else "") + json.dumps(body) + "\n").encode()
+        try:
+            self._cut = self._file.write(line) != len(line)
+        except OSError:
+            self._cut = True
+        if self._cut:
+            log.error("step %d: the %s event is lost: the disk is full", step, kind)
         for tracker in self._trackers:
             tracker.event(body)
 

@@ -120,8 +120,8 @@ GOLDEN: dict[str, tuple[list[str], list[str]]] = {
     "layout": (
         ["train.layout=by_lenght"],
         [
-            "train.layout: must be one of in_order, by_length, packed, got 'by_lenght': did you mean "
-            "by_length?"
+            "train.layout: must be one of in_order, by_length, packed, got 'by_lenght': did you "
+            "mean by_length?"
         ],
     ),
     "transform": (
