@@ -237,7 +237,7 @@ def list_recipes() -> None:
 
     for name, path in packaged_recipes().items():
         first = path.read_text(encoding="utf-8").partition("\n")[0]
-        typer.echo(f"{name:<20} {first.removeprefix('# What:').strip()}")
+        typer.echo(f"{name:<27} {first.removeprefix('# What:').strip()}")
 
 
 @recipes_app.command("show")
