@@ -50,7 +50,7 @@ def _top(
 ) -> None:
     del debug  # main() takes it out of the arguments, so that it may stand anywhere
     if version:
-        from dist_ft import __version__
+        from dist_ft.version import __version__
 
         typer.echo(f"dist-ft {__version__}")
         raise typer.Exit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from dist_ft.data.prepare import (
 )
 from dist_ft.data.shards import ShardedDataset
 from dist_ft.data.sources import SourceSpec
-from dist_ft.tasks import build_task
 from dist_ft.tasks.base import Task
+from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
 
 # Task settings that change how rows are scored or named, not what is in them.
 NOT_IN_FEATURES = {"name", "data", "metric", "max_answer_length", "max_new_tokens", "on_error"}
@@ -42,7 +42,11 @@ class PreparedTask:
 
 
 def prepare_tasks(
-    recipe: Recipe, *, tokenizer: PreTrainedTokenizerBase, say: Say
+    recipe: Recipe,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Say,
+    extensions: Extensions = NO_EXTENSIONS,
 ) -> list[PreparedTask]:
     """Return every task with its splits, preparing what is not prepared yet.
 
@@ -51,23 +55,30 @@ def prepare_tasks(
     Raises:
         ValueError: If a source, a column, a label or a row is bad.
     """
+    extensions.check([task.name for task in recipe.tasks])
     return [
-        _prepare_task(config, recipe=recipe, tokenizer=tokenizer, say=say)
+        _prepare_task(config, recipe=recipe, tokenizer=tokenizer, say=say, extensions=extensions)
         for config in recipe.tasks
     ]
 
 
 def _prepare_task(
-    config: TaskConfig, *, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, say: Say
+    config: TaskConfig,
+    *,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Say,
+    extensions: Extensions,
 ) -> PreparedTask:
     plan = split_plan(config)
-    task = build_task(config.model_dump(exclude={"data", "on_error", "augmentation"}))
+    task = extensions.make_task(config.model_dump(exclude={"data", "on_error", "augmentation"}))
     task.check_tokenizer(tokenizer)
-    spec = _spec(config, task=task, plan=plan, tokenizer=tokenizer)
+    own = extensions.implementation(config.name)
+    spec = _spec(config, task=task, plan=plan, tokenizer=tokenizer, own=own)
     if task.needs_scan:
         state = _scanned(spec, task=task, folder=recipe.data_dir / config.name)
         task = task.with_state(state)
-        spec = _spec(config, task=task, plan=plan, tokenizer=tokenizer)
+        spec = _spec(config, task=task, plan=plan, tokenizer=tokenizer, own=own)
     datasets: dict[str, ShardedDataset] = {}
     for split in plan.splits:
         # Only training rows are augmented, so only theirs are kept.
@@ -91,7 +102,12 @@ def _describe(task: str, split: str, prepared: PreparedSplit) -> str:
 
 
 def _spec(
-    config: TaskConfig, *, task: Task, plan: SplitPlan, tokenizer: PreTrainedTokenizerBase
+    config: TaskConfig,
+    *,
+    task: Task,
+    plan: SplitPlan,
+    tokenizer: PreTrainedTokenizerBase,
+    own: Mapping[str, str],
 ) -> PrepareSpec:
     def encode(rows: list[dict[str, Any]]) -> Sequence[dict[str, Any]]:
         return task.encode(rows, tokenizer=tokenizer)
@@ -110,6 +126,7 @@ def _spec(
         arguments={
             **config.model_dump(mode="json", exclude=NOT_IN_FEATURES),
             "labels": None if task.needs_scan else task.config_updates().get("label2id"),
+            **own,
         },
         on_error=config.on_error,
     )
