@@ -52,7 +52,7 @@ def _top(
 ) -> None:
     del debug  # main() takes it out of the arguments, so that it may stand anywhere
     if version:
-        from dist_ft import __version__
+        from dist_ft.version import __version__
 
         typer.echo(f"dist-ft {__version__}")
         raise typer.Exit
@@ -169,6 +169,34 @@ def plan(
     report_plan(plan_recipe(loaded, request), output=output)
 
 
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The other trainer's file.")],
+    *,
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--from", help="hf-trainer-args, axolotl, llama-factory or finetuning-scheduler."
+        ),
+    ],
+    ranks: Annotated[int, typer.Option("--ranks", help="On how many ranks it ran.")] = 1,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="A new file; printed by default.")
+    ] = None,
+) -> None:
+    """Write a recipe from another trainer's configuration, and list what it leaves open."""
+    from dist_ft.importing.run import import_recipe
+
+    if output is not None and output.exists():
+        raise ValueError(f"--output: {output} exists already: choose another name or remove it")
+    found = import_recipe(file, kind=kind, ranks=ranks)
+    if output is None:
+        typer.echo(found.text, nl=False)
+        return
+    output.write_text(found.text, encoding="utf-8")
+    typer.echo("\n".join([*found.notes, f"recipe {output}"]))
+
+
 @app.command("freeze-plan")
 def freeze_plan(
     recipe: RecipeArgument,
@@ -244,7 +272,7 @@ def list_recipes() -> None:
 
     for name, path in packaged_recipes().items():
         first = path.read_text(encoding="utf-8").partition("\n")[0]
-        typer.echo(f"{name:<20} {first.removeprefix('# What:').strip()}")
+        typer.echo(f"{name:<27} {first.removeprefix('# What:').strip()}")
 
 
 @recipes_app.command("show")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from dist_ft.planning.hardware import Hardware
-from dist_ft.planning.memory import Setting, optimizer_bytes, parameter_bytes
+from dist_ft.planning.memory import Setting, optimizer_bytes
 from dist_ft.planning.shape import ModelShape, TaskWork
 
 # Shares of the data sheets' peaks that well-tuned training reaches; stated beside every plan.
@@ -14,6 +14,8 @@ COMPUTE_EFFICIENCY = 0.45
 LINK_EFFICIENCY = 0.75
 # Seconds until a collective's first byte arrives, for each doubling of the ranks.
 LATENCY_S = 10e-6
+# What the host's cores of one rank read and write while they update offloaded state.
+HOST_UPDATE_BYTES_PER_S = 10e9
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,7 @@ def _optimizer_s(
     state = optimizer_bytes(shape, trainable=trainable, held=trainable, setting=setting)
     hardware = cluster.hardware
     if setting.offload_optimizer:
-        # Gradients go down and weights come back; the host's cores stream the state at its speed.
-        moved = 2 * parameter_bytes(shape, setting=setting)
-        return moved / hardware.host_bytes_per_s + 2 * state / (2 * hardware.host_bytes_per_s)
+        # Gradients go down and weights come back, a sixth of the state each in half precision.
+        moved = 2 * state * setting.element_bytes / 12
+        return moved / hardware.host_bytes_per_s + 2 * state / HOST_UPDATE_BYTES_PER_S
     return 2 * state / hardware.memory_bytes_per_s

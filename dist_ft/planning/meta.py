@@ -17,7 +17,6 @@ from transformers import PreTrainedConfig
 
 from dist_ft.config import Recipe, TaskConfig
 from dist_ft.engine.base import DTYPES
-from dist_ft.engine.layer_modes import group_modules
 from dist_ft.model.backbone import HeadSpec, MultiTaskModel, build_model
 from dist_ft.model.layer_groups import LayerGroup, find_layer_groups
 from dist_ft.model.probe import AnswersOnMeta
@@ -56,7 +55,7 @@ def read_shape(recipe: Recipe, *, on_gpu: bool) -> ModelShape:
     with torch.device("meta"):
         model = build_model(config, heads=heads, dtype=dtype, seed=recipe.seed)
     groups = find_layer_groups(model, overrides=recipe.freezing.layer_groups or None)
-    modules = {g.name: group_modules(model, g.parameters) for g in groups}
+    modules = _modules_by_group(model, groups)
     tracer = _Tracer(model, groups, modules, on_gpu=on_gpu)
     return ModelShape(
         source=source,
@@ -118,6 +117,30 @@ def _group_shapes(model: MultiTaskModel, groups: Sequence[LayerGroup]) -> tuple[
         )
         for g in groups
     )
+
+
+def _modules_by_group(
+    model: MultiTaskModel, groups: Sequence[LayerGroup]
+) -> dict[str, list[nn.Module]]:
+    """Return the largest modules whose parameters are all of one layer group, in one walk.
+
+    A tied output matrix has its parameter in the embeddings, but runs at the top: it counts to the
+    topmost group of the backbone.
+    """
+    owner = {name: g.name for g in groups for name in g.parameters}
+    top = [g.name for g in groups if g.kind not in ("head", "unused")][-1]
+    found: dict[str, list[nn.Module]] = {g.name: [] for g in groups}
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        owners = {owner.get(name, top) for name, _ in module.named_parameters(prefix=prefix)}
+        if len(owners) == 1:
+            found[owners.pop()].append(module)
+        elif owners:
+            for name, child in module.named_children():
+                visit(child, f"{prefix}.{name}" if prefix else name)
+
+    visit(model, "")
+    return found
 
 
 def _checkpointable(

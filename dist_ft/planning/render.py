@@ -8,7 +8,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dist_ft.planning.cost import COMPUTE_EFFICIENCY, LATENCY_S, LINK_EFFICIENCY, Cluster
+from dist_ft.planning.cost import (
+    COMPUTE_EFFICIENCY,
+    HOST_UPDATE_BYTES_PER_S,
+    LATENCY_S,
+    LINK_EFFICIENCY,
+    Cluster,
+)
 from dist_ft.planning.memory import FRAGMENTATION, FRAMEWORK_BYTES
 from dist_ft.planning.phases import Schedule
 from dist_ft.planning.settings import PhasePlan, Plan, changes
@@ -132,7 +138,8 @@ def assumptions(shape: ModelShape, schedule: Schedule, cluster: Cluster) -> list
         f"{cluster.link_bytes_per_s / 1e9:,.3g} GB/s a device "
         f"{'over the network' if cluster.nodes > 1 else 'inside the node'} reached to "
         f"{LINK_EFFICIENCY:.0%}; {LATENCY_S * 1e6:.0f} us of latency a collective and doubling of "
-        "ranks; rings; nothing overlaps",
+        "ranks; rings; nothing overlaps; offloaded state is updated at "
+        f"{HOST_UPDATE_BYTES_PER_S / 1e9:.0f} GB/s a rank",
         "time: steps only; evaluation, checkpoints, phase changes and data loading come on top",
         *schedule.assumptions,
         *shape.notes,

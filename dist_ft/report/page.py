@@ -24,13 +24,13 @@ th{color:var(--soft);font-weight:600}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem;margin:.5rem 0}
 dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
 figure{margin:1.2rem 0;break-inside:avoid}figcaption{font-weight:600}
-figcaption a{font-weight:400;font-size:.85em}figure svg{
-  width:100%;min-width:40rem;height:auto;display:block}
+figcaption a{font-weight:400;font-size:.85em}
+figure svg{width:100%;min-width:40rem;height:auto;display:block}
 .plot{overflow-x:auto}
 pre{overflow-x:auto;font-size:.85em}summary{cursor:pointer}.note{color:var(--soft);font-size:.9em}
 a{color:inherit}
-@media print{:root{--back:#fff;--ink:#000}body{max-width:none}
-  figure svg{min-width:0}figcaption a{display:none}}
+@media print{:root{--back:#fff;--ink:#000}body{max-width:none}figure svg{min-width:0}
+figcaption a{display:none}}
 """
 
 

@@ -25,6 +25,7 @@ from dist_ft.train.console import Console
 from dist_ft.train.data import prepare_tasks
 from dist_ft.train.deciders import deciders
 from dist_ft.train.engines import make_engine
+from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
 from dist_ft.train.loading import make_loader
 from dist_ft.train.loop import Run, fit
 from dist_ft.train.numbers import GuardNumbers
@@ -61,28 +62,29 @@ def prepare(recipe: Recipe) -> None:
     )
 
 
-def train(recipe: Recipe, *, resume: bool) -> int:
+def train(recipe: Recipe, *, resume: bool, extensions: Extensions = NO_EXTENSIONS) -> int:
     """Train on this rank; return the exit code.
 
     Args:
         recipe: A loaded recipe.
         resume: Go on from the newest whole checkpoint, if there is one.
+        extensions: A program's own tasks and freezing policy.
 
     Raises:
         ValueError: If the recipe does not fit the model, the data or the number of ranks.
     """
     stop = StopRequest()
     with stop.listening():
-        return _train(recipe, resume=resume, stop=stop)
+        return _train(recipe, resume=resume, stop=stop, extensions=extensions)
 
 
-def _train(recipe: Recipe, *, resume: bool, stop: StopRequest) -> int:
+def _train(recipe: Recipe, *, resume: bool, stop: StopRequest, extensions: Extensions) -> int:
     heartbeat = Heartbeat.of_this_rank()
     world = dist.world_from_environment()
     check_world(recipe, world)
     console = Console(main=world.is_main, every=recipe.logging.every)
     folder = RunFolder(recipe.output_dir / recipe.name)
-    parts = make_parts(recipe, console.say)
+    parts = make_parts(recipe, console.say, extensions=extensions)
     device = dist.init_process_group(
         world,
         timeout_s=recipe.engine.collective_timeout_s,
