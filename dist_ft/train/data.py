@@ -79,7 +79,7 @@ def prepare_tasks(
             say=say,
             reading=reading or by_lines,
             extensions=extensions,
-        )  # fmt: skip
+        )
         for config in recipe.tasks
     ]
 
