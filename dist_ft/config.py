@@ -17,6 +17,7 @@ from dist_ft.config_base import (
 )
 from dist_ft.config_data import (
     AnnealedMixture,
+    BanditMixtureConfig,
     CasingConfig,
     CharacterNoiseConfig,
     DataConfig,
@@ -56,6 +57,7 @@ from dist_ft.duration import Duration
 __all__ = [
     "AdaptiveFreezing",
     "AnnealedMixture",
+    "BanditMixtureConfig",
     "BottomUpFreezing",
     "CasingConfig",
     "CharacterNoiseConfig",

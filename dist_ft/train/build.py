@@ -29,6 +29,7 @@ from dist_ft.train.data import prepare_tasks
 from dist_ft.train.deciders import deciders
 from dist_ft.train.loading import make_loader
 from dist_ft.train.loop import Progress, Run, fit
+from dist_ft.train.mix import FollowLosses
 from dist_ft.train.parts import Parts, eval_data, make_parts, model_source
 from dist_ft.train.recorder import Recorder
 from dist_ft.train.run_folder import RunFolder, environment
@@ -316,6 +317,10 @@ def restore(run: Run, *, folder: RunFolder, recorder: Recorder, console: Console
     run.policy.load_state_dict(reader.trainer["policy"])
     run.engine.set_trainable(reader.trainer["trainable"])
     run.engine.load_state(reader)
+    for callback in run.callbacks:
+        if isinstance(callback, FollowLosses):
+            # What it has decided is part of the order that is compared.
+            callback.mixture.load_state(reader.trainer["data"]["mixture"])
     run.loader.check_state(reader.trainer["data"])
     for callback in run.callbacks:
         if isinstance(callback, Checkpoint):
