@@ -17,6 +17,7 @@ from dist_ft.config_base import (
 )
 from dist_ft.config_data import (
     AnnealedMixture,
+    BanditMixtureConfig,
     CasingConfig,
     CharacterNoiseConfig,
     DataConfig,
@@ -57,6 +58,7 @@ __all__ = [
     "AdaptiveFreezing",
     "AnnealedMixture",
     "BadNumbersConfig",
+    "BanditMixtureConfig",
     "BottomUpFreezing",
     "CasingConfig",
     "CharacterNoiseConfig",

@@ -171,6 +171,15 @@ class UnimaxMixture(Section):
     max_epochs: Annotated[float, Field(gt=0)]
 
 
+class BanditMixtureConfig(Section):
+    """Shares that follow the losses, decided anew for each block of steps."""
+
+    policy: Literal["bandit"]
+    every: Annotated[int, Field(ge=8)] = 64
+    rate: Annotated[float, Field(ge=0)] = 2.0
+    smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.5
+
+
 def _parse_mixture(value: Any) -> Any:
     if isinstance(value, dict) and "policy" not in value:
         return {"policy": "round_robin", **value}
@@ -183,7 +192,8 @@ MixtureConfig = Annotated[
     | TemperatureMixture
     | AnnealedMixture
     | FixedMixture
-    | UnimaxMixture,
+    | UnimaxMixture
+    | BanditMixtureConfig,
     Field(discriminator="policy"),
     BeforeValidator(_parse_mixture),
 ]

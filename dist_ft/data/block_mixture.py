@@ -17,7 +17,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -82,14 +82,17 @@ class BlockMixture:
         self._shares_sha256 = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         # The blocks with changing shares, then one cycle of those that stay.
         self._ramp = _count_table(parts[:-1], tasks=len(parts[0]), block_steps=block_steps)
-        self._cycle = _count_table(
-            [parts[-1]] * _CYCLE_BLOCKS, tasks=len(parts[0]), block_steps=block_steps
-        )
+        self._last = parts[-1]
+
+    @cached_property
+    def _cycle(self) -> _Int64Array:
+        # Only when it is needed, as it costs far more than the few blocks before.
+        return _count_table([self._last] * _CYCLE_BLOCKS, tasks=self.tasks, block_steps=self._steps)
 
     @property
     def tasks(self) -> int:
         """How many tasks are mixed."""
-        return self._cycle.shape[1]
+        return len(self._last)
 
     def task_of(self, step: int) -> int:
         """Returns the index of the step's task."""
@@ -132,7 +135,7 @@ class BlockMixture:
     def _before_block(self, block: int) -> _Int64Array:
         """Returns the steps of each task before a block, int64 [tasks]."""
         changing = len(self._ramp) - 1
-        if block < changing:
+        if block <= changing:
             return self._ramp[block]
         cycles, rest = divmod(block - changing, _CYCLE_BLOCKS)
         return self._ramp[-1] + cycles * self._cycle[-1] + self._cycle[rest]

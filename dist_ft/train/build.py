@@ -12,6 +12,7 @@ import torch
 
 from dist_ft import dist
 from dist_ft.config import Recipe
+from dist_ft.data.bandit import BanditMixture
 from dist_ft.duration import Duration
 from dist_ft.engine.loss_module import LossModule
 from dist_ft.heartbeat import Heartbeat
@@ -336,6 +337,8 @@ def _about(parts: Parts, world: dist.World) -> dict[str, Any]:
     """Return what the ``start`` event says: ranks, layer groups, and the mixture's own plan."""
     numel = {name: p.numel() for name, p in parts.model.named_parameters()}
     marks = sorted({parts.total_steps * i // PLAN_MARKS for i in range(1, PLAN_MARKS + 1)} - {0})
+    if isinstance(parts.mixture, BanditMixture):  # it decides as it goes
+        marks = []
     drawn = [parts.mixture.steps_before(step) for step in marks]
     return {
         "world_size": world.world_size,

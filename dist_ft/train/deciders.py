@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from dist_ft.config import AdaptiveFreezing, PlateauFreezing, Recipe
+from dist_ft.data.bandit import BanditMixture
 from dist_ft.data.loader import eval_batches
 from dist_ft.freezing.adaptive import PlateauPolicy, SettledPolicy
 from dist_ft.model.trunk import group_modules
@@ -19,13 +20,27 @@ from dist_ft.train.adapt import (
     mean_score,
 )
 from dist_ft.train.callbacks import Evaluate, Watcher
+from dist_ft.train.mix import FollowLosses
 from dist_ft.train.parts import Parts, eval_data
 
 WATCHED_ROWS = 32
 
 
 def deciders(recipe: Recipe, parts: Parts, evaluate: Evaluate) -> list[Watcher]:
-    """Return the callbacks that let the recipe's policy decide; none for a pure schedule.
+    """Return the callbacks that let mixture and freeze policy decide; none for pure schedules.
+
+    Raises:
+        ValueError: If the freeze policy can't decide.
+    """
+    found = _freeze_deciders(recipe, parts, evaluate)
+    if isinstance(parts.mixture, BanditMixture):
+        names = [t.task.name for t in parts.tasks]
+        found.append(FollowLosses(parts.mixture, tasks=names, recorder=evaluate.recorder))
+    return found
+
+
+def _freeze_deciders(recipe: Recipe, parts: Parts, evaluate: Evaluate) -> list[Watcher]:
+    """Return the callbacks that let the freeze policy decide; none for a pure schedule.
 
     Raises:
         ValueError: If a plateau policy has no evaluation, or names a task or metric that is not

@@ -9,7 +9,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dist_ft.config import AnnealedMixture, FixedMixture, Recipe, RoundRobinMixture, UnimaxMixture
+from dist_ft.config import (
+    AnnealedMixture,
+    BanditMixtureConfig,
+    FixedMixture,
+    Recipe,
+    RoundRobinMixture,
+    UnimaxMixture,
+)
+from dist_ft.data.bandit import BanditMixture
 from dist_ft.data.loader import BatchPlan, LengthPlan, StepLoader
 from dist_ft.data.mixtures import make_mixture
 from dist_ft.data.sampling import Mixture
@@ -70,6 +78,11 @@ def plan_steps(recipe: Recipe, tasks: Sequence[PreparedTask]) -> StepPlan:
 def _mixture(recipe: Recipe, tasks: Sequence[PreparedTask], *, total_steps: int) -> Mixture:
     config = recipe.mixture
     options: dict[str, Any] = config.model_dump(exclude={"policy"})
+    if isinstance(config, BanditMixtureConfig):
+        return BanditMixture(
+            len(tasks), seed=recipe.seed, block_steps=config.every,
+            rate=config.rate, smoothing=config.smoothing,
+        )  # fmt: skip
     # A run of no steps has a mixture, too.
     steps = max(1, total_steps)
     if isinstance(config, AnnealedMixture):
@@ -83,8 +96,9 @@ def _mixture(recipe: Recipe, tasks: Sequence[PreparedTask], *, total_steps: int)
 
 
 def _shares(recipe: Recipe, mixture: Mixture, *, total_steps: int) -> list[float] | None:
-    """Return each task's share of the run's steps; None where they take turns."""
-    if isinstance(recipe.mixture, RoundRobinMixture) or total_steps < 1:
+    """Return each task's share of the run's steps; None where they take turns, or nobody knows."""
+    unknown = isinstance(recipe.mixture, RoundRobinMixture | BanditMixtureConfig)
+    if unknown or total_steps < 1:
         return None
     return [count / total_steps for count in mixture.steps_before(total_steps)]
 

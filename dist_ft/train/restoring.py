@@ -7,6 +7,7 @@ from dist_ft.train.callbacks import Checkpoint
 from dist_ft.train.checkpoint import CheckpointReader, find_checkpoint, set_aside
 from dist_ft.train.console import Console
 from dist_ft.train.loop import Progress, Run
+from dist_ft.train.mix import FollowLosses
 from dist_ft.train.recorder import Recorder
 from dist_ft.train.run_folder import RunFolder
 
@@ -28,6 +29,10 @@ def restore(run: Run, *, folder: RunFolder, recorder: Recorder, console: Console
         return
     reader = CheckpointReader(path)
     _load(run, reader)
+    for callback in run.callbacks:
+        if isinstance(callback, FollowLosses):
+            # What it has decided is part of the order that is compared.
+            callback.mixture.load_state(reader.trainer["data"]["mixture"])
     run.loader.check_state(reader.trainer["data"])
     for callback in run.callbacks:
         if isinstance(callback, Checkpoint):

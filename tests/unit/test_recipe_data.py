@@ -29,6 +29,7 @@ def errors_of(recipe: Path, *overrides: str) -> list[str]:
         {"policy": "annealed", "start": 1.0, "end": 0.5, "cap": 5},
         {"policy": "fixed", "weights": {"topics": 1.0, "spans": 2.0}},
         {"policy": "unimax", "max_epochs": 2.0},
+        {"policy": "bandit", "every": 16, "rate": 1.0, "smoothing": 0.0},
     ],
 )
 def test_mixtures_are_read_and_kept(folder: Path, mixture: dict[str, object]) -> None:
@@ -95,7 +96,7 @@ GOLDEN: dict[str, tuple[list[str], list[str]]] = {
         ["mixture.policy=temprature"],
         [
             "mixture.policy: must be one of round_robin, examples_proportional, temperature, "
-            "annealed, fixed, unimax, got 'temprature': did you mean temperature?"
+            "annealed, fixed, unimax, bandit, got 'temprature': did you mean temperature?"
         ],
     ),
     "key of another policy": (
