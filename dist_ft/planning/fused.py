@@ -36,12 +36,14 @@ class FusedKernels(TorchFunctionMode):
             return _dropout(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _attention(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    def _attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *_: Any, **__: Any
+    ) -> Tensor:
         batch, heads, length, width = query.shape
         flops = 2 * batch * heads * length * key.shape[2] * (width + value.shape[3])
         name = self._group()
         self._flops[name] = self._flops.get(name, 0) + flops
-        return _Attention.apply(query, key, value)
+        return _Attention.apply(query, key, value, attn_mask)
 
 
 def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
@@ -53,10 +55,12 @@ def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = F
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
         out = query.new_empty((*query.shape[:3], value.shape[3]))
         log_sum = query.new_empty(query.shape[:3], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, out, log_sum)
+        # A mask or a bias is kept too; layers that share one keep it once.
+        kept = (query, key, value, out, log_sum, *([] if mask is None else [mask]))
+        ctx.save_for_backward(*kept)
         return out
 
 

@@ -46,7 +46,7 @@ class Setting:
     checkpointing: Literal["none", "reentrant", "non_reentrant"] = "none"
     offload_optimizer: bool = False
     switch: Literal["rebuild", "in_place"] = "rebuild"
-    deepspeed: Mapping[str, int] = field(default_factory=dict)
+    deepspeed: Mapping[str, int] = field(default_factory=dict[str, int])
 
     @property
     def element_bytes(self) -> int:

@@ -1,6 +1,8 @@
 """A plan's bytes against those of real runs on two ranks."""
 
+import importlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 import torch
 import yaml
 from torch import nn
+from torch.multiprocessing.spawn import start_processes
 from transformers import BertConfig, BertModel
 
 from dist_ft import dist
@@ -146,13 +149,17 @@ def _compare(path: Path) -> None:
         (path.parent / "errors.json").write_text(json.dumps(found))
 
 
-def _errors(recipe: Recipe, folder: Path) -> dict[str, float]:
-    world = dist.world_from_environment()
+def _make_run(recipe: Recipe, folder: Path, *, world: dist.World) -> Run:
     parts = make_parts(recipe, lambda _: None)
-    run = build.make_run(
+    return build.make_run(
         recipe, parts, folder=RunFolder(folder / "runs"), world=world,
         device=torch.device("cpu"), console=Console(main=False), recorder=Recorder(None),
     )  # fmt: skip
+
+
+def _errors(recipe: Recipe, folder: Path) -> dict[str, float]:
+    world = dist.world_from_environment()
+    run = _make_run(recipe, folder, world=world)
     reports: list[PhaseReport] = []
     run.callbacks = [_Remember(reports)]
     enter_phase(run, run.policy.phase_at(0))
@@ -185,6 +192,36 @@ def _plan(recipe: Recipe, *, world_size: int) -> dict[str, int]:
         "activations": memory.activations,
         "trainable": shape.numel_of(trainable),
     }
+
+
+WORLD = 512
+
+
+def _in_a_large_world(_index: int, path: Path) -> None:
+    """Compare rank 0 of many ranks that do not exist: torch's fake process group moves nothing."""
+    store = importlib.import_module("torch.testing._internal.distributed.fake_pg").FakeStore()
+    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(WORLD))
+    torch.distributed.init_process_group("fake", store=store, rank=0, world_size=WORLD)
+    for stage in (1, 2, 3):
+        recipe = load_recipe(
+            path,
+            overrides=[
+                f"engine.zero_stage={stage}",
+                "engine.precision=bf16",
+                f"train.global_batch_size={4 * WORLD}",
+                "freezing={policy: static, depth: 2}",
+            ],
+        )
+        run = _make_run(recipe, path.parent, world=dist.World(0, 0, WORLD))
+        report = run.engine.set_trainable(run.policy.phase_at(0).trainable)
+        planned = _plan(recipe, world_size=WORLD)
+        assert report.optimizer_bytes == planned["optimizer"], stage
+        assert report.trainable_params == planned["trainable"]
+        assert _nbytes(_weights(run.engine.module)) == planned["parameters"], stage
+
+
+def test_planned_bytes_of_512_ranks(recipe: Path) -> None:
+    start_processes(_in_a_large_world, args=(recipe,), nprocs=1, start_method="fork")
 
 
 def test_planned_bytes_are_those_of_runs(recipe: Path) -> None:
