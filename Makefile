@@ -1,6 +1,6 @@
 # Every target is one command that CI runs too; `make check test-all` is what a commit needs.
 # The tools come from the active environment; without one, from .venv.
-.PHONY: check fix test test-all gpu
+.PHONY: check fix test test-all gpu docs
 
 export PATH := $(if $(VIRTUAL_ENV),,$(CURDIR)/.venv/bin:)$(PATH)
 
@@ -18,3 +18,6 @@ test-all:         ## the whole suite, as CI runs it
 
 gpu:              ## kernels against their eager references, on a GPU machine
 	bash launch/test.sh -m gpu
+
+docs:             ## the site in build/site, warnings are errors: pip install -e '.[docs]' first
+	mkdocs build --strict --quiet

@@ -23,6 +23,8 @@ if not __package__:  # run as a file: the repository is not on the path
     sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", HF_HUB_OFFLINE="1")
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch._inductor.compile_fx  # pyright: ignore[reportUnusedImport]
 import torch.distributed as dist
@@ -81,14 +83,17 @@ class Batch:
     inputs: dict[str, Tensor]
     targets: dict[str, Tensor]
     index: int
+    rows: npt.NDArray[np.int64]
     loss_weight: float = 1.0
+    distinct: bool = True
 
 
 def batch(rank: int) -> Batch:
     """Return the micro-batch of a rank."""
     generator = torch.Generator().manual_seed(rank)
     ids = torch.randint(30_000, (ROWS, LENGTH), generator=generator)
-    return Batch({"input_ids": ids}, {"y": torch.randint(2, (ROWS,), generator=generator)}, rank)
+    targets = {"y": torch.randint(2, (ROWS,), generator=generator)}
+    return Batch({"input_ids": ids}, targets, rank, np.arange(ROWS))
 
 
 def group_of(name: str) -> str:

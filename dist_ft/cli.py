@@ -13,6 +13,9 @@ import typer
 
 from dist_ft.cli_arguments import OverridesArgument, RecipeArgument
 from dist_ft.cli_data import data_app
+from dist_ft.cli_launch import launch_command
+from dist_ft.cli_slurm import slurm
+from dist_ft.heartbeat import note_error, show_stacks_when_asked
 
 if TYPE_CHECKING:
     from dist_ft.config import Recipe
@@ -20,8 +23,6 @@ if TYPE_CHECKING:
 FAILED = 1
 BAD_INPUT = 2
 PREEMPTED = 75
-# torchrun ends with 1 whatever its ranks end with; launch/torchrun.sh asks for the code here.
-EXIT_FILE = "DIST_FT_EXIT_FILE"
 
 app = typer.Typer(
     name="dist-ft",
@@ -38,6 +39,7 @@ recipes_app = typer.Typer(
 )
 app.add_typer(recipes_app, name="recipes", invoke_without_command=True)
 app.add_typer(data_app, name="data")
+app.command()(slurm)
 
 RunArgument = Annotated[Path, typer.Argument(help="The folder of a run.")]
 
@@ -50,7 +52,7 @@ def _top(
 ) -> None:
     del debug  # main() takes it out of the arguments, so that it may stand anywhere
     if version:
-        from dist_ft import __version__
+        from dist_ft.version import __version__
 
         typer.echo(f"dist-ft {__version__}")
         raise typer.Exit
@@ -117,6 +119,18 @@ def report(
 
 
 @app.command()
+def watch(
+    run: RunArgument,
+    *,
+    once: Annotated[bool, typer.Option("--once", help="Print it as it is now and end.")] = False,
+) -> None:
+    """Show a run in the terminal while it trains; works over ssh, beside any number of ranks."""
+    from dist_ft.watch import watch as show
+
+    show(run, once=once)
+
+
+@app.command()
 def check(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Say everything that is wrong with a recipe, one line each, without loading a model."""
     from dist_ft.recipe import RecipeError
@@ -128,6 +142,59 @@ def check(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
         raise typer.Exit(BAD_INPUT) from None
     tasks = ", ".join(task.name for task in loaded.tasks)
     typer.echo(f"{recipe}: no errors ({loaded.name}: {tasks}; freezing {loaded.freezing.policy})")
+
+
+@app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    nodes: Annotated[int, typer.Option("--nodes", help="Machines.")] = 1,
+    gpus: Annotated[int, typer.Option("--gpus", help="Accelerators of each.")] = 1,
+    gpu: Annotated[
+        str, typer.Option("--gpu", help="Which, such as h100-80g, a100-40g, t4-16g, cpu-8g.")
+    ] = "h100-80g",
+    epoch_steps: Annotated[
+        int | None, typer.Option("--epoch-steps", help="Optimizer steps of an epoch.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--json", help="Also write the plan to this file.")
+    ] = None,
+) -> None:
+    """Say what a run will need, phase by phase, and whether it fits; loads no weights or data."""
+    loaded = _load(recipe, overrides, needs_files=False)
+    from dist_ft.planning.run import PlanRequest, plan_recipe, report_plan
+
+    request = PlanRequest(nodes, gpus, gpu, epoch_steps)
+    report_plan(plan_recipe(loaded, request), output=output)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The other trainer's file.")],
+    *,
+    kind: Annotated[
+        str,
+        typer.Option(
+            "--from", help="hf-trainer-args, axolotl, llama-factory or finetuning-scheduler."
+        ),
+    ],
+    ranks: Annotated[int, typer.Option("--ranks", help="On how many ranks it ran.")] = 1,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="A new file; printed by default.")
+    ] = None,
+) -> None:
+    """Write a recipe from another trainer's configuration, and list what it leaves open."""
+    from dist_ft.importing.run import import_recipe
+
+    if output is not None and output.exists():
+        raise ValueError(f"--output: {output} exists already: choose another name or remove it")
+    found = import_recipe(file, kind=kind, ranks=ranks)
+    if output is None:
+        typer.echo(found.text, nl=False)
+        return
+    output.write_text(found.text, encoding="utf-8")
+    typer.echo("\n".join([*found.notes, f"recipe {output}"]))
 
 
 @app.command("freeze-plan")
@@ -178,11 +245,16 @@ def search(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    *,
+    node: Annotated[
+        bool, typer.Option("--node", help="Only what differs from node to node, for Slurm jobs.")
+    ] = False,
+) -> None:
     """Look at versions, devices, backends, disk and memory; exit 1 if something is broken."""
-    from dist_ft.doctor import examine, print_findings
+    from dist_ft.doctor import examine, examine_node, print_findings
 
-    findings = examine()
+    findings = examine_node() if node else examine()
     print_findings(findings)
     raise typer.Exit(FAILED if any(finding.is_broken for finding in findings) else 0)
 
@@ -200,7 +272,7 @@ def list_recipes() -> None:
 
     for name, path in packaged_recipes().items():
         first = path.read_text(encoding="utf-8").partition("\n")[0]
-        typer.echo(f"{name:<20} {first.removeprefix('# What:').strip()}")
+        typer.echo(f"{name:<27} {first.removeprefix('# What:').strip()}")
 
 
 @recipes_app.command("show")
@@ -237,8 +309,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
-    code = _run([word for word in words if word != "--debug"], debug=debug)
-    return _leave_code(code)
+    show_stacks_when_asked()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Started by torchrun itself, which leaves its ranks behind when it is killed.
+        from dist_ft.launcher.processes import die_with
+
+        die_with(os.getppid())
+    return _run([word for word in words if word != "--debug"], debug=debug)
+
+
+# Everything behind its own options belongs to the command that it runs.
+app.command("launch", context_settings={"allow_interspersed_args": False})(launch_command(main))
 
 
 def _run(words: list[str], *, debug: bool) -> int:
@@ -267,25 +348,15 @@ def _report_error(error: Exception, *, debug: bool) -> None:
             typer.echo("\n".join(f"error: {line}" for line in lines), err=True)
         return
     text = " ".join(str(error).split()) or type(error).__name__
+    note_error(text)
     prefix = f"[rank {rank}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     typer.echo(f"{prefix}error: {text}", err=True)
 
 
-def _leave_code(code: int) -> int:
-    """Write the exit code where launch/torchrun.sh looks for it, and return what torchrun needs."""
-    file = os.environ.get(EXIT_FILE)
-    if not file:
-        return code
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        Path(file).write_text(f"{code}\n", encoding="utf-8")
-    # torchrun would call an orderly stop a failure, kill the other ranks and print their traces.
-    return 0 if code == PREEMPTED else code
-
-
-def _load(recipe: str, overrides: list[str] | None) -> Recipe:
+def _load(recipe: str, overrides: list[str] | None, *, needs_files: bool = True) -> Recipe:
     from dist_ft.recipe import load_recipe
 
-    return load_recipe(recipe, overrides=overrides or ())
+    return load_recipe(recipe, overrides=overrides or (), needs_files=needs_files)
 
 
 def _require_run(run: Path) -> None:

@@ -57,6 +57,7 @@ from dist_ft.duration import Duration
 __all__ = [
     "AdaptiveFreezing",
     "AnnealedMixture",
+    "BadNumbersConfig",
     "BanditMixtureConfig",
     "BottomUpFreezing",
     "CasingConfig",
@@ -97,6 +98,7 @@ __all__ = [
     "SourceField",
     "SplitField",
     "StaticFreezing",
+    "SupervisionConfig",
     "TaskBase",
     "TaskConfig",
     "TaskName",
@@ -122,6 +124,7 @@ class ModelConfig(Section):
     pad_token: str | None = None
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     activation_checkpointing: Literal["none", "reentrant", "non_reentrant"] = "none"
+    padding: Literal["auto", "padded", "unpadded"] = "auto"
 
 
 class TaskBase(Section):
@@ -232,6 +235,16 @@ class EngineConfig(Section):
     offload_optimizer: bool = False
     deepspeed: Path | None = None
     collective_timeout_s: Positive = 600
+    join_timeout_s: Positive = 1800
+
+
+class BadNumbersConfig(Section):
+    """What happens when loss or gradient are not finite, or the loss leaps."""
+
+    roll_back_after: Positive = 3
+    max_roll_backs: Annotated[int, Field(ge=0)] = 2
+    spike_factor: Annotated[float, Field(gt=1)] | None = None
+    spike_window: Annotated[int, Field(ge=5)] = 50
 
 
 class TrainConfig(Section):
@@ -241,7 +254,8 @@ class TrainConfig(Section):
     global_batch_size: Positive
     micro_batch_size: Positive
     micro_batch_tokens: Positive | None = None
-    layout: Literal["in_order", "by_length"] = "by_length"
+    layout: Literal["in_order", "by_length", "packed"] = "by_length"
+    on_bad_numbers: BadNumbersConfig = BadNumbersConfig()
 
     @model_validator(mode="before")
     @classmethod
@@ -256,7 +270,7 @@ class TrainConfig(Section):
     def _lays_out(self) -> Self:
         if self.micro_batch_tokens is not None and self.layout == "in_order":
             raise ValueError(
-                "micro_batch_tokens needs layout by_length, got in_order: remove one of them"
+                "micro_batch_tokens needs layout by_length or packed, got in_order: change one"
             )
         return self
 
@@ -284,13 +298,33 @@ class CheckpointConfig(Section):
 
     every: DurationField | None = None
     keep_last: Positive = 2
+    keep_every: DurationField | None = None
+    keep_best: bool = False
+    ephemeral_every: DurationField | None = None
+    in_background: bool = True
+
+
+class SupervisionConfig(Section):
+    """When a rank that shows no sign of life counts as hung; the launcher then starts again."""
+
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    slow_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+
+
+class CacheConfig(Section):
+    """Whether what a frozen prefix returns is kept on disk, where, and how much of it."""
+
+    policy: Literal["auto", "on", "off"] = "auto"
+    dir: Path | None = None
+    budget_gb: Annotated[float, Field(gt=0)] = 50.0
 
 
 class LoggingConfig(Section):
-    """How often a step event is written."""
+    """How often a step event is written, and where else than into ``metrics.jsonl``."""
 
     every: Positive = 10
     groups_every: Positive | None = None
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] | None = None
 
 
 class Recipe(Section):
@@ -305,12 +339,23 @@ class Recipe(Section):
     tasks: Annotated[list[TaskConfig], Field(min_length=1)]
     mixture: MixtureConfig = RoundRobinMixture()
     freezing: FreezingConfig = NoFreezing()
+    cache: CacheConfig = CacheConfig()
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
     train: TrainConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    supervision: SupervisionConfig = SupervisionConfig()
+
+    @model_validator(mode="after")
+    def _packed_rows_have_no_padding(self) -> Self:
+        if self.train.layout == "packed" and self.model.padding == "padded":
+            raise ValueError(
+                "train.layout packed needs blocks that run without padding, got model.padding "
+                "padded: remove one of them"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:

@@ -14,7 +14,7 @@ class FreezingBase(Section):
 
     switch: Literal["auto", "rebuild", "in_place"] = "auto"
     returning: Literal["keep", "reset"] = "keep"
-    prefix_dropout: bool = True
+    prefix_dropout: bool | None = None
     layer_groups: dict[str, str] = Field(default_factory=dict)
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 
 @dataclass(frozen=True)
@@ -34,27 +37,79 @@ def world_from_environment() -> World:
     )
 
 
-def init_process_group(world: World, *, timeout_s: int) -> torch.device:
+def init_process_group(world: World, *, timeout_s: int, join_timeout_s: int) -> torch.device:
     """Join the default process group and return this rank's device.
 
     Args:
         world: This process's place.
         timeout_s: Seconds after which a collective that a rank never joins is an error.
+        join_timeout_s: Seconds until all ranks must be there.
+
+    Raises:
+        RuntimeError: If some never come, naming them.
     """
     use_cuda = torch.cuda.is_available()
     if use_cuda:
         torch.cuda.set_device(world.local_rank)
     if not dist.is_initialized():
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "0" if world.world_size == 1 else "29500")
-        os.environ.setdefault("RANK", str(world.rank))
-        os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
-        os.environ.setdefault("WORLD_SIZE", str(world.world_size))
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if use_cuda else "gloo",
-            timeout=datetime.timedelta(seconds=timeout_s),
-        )
+        backend = "cpu:gloo,cuda:nccl" if use_cuda else "gloo"
+        timeout = datetime.timedelta(seconds=timeout_s)
+        if world.world_size == 1 or "TORCHELASTIC_RUN_ID" in os.environ:
+            os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+            os.environ.setdefault("MASTER_PORT", "0" if world.world_size == 1 else "29500")
+            os.environ.setdefault("RANK", str(world.rank))
+            os.environ.setdefault("LOCAL_RANK", str(world.local_rank))
+            os.environ.setdefault("WORLD_SIZE", str(world.world_size))
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            store = _meet(world, join_timeout_s=join_timeout_s)
+            dist.init_process_group(
+                backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timeout
+            )
     return torch.device("cuda", world.local_rank) if use_cuda else torch.device("cpu")
+
+
+def _meet(world: World, *, join_timeout_s: int) -> TCPStore:
+    """Return the store of all ranks once every rank is there.
+
+    torch says only how many are missing; who looks for a lost node wants to know which.
+    """
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    port = int(os.environ.get("MASTER_PORT", "29500"))
+    deadline = time.monotonic() + join_timeout_s
+    try:
+        store = TCPStore(
+            address,
+            port,
+            world.world_size,
+            is_master=world.is_main,
+            timeout=datetime.timedelta(seconds=join_timeout_s),
+            wait_for_workers=False,
+        )
+    except RuntimeError as error:
+        action = "open" if world.is_main else "reach rank 0 at"
+        raise RuntimeError(
+            f"rank {world.rank} on {socket.gethostname()} cannot {action} {address}:{port} "
+            f"({str(error).splitlines()[0]}): is the port free and rank 0 running?"
+        ) from error
+    store.set(_joined(world.rank), socket.gethostname())
+    missing: list[int] = []
+    for rank in range(world.world_size):
+        left = max(0.1, deadline - time.monotonic())
+        try:
+            store.wait([_joined(rank)], datetime.timedelta(seconds=left))
+        except RuntimeError:
+            missing.append(rank)
+    if missing:
+        raise RuntimeError(
+            f"rank {', '.join(map(str, missing))} of {world.world_size} did not come to "
+            f"{address}:{port} within {join_timeout_s} s: look at the logs of that rank and node"
+        )
+    return store
+
+
+def _joined(rank: int) -> str:
+    return f"dist_ft/joined/{rank}"
 
 
 def is_distributed() -> bool:

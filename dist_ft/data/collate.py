@@ -11,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dist_ft.data.packing import packed_layout
 from dist_ft.data.shards import Columns
 
 _ATTENTION_MASK = "attention_mask"
@@ -29,9 +28,6 @@ class CollateSpec:
         targets: columns which go to the task's loss and metrics.
         kept: columns handed on as they are, for decoding: strings as str, lists as numpy arrays.
         pad_side: where the padding goes; "left" for generating with a causal model.
-        packed: rows follow each other without padding, see `collate`.
-        per_row: list columns which don't have one entry a token, such as the flags of several
-            labels; packing leaves them as they are.
     """
 
     ragged: Mapping[str, int | float]
@@ -40,8 +36,6 @@ class CollateSpec:
     targets: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     pad_side: Literal["right", "left"] = "right"
-    packed: bool = False
-    per_row: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         known = {*self.ragged, *self.scalar}
@@ -55,11 +49,6 @@ class CollateSpec:
             )
         if self.pad_side not in ("right", "left"):
             raise ValueError(f"pad_side must be 'right' or 'left', got {self.pad_side!r}")
-        if self.packed and ("input_ids" not in self.ragged or self.pad_side == "left"):
-            raise ValueError(
-                "packing needs the ragged column 'input_ids' and pad_side 'right': add the column, "
-                "or don't pack"
-            )
 
     @cached_property
     def columns(self) -> frozenset[str]:
@@ -83,17 +72,9 @@ def collate(
         scalar column [rows]; integers are int64, floats float32. `attention_mask` is int64, 1 on
         tokens and 0 on padding.
 
-        If the spec is packed, list columns are [1, tokens of all rows] instead (those of
-        `per_row` stay), there is no `attention_mask`, the inputs also have `position_ids` int64
-        [1, tokens], `cu_seqlens` int32 [rows + 1] and `max_seqlen` int64 scalar, and the targets
-        `sample_starts` int64 [rows], the place of each row's first token. A scalar column that is
-        a place in its row still counts from the row's first token.
-
     Raises:
-        ValueError: a column of the spec is not in the shards, or can't be packed.
+        ValueError: a column of the spec is not in the shards.
     """
-    if spec.packed:
-        return _collate_packed(columns, spec)
     tensors: dict[str, torch.Tensor] = {}
     filled = _Filled(spec.pad_side)
     for name in dict.fromkeys((*spec.inputs, *spec.targets)):
@@ -114,36 +95,6 @@ def _rectangle(
         return _pad(_column(columns, name), pad=spec.ragged[name], filled=filled)
     values = np.asarray(_column(columns, name))
     return torch.from_numpy(values.astype(_tensor_dtype(values.dtype)))
-
-
-def _collate_packed(
-    columns: Columns, spec: CollateSpec
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    lengths = [len(row) for row in _column(columns, "input_ids")]
-    layout = packed_layout(lengths)
-    tensors: dict[str, torch.Tensor] = {}
-    for name in dict.fromkeys((*spec.inputs, *spec.targets)):
-        if name in spec.ragged and name not in spec.per_row:
-            tensors[name] = _flat(_column(columns, name), name=name, lengths=lengths)
-        elif name != _ATTENTION_MASK:
-            tensors[name] = _rectangle(columns, name, spec=spec)
-    inputs = {name: tensors[name] for name in spec.inputs if name in tensors}
-    inputs["position_ids"] = torch.from_numpy(layout.position_ids)[None]
-    inputs["cu_seqlens"] = torch.from_numpy(layout.cu_seqlens)
-    inputs["max_seqlen"] = torch.tensor(layout.max_seqlen)
-    targets = {name: tensors[name] for name in spec.targets if name in tensors}
-    targets["sample_starts"] = torch.from_numpy(layout.starts)
-    return inputs, targets
-
-
-def _flat(rows: Sequence[np.ndarray], *, name: str, lengths: Sequence[int]) -> torch.Tensor:
-    """Returns the rows one after the other, [1, tokens]."""
-    if [len(row) for row in rows] != list(lengths):
-        raise ValueError(
-            f"column {name!r} can't be packed, as its rows have other lengths than input_ids: "
-            "list it in per_row if it has no entry for each token, or don't pack this task"
-        )
-    return torch.from_numpy(np.concatenate(rows).astype(_tensor_dtype(rows[0].dtype)))[None]
 
 
 def kept_columns(columns: Columns, spec: CollateSpec) -> dict[str, list[Any]]:

@@ -133,12 +133,6 @@ class StepLoader:
             )
         if missing := [task for task in datasets if task not in specs]:
             raise ValueError(f"there is no collate spec for the tasks {missing}")
-        packed = {task: specs[task].packed for task in datasets}
-        if plan.layout is not None and set(packed.values()) != {plan.layout.packed}:
-            raise ValueError(
-                f"the layout has packed={plan.layout.packed}, but the collate specs have {packed}: "
-                "set them alike"
-            )
         self._datasets = dict(datasets)
         self._specs = dict(specs)
         self._plan = plan
@@ -185,6 +179,9 @@ class StepLoader:
             micro_batches = self._micro_batches(selected, parts=parts, augmented=augmented)
         except ValueError as error:
             raise ValueError(f"task {selected.task!r}, step {step}: {error}") from error
+        if len(np.unique(selected.rows)) < len(selected.rows):
+            for micro_batch in micro_batches:
+                micro_batch.distinct = False
         return StepBatch(
             step=step,
             task=selected.task,

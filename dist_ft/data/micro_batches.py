@@ -79,6 +79,7 @@ class MicroBatch:
             size; dropout seeds come from it.
         tokens: useful tokens, padding not counted; 0 for a filler.
         loss_weight: 1.0, or 0.0 for a filler, which only keeps the ranks in step.
+        distinct: whether no other micro-batch of the step, on any rank, has one of the rows.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -88,6 +89,7 @@ class MicroBatch:
     index: int
     tokens: int
     loss_weight: float
+    distinct: bool = True
 
     def pin(self) -> None:
         """Moves the tensors into page-locked memory."""
@@ -206,6 +208,7 @@ def make_micro_batch(
         index=part.index,
         tokens=tokens,
         loss_weight=0.0 if part.filler else 1.0,
+        distinct=not part.filler,
     )
 
 

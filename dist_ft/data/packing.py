@@ -1,8 +1,7 @@
-"""Sequence packing: samples one after the other without padding, and where each of them lies.
+"""Sequence packing: which rows fill bins of so many tokens.
 
-A packed micro-batch is one flat row of tokens. `cu_seqlens` says where samples begin and end (as
-variable-length attention kernels want it), `position_ids` start again at 0 with each sample. The
-model must not attend across samples; this module only lays the tokens out.
+Rows of a packed micro-batch follow each other without padding and don't attend to each other; see
+`dist_ft.model.trunk` for how they are run. This module only says which rows go together.
 
 This module never imports torch.
 """
@@ -16,54 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 Int64Array = npt.NDArray[np.int64]
-Int32Array = npt.NDArray[np.int32]
 
 # With 16 open bins, rows of 512 tokens are filled to 99.6 % by typical text.
 _OPEN_BINS = 16
-
-
-@dataclass(frozen=True)
-class PackedLayout:
-    """Where the samples of a flat row lie.
-
-    Attributes:
-        cu_seqlens: the first token of each sample, then the number of all tokens, int32
-            [samples + 1].
-        position_ids: place of each token in its sample, int64 [tokens].
-        max_seqlen: tokens of the longest sample.
-    """
-
-    cu_seqlens: Int32Array
-    position_ids: Int64Array
-    max_seqlen: int
-
-    @property
-    def starts(self) -> Int64Array:
-        """The first token of each sample, int64 [samples]."""
-        return self.cu_seqlens[:-1].astype(np.int64)
-
-
-def packed_layout(lengths: npt.ArrayLike) -> PackedLayout:
-    """Returns the layout of samples which follow each other.
-
-    Args:
-        lengths: tokens of each sample, int [samples], at least 1 each.
-
-    Raises:
-        ValueError: there are no samples, one has no tokens, or all together have 2**31 or more.
-    """
-    sizes = np.asarray(lengths, dtype=np.int64)
-    if not sizes.size or int(sizes.min()) < 1:
-        raise ValueError(f"a packed row needs samples of at least 1 token, got {sizes.tolist()}")
-    ends = np.cumsum(sizes)
-    if int(ends[-1]) >= 2**31:
-        raise ValueError(
-            f"a packed row of {int(ends[-1])} tokens is too long for 32-bit cu_seqlens: make the "
-            "micro-batch smaller"
-        )
-    cu_seqlens = np.concatenate([[0], ends]).astype(np.int32)
-    position_ids = np.arange(int(ends[-1])) - np.repeat(ends - sizes, sizes)
-    return PackedLayout(cu_seqlens, position_ids, int(sizes.max()))
 
 
 def first_fit(

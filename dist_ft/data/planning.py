@@ -42,8 +42,8 @@ class LengthPlan:
             micro_batch_size: set both sizes equal to let the budget alone decide.
         multiple_of: the number of micro-batches is rounded up to a multiple of this. With the
             largest world size in use, or a multiple of it, no rank gets fillers.
-        packed: rows of a micro-batch follow each other without padding (`CollateSpec.packed`), so
-            that their cost is the sum of the rows' costs.
+        packed: the blocks run a micro-batch without padding, so that its cost is the sum of the
+            rows' costs, and max_tokens counts no padding.
     """
 
     attention_cost: float = 1 / 4096

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +55,16 @@ class MicroBatchLike(Protocol):
         """1, or 0 for a filler that only keeps the ranks in step."""
         ...
 
+    @property
+    def rows(self) -> npt.NDArray[np.int64]:
+        """The data set's row numbers."""
+        ...
+
+    @property
+    def distinct(self) -> bool:
+        """Whether no other micro-batch of the step has one of the rows."""
+        ...
+
 
 @dataclass(frozen=True)
 class EngineOptions:
@@ -83,11 +96,18 @@ class StepResult:
     Attributes:
         loss: This rank's share of the global mean loss (fp32 scalar on the device): the sum over
             ranks is the mean over the global batch.
-        grad_norm: Global L2 norm of the gradient before clipping; None when the engine has none.
+        grad_norm: Global L2 norm of the gradient before clipping; None when the engine has none,
+            as after a step that was skipped because its fp16 gradients overflowed.
+        prefix_rows: Rows of this rank that start from a cached frozen prefix.
+        prefix_found: Those of them for which the cache had the hidden states.
+        refused: Why the update was left out, the same on every rank; None if it was made.
     """
 
     loss: Tensor
     grad_norm: float | None
+    refused: str | None = None
+    prefix_rows: int = 0
+    prefix_found: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,6 +122,8 @@ class PhaseReport:
         optimizer_bytes: fp32 masters and moments of this rank on the training device.
         parked_bytes: Masters and moments of frozen groups kept on the host for their return.
         gradient_bytes: Bytes that the gradients of one micro-batch have on this rank.
+        cached_blocks: Blocks of the frozen prefix whose hidden states are computed once and kept.
+        cache_bytes: Bytes on this host's disk that they, and those of later phases, may take.
     """
 
     switch: Switch
@@ -111,6 +133,8 @@ class PhaseReport:
     optimizer_bytes: int
     parked_bytes: int
     gradient_bytes: int
+    cached_blocks: int = 0
+    cache_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -137,11 +161,13 @@ class EngineState:
         slices: This rank's share; the shares of all ranks cover every parameter exactly once.
         steps: Updates that each parameter group has had.
         trainable: Layer groups that train.
+        loss_scale: The dynamic loss scale of an fp16 run and its counters; empty without one.
     """
 
     slices: list[StateSlice]
     steps: dict[str, int]
     trainable: tuple[str, ...]
+    loss_scale: dict[str, float] = field(default_factory=dict)
 
 
 class StateSource(Protocol):
@@ -150,6 +176,11 @@ class StateSource(Protocol):
     @property
     def steps(self) -> Mapping[str, int]:
         """Updates that each parameter group has had."""
+        ...
+
+    @property
+    def loss_scale(self) -> Mapping[str, float]:
+        """The dynamic loss scale and its counters; empty if none was saved."""
         ...
 
     def read(self, kind: str, parameter: str, *, start: int, length: int) -> Tensor | None:
@@ -170,8 +201,12 @@ class Engine(Protocol):
         micro_batches: Sequence[MicroBatchLike],
         global_count: int,
         learning_rates: Mapping[str, float],
+        loss_limit: float = math.inf,
     ) -> StepResult:
         """Run one optimizer step over this rank's micro-batches.
+
+        If the global loss or gradient is not finite, or the loss is above the limit, no rank
+        updates anything: weights, moments and step counts stay.
 
         Args:
             step: Index of the step, from 0.
@@ -179,6 +214,7 @@ class Engine(Protocol):
             micro_batches: As many on every rank.
             global_count: Loss terms of the global batch; the loss is their mean.
             learning_rates: By layer group.
+            loss_limit: Largest global mean loss that is believed.
         """
         ...
 
@@ -205,6 +241,32 @@ class Engine(Protocol):
     def full_weights(self) -> dict[str, Tensor]:
         """Return whole parameters by name on the host: on rank 0, elsewhere an empty dict."""
         ...
+
+    def close(self) -> None:
+        """Free weights and optimizer state; neither the engine nor its module is of use then."""
+        ...
+
+
+def free_weights(module: nn.Module) -> None:
+    """Let go of the storage of all parameters, whoever still refers to them."""
+    for parameter in module.parameters():
+        vars(parameter).clear()
+        parameter.grad = None
+        parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+
+
+def loss_problem(loss: float, *, limit: float) -> str | None:
+    """Return what is wrong with a global mean loss, or None."""
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    return f"the loss is {loss:.4g}, above {limit:.4g}" if loss > limit else None
+
+
+def gradient_problem(norm: float | None) -> str | None:
+    """Return what is wrong with a global gradient norm, or None; DeepSpeed's sign for it is -1."""
+    if norm is None or (math.isfinite(norm) and norm >= 0):
+        return None
+    return "the gradient is not finite"
 
 
 def on_device(values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:

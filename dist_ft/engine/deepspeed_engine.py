@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -20,25 +21,25 @@ from dist_ft.engine.base import (
     StateSource,
     StepResult,
     Switch,
+    free_weights,
+    gradient_problem,
+    loss_problem,
     micro_batch_seed,
     on_device,
 )
 from dist_ft.engine.ds_config import DeepSpeedOptions, build_ds_config, clips_itself
-from dist_ft.engine.ds_detach import ModuleSnapshot, collect_garbage, exempt_from_collection
-from dist_ft.engine.ds_setup import set_up_deepspeed
-from dist_ft.engine.ds_state import (
-    Owner,
-    OwnerLayout,
-    capture,
-    engine_masters,
-    group_steps,
-    install,
-    owner_layouts,
-    read_owner,
-    share_of_owner,
+from dist_ft.engine.ds_detach import (
+    ModuleSnapshot,
+    collect_garbage,
+    exempt_from_collection,
+    include_in_collection,
 )
+from dist_ft.engine.ds_groups import GroupStates, Partitioning
+from dist_ft.engine.ds_loss_scale import read_loss_scale, write_loss_scale
+from dist_ft.engine.ds_setup import set_up_deepspeed
 from dist_ft.engine.ds_weights import FloatBuffers, WeightAccess, group_sizes
 from dist_ft.engine.layer_modes import LayerModes
+from dist_ft.engine.trunk_pass import TrunkPass, prefix_counts
 from dist_ft.optim.adamw import GroupAdamW
 from dist_ft.optim.param_groups import ParamGroup
 
@@ -81,14 +82,18 @@ class DeepSpeedEngine:
         self._ds = deepspeed_options
         self._modes = modes or LayerModes.none()
         self._groups = list(param_groups)
-        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._world = dist.get_world_size()
         self._sizes = group_sizes(module, self._groups)
         self._weights = WeightAccess(module, zero_stage=deepspeed_options.zero_stage)
         self._snapshot = ModuleSnapshot(module)
         self._trainable: frozenset[str] = frozenset()
-        self._held: list[ParamGroup] = []  # the engine's parameter groups, in its order
-        self._parked: dict[str, list[Owner]] = {}  # of groups that the engine does not hold
-        self._steps: dict[str, int] = {}
+        self._states = GroupStates(
+            self._sizes,
+            Partitioning(
+                deepspeed_options.zero_stage, options.precision, dist.get_rank(), self._world
+            ),
+        )
+        self._loss_scale: dict[str, float] = {}  # of the engine that was taken down last
         self._engine: Any = None
         self._inner: GroupAdamW | None = None
         self._universe: frozenset[str] = frozenset(g.layer_group for g in self._groups)
@@ -103,23 +108,22 @@ class DeepSpeedEngine:
         wanted = frozenset(groups)
         returning = wanted - self._trainable
         held = self._universe | wanted if self.switch == "in_place" else wanted
-        if self._engine is None or held != {g.layer_group for g in self._held}:
+        if self._engine is None or held != {g.layer_group for g in self._states.held}:
             self._rebuild(held, wanted=wanted)
             how: Switch = "rebuild"
         else:
             self._set_requires_grad(wanted)
             how = "in_place"
         if self.options.returning == "reset":
-            self._forget_moments(returning)
-        self._park_inactive(wanted)
+            self._states.forget_moments(returning)
+        self._states.settle(wanted)
         self._trainable = wanted
-        self._materialise()
-        self._modes.apply(wanted)
+        self._modes.apply(wanted, weight=self._weights.whole)
         return self._report(how, seconds=time.monotonic() - began)
 
     def _rebuild(self, held: frozenset[str], *, wanted: frozenset[str]) -> None:
         self._take_down()
-        self._held = [g for g in self._groups if g.layer_group in held]
+        groups = [g for g in self._groups if g.layer_group in held]
         parameters = self._weights.parameters()
         # DeepSpeed leaves out what needs no gradient when it builds its groups.
         self._set_requires_grad(held)
@@ -132,21 +136,21 @@ class DeepSpeedEngine:
                     # Some of DeepSpeed's wrappers run a step without gradients when built.
                     "active": False,
                 }
-                for g in self._held
+                for g in groups
             ],
             betas=self.options.betas,
             eps=self.options.eps,
         )
-        elements = sum(n for g in self._held for _, n in self._sizes[g.name])
+        elements = sum(n for g in groups for _, n in self._sizes[g.name])
         config = build_ds_config(self.options, deepspeed=self._ds, trainable_elements=elements)
         import deepspeed
 
         self._engine, *_ = deepspeed.initialize(
             model=self.module, optimizer=self._inner, config=config, dist_init_required=False
         )
+        write_loss_scale(self._engine, precision=self.options.precision, state=self._loss_scale)
         self._buffers.restore()
-        for index in range(len(self._held)):
-            self._install_parked(index)
+        self._states.attach(self._engine, inner=self._inner, held=groups)
         self._set_requires_grad(wanted)
 
     def _take_down(self) -> None:
@@ -157,10 +161,8 @@ class DeepSpeedEngine:
                 self._weights.partition(config)
                 self._snapshot = ModuleSnapshot(self.module)
             return
-        for index, group in enumerate(self._held):
-            if group.name not in self._parked:
-                self._steps[group.name] = self._group_steps(index)
-            self._parked[group.name] = self._whole(index)
+        self._states.detach()
+        self._loss_scale = read_loss_scale(self._engine, precision=self.options.precision)
         if stage3 := self._ds.zero_stage == 3:
             self._engine.optimizer._partition_all_parameters()
             self._engine.empty_partition_cache()
@@ -177,88 +179,6 @@ class DeepSpeedEngine:
             for name in group.parameters:
                 parameters[name].requires_grad_(group.layer_group in groups)
 
-    def _park_inactive(self, wanted: frozenset[str]) -> None:
-        """Move the state of groups that do not train to the host, and back for those that do."""
-        held = {g.name for g in self._held}
-        for name, owners in self._parked.items():
-            if name not in held:
-                for owner in owners:
-                    owner.park(with_master=self._has_masters)
-        assert self._inner is not None
-        for index, group in enumerate(self._held):
-            if group.layer_group in wanted:
-                self._install_parked(index)
-            elif group.name not in self._parked:
-                self._steps[group.name] = self._group_steps(index)
-                self._parked[group.name] = self._capture(index)
-                for master in self._masters(index):
-                    self._inner.state.pop(master, None)
-                for owner in self._parked[group.name]:
-                    # The engine keeps the masters of all its groups; only moments can leave it.
-                    owner.park(with_master=False)
-
-    def _install_parked(self, index: int) -> None:
-        group = self._held[index]
-        parked = self._parked.pop(group.name, None)
-        if parked is None:
-            return
-        assert self._inner is not None
-        install(
-            parked,
-            masters=self._masters(index),
-            inner=self._inner,
-            steps=self._steps.get(group.name, 0),
-        )
-
-    def _forget_moments(self, returning: frozenset[str]) -> None:
-        assert self._inner is not None
-        for index, group in enumerate(self._held):
-            if group.layer_group not in returning:
-                continue
-            self._steps[group.name] = 0
-            for owner in self._parked.get(group.name, []):
-                owner.moments = {}
-            for master in self._masters(index):
-                self._inner.state.pop(master, None)
-
-    def _masters(self, index: int) -> list[Tensor]:
-        return engine_masters(
-            self._engine,
-            zero_stage=self._ds.zero_stage,
-            precision=self.options.precision,
-            index=index,
-        )
-
-    @property
-    def _has_masters(self) -> bool:
-        return self.options.precision != "fp32"
-
-    def _layouts(self, group: ParamGroup) -> list[OwnerLayout]:
-        return owner_layouts(
-            self._sizes[group.name],
-            zero_stage=self._ds.zero_stage,
-            rank=self._rank,
-            world_size=self._world,
-        )
-
-    def _capture(self, index: int) -> list[Owner]:
-        assert self._inner is not None
-        layouts = self._layouts(self._held[index])
-        return capture(self._masters(index), layouts=layouts, inner=self._inner)
-
-    def _whole(self, index: int) -> list[Owner]:
-        """Return a held group's masters with its moments, parked or not."""
-        owners = self._capture(index)
-        for owner, parked in zip(
-            owners, self._parked.get(self._held[index].name, owners), strict=True
-        ):
-            owner.moments = parked.moments
-        return owners
-
-    def _group_steps(self, index: int) -> int:
-        assert self._inner is not None
-        return group_steps(self._masters(index), inner=self._inner)
-
     def _report(self, switch: Switch, *, seconds: float) -> PhaseReport:
         """Return what the change did, read from the parameters and the optimizer's tensors."""
         numel = {n: size for sizes in self._sizes.values() for n, size in sizes}
@@ -269,24 +189,12 @@ class DeepSpeedEngine:
             switch_s=seconds,
             trainable_params=trainable,
             frozen_params=sum(numel.values()) - trainable,
-            optimizer_bytes=self._optimizer_bytes(),
-            parked_bytes=sum(o.nbytes() for owners in self._parked.values() for o in owners),
+            optimizer_bytes=self._states.optimizer_bytes(),
+            parked_bytes=self._states.parked_bytes(),
             gradient_bytes=trainable * DTYPES[self.options.precision].itemsize,
+            cached_blocks=self._modes.passes.boundary,
+            cache_bytes=self._modes.passes.cached_bytes,
         )
-
-    def _optimizer_bytes(self) -> int:
-        owners = [o for i in range(len(self._held)) for o in self._capture(i)]
-        if self._ds.zero_stage == 0 and not self._has_masters:
-            return sum(o.moment_bytes() for o in owners)  # the weights are their own masters
-        return sum(o.nbytes() for o in owners)
-
-    def _materialise(self) -> None:
-        """Make the moments of the groups that train now, so that their memory is seen at once."""
-        assert self._inner is not None
-        for index, group in enumerate(self._held):
-            if group.layer_group in self._trainable:
-                for master in self._masters(index):
-                    self._inner.ensure_state(master)
 
     def train_step(
         self,
@@ -296,6 +204,7 @@ class DeepSpeedEngine:
         micro_batches: Sequence[MicroBatchLike],
         global_count: int,
         learning_rates: Mapping[str, float],
+        loss_limit: float = math.inf,
     ) -> StepResult:
         """Run one optimizer step; see `Engine.train_step`."""
         engine = self._engine
@@ -303,33 +212,58 @@ class DeepSpeedEngine:
         self._modes.enter_train()
         loss = torch.zeros((), dtype=torch.float32, device=engine.device)
         last = len(micro_batches) - 1
-        for position, batch in enumerate(micro_batches):
+        ways = self._modes.passes.of_step(
+            step,
+            task=task,
+            micro_batches=micro_batches,
+            device=engine.device,
+            in_step=self._ds.zero_stage == 3,
+        )
+        for position, (batch, way) in enumerate(zip(micro_batches, ways, strict=True)):
             engine.set_gradient_accumulation_boundary(position == last)
             torch.manual_seed(micro_batch_seed(self.options.seed, step=step, index=batch.index))
-            loss_sum, _ = self._run(task, batch)
+            loss_sum, _ = self._run(task, batch, way)
             # DeepSpeed averages over ranks; the loss is a mean over the global batch.
             share = loss_sum * (batch.loss_weight / global_count)
             engine.backward(share * self._world, scale_wrt_gas=False)
             loss += share.detach()
-        self._activate(task, learning_rates)
+        # Every rank must know before any updates.
+        (total,) = all_reduce_sum([float(loss)])
+        refused = loss_problem(total, limit=loss_limit)
         norm = self._clip_whole_gradients()
+        refused = refused or gradient_problem(norm)
+        self._activate(task, learning_rates if refused is None else {})
         engine.step()
         if self._ds.zero_stage == 3 and engine.optimizer.grad_partitions_flat_buffer is not None:
             # A head outside this step's task would find its last gradient here again.
             engine.optimizer.grad_partitions_flat_buffer.zero_()
-        if norm is None:
+        if norm is None and not self._skipped():
             norm = engine.get_global_grad_norm()
-        return StepResult(loss=loss, grad_norm=None if norm is None else float(norm))
+            # A gradient too large for fp16 is no fault: DeepSpeed lowers its scale and goes on.
+            if not engine.was_step_applied() and self.options.precision != "fp16":
+                refused = refused or gradient_problem(math.nan)
+        norm = None if norm is None else float(norm)
+        return StepResult(loss, norm, refused, **prefix_counts(ways))
 
-    def _run(self, task: str, batch: MicroBatchLike) -> tuple[Tensor, Any]:
+    def _skipped(self) -> bool:
+        """Return whether fp16 gradients overflowed: the step moved nothing but the loss scale."""
+        # Asked for its norm then, DeepSpeed answers with the one of an earlier step.
+        return self.options.precision == "fp16" and bool(self._engine.optimizer.overflow)
+
+    def _run(
+        self, task: str, batch: MicroBatchLike, way: TrunkPass | None = None
+    ) -> tuple[Tensor, Any]:
         device = self._engine.device
-        return self._engine(task, on_device(batch.inputs, device), on_device(batch.targets, device))
+        inputs, targets = on_device(batch.inputs, device), on_device(batch.targets, device)
+        return self._engine(task, inputs, targets, *(() if way is None else (way,)))
 
     def _activate(self, task: str, learning_rates: Mapping[str, float]) -> None:
         assert self._inner is not None
-        for group, settings in zip(self._held, self._inner.param_groups, strict=True):
-            settings["lr"] = learning_rates[group.layer_group]
-            settings["active"] = group.layer_group in self._trainable and task in group.tasks
+        for group, settings in zip(self._states.held, self._inner.param_groups, strict=True):
+            rate = learning_rates.get(group.layer_group)  # none: the update is left out
+            settings["lr"] = rate or 0.0
+            trains = group.layer_group in self._trainable and task in group.tasks
+            settings["active"] = trains and rate is not None
 
     def _clip_whole_gradients(self) -> float | None:
         if not clips_itself(self.options, self._ds):
@@ -342,59 +276,44 @@ class DeepSpeedEngine:
     def eval_forward(self, task: str, micro_batch: MicroBatchLike) -> tuple[Tensor, Any]:
         """Return summed loss and outputs without gradients, dropout off."""
         self._engine.eval()
+        self._modes.passes.none()
         return self._run(task, micro_batch)
 
     def moment_norms(self) -> dict[str, float]:
         """Return the L2 norm of Adam's first moment by layer group that trains."""
-        active = [(i, g) for i, g in enumerate(self._held) if g.layer_group in self._trainable]
-        squares = dict.fromkeys((g.layer_group for _, g in active), 0.0)
-        for index, group in active:
-            squares[group.layer_group] += sum(o.moment_square() for o in self._capture(index))
+        squares = self._states.moment_squares(self._trainable)
         replicas = self._world if self._ds.zero_stage == 0 else 1
         sums = all_reduce_sum(list(squares.values()))
         return {n: (total / replicas) ** 0.5 for n, total in zip(squares, sums, strict=True)}
 
     def state(self) -> EngineState:
         """Return this rank's share of weights, masters, moments and step counts, as views."""
-        slices = self._weights.slices()
-        steps = dict(self._steps)
-        replicated = self._ds.zero_stage == 0
-        groups = dict(self._parked)
-        for index, group in enumerate(self._held):
-            if group.name not in self._parked:
-                steps[group.name] = self._group_steps(index)
-            groups[group.name] = self._whole(index)
-        for owners in groups.values():
-            for owner in owners:
-                slices += share_of_owner(
-                    owner,
-                    with_master=self._has_masters,
-                    share=(self._rank, self._world) if replicated else None,
-                )
-        return EngineState(slices, steps, tuple(sorted(self._trainable)))
+        slices, steps = self._states.export()
+        slices = [*self._weights.slices(), *slices]
+        scale = read_loss_scale(self._engine, precision=self.options.precision)
+        return EngineState(slices, steps, tuple(sorted(self._trainable)), scale)
 
     @torch.no_grad()
     def load_state(self, source: StateSource) -> None:
         """Take over saved state; the phase that it was saved in, or another, must be set."""
-        assert self._inner is not None
         self._weights.load(source)
-        self._steps = dict(source.steps)
-        self._parked.clear()
-        index_of = {g.name: i for i, g in enumerate(self._held)}
-        for group in self._groups:
-            steps = self._steps.get(group.name, 0)
-            if group.name not in index_of and steps == 0:
-                continue
-            owners = [
-                read_owner(layout, source=source, stepped=steps > 0)
-                for layout in self._layouts(group)
-            ]
-            self._parked[group.name] = owners
-            if group.name in index_of:
-                self._install_parked(index_of[group.name])
-        self._park_inactive(self._trainable)
-        self._materialise()
+        self._states.load(source)
+        self._states.settle(self._trainable)
+        self._modes.apply(self._trainable, weight=self._weights.whole)
+        write_loss_scale(self._engine, precision=self.options.precision, state=source.loss_scale)
 
     def full_weights(self) -> dict[str, Tensor]:
         """Return whole parameters by name on the host: on rank 0, elsewhere an empty dict."""
         return self._weights.gather()
+
+    def close(self) -> None:
+        """Free weights and optimizer state; neither the engine nor its module is of use then.
+
+        Letting go of the object is not enough: DeepSpeed's hooks and attributes keep engine and
+        parameters alive through references that no collection sees (0.2 GiB for MiniLM).
+        """
+        if self._engine is not None:
+            self._take_down()
+        self._states.clear()
+        free_weights(self.module)
+        include_in_collection()

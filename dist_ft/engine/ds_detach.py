@@ -78,6 +78,12 @@ def exempt_from_collection() -> None:
     gc.freeze()
 
 
+def include_in_collection() -> None:
+    """Undo `exempt_from_collection` after the last engine, and collect what it left."""
+    gc.unfreeze()
+    collect_garbage()
+
+
 def collect_garbage() -> None:
     """Free the old engine's reference cycles now, not at some later allocation."""
     gc.collect()

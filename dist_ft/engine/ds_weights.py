@@ -117,6 +117,17 @@ class WeightAccess:
                 parameter.view(-1).copy_(read_master(source, Piece(name, 0, zero.ds_numel, 0)))
 
     @torch.no_grad()
+    def whole(self, name: str) -> Tensor:
+        """Return a whole parameter on every rank; all ranks must ask for the same."""
+        parameter = self._parameters[name]
+        if self._stage != 3:
+            return parameter.detach()
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
+    @torch.no_grad()
     def gather(self) -> dict[str, Tensor]:
         """Return whole weights by name on the host of rank 0; elsewhere an empty dict."""
         import deepspeed

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
+from dist_ft.engine.trunk_pass import TrunkPasses
+from dist_ft.freezing.schedule import frozen_prefix
 from dist_ft.model.backbone import MultiTaskModel
 from dist_ft.model.layer_groups import LayerGroup
+from dist_ft.model.trunk import group_modules
 
 Checkpointing = Literal["none", "reentrant", "non_reentrant"]
-
-
-def frozen_prefix(order: Sequence[str], trainable: frozenset[str]) -> list[str]:
-    """Return the layer groups below the lowest one that trains."""
-    prefix: list[str] = []
-    for name in order:
-        if name in trainable:
-            break
-        prefix.append(name)
-    return prefix
 
 
 @dataclass
@@ -38,12 +31,14 @@ class LayerModes:
         modules: The modules that hold each layer group's parameters.
         checkpointing: Recompute the activations of blocks in the backward pass.
         prefix_dropout: Whether a frozen prefix keeps its dropout (as plain fine-tuning does).
+        passes: How micro-batches go through the blocks.
     """
 
     order: tuple[str, ...] = ()
     modules: Mapping[str, Sequence[nn.Module]] = field(default_factory=dict)
     checkpointing: Checkpointing = "none"
     prefix_dropout: bool = True
+    passes: TrunkPasses = field(default_factory=TrunkPasses)
     _prefix: list[str] = field(default_factory=list)
 
     @classmethod
@@ -59,6 +54,7 @@ class LayerModes:
         groups: Sequence[LayerGroup],
         checkpointing: Checkpointing,
         prefix_dropout: bool,
+        passes: TrunkPasses,
     ) -> LayerModes:
         """Return the modes of `model`, whose parameters `groups` name."""
         backbone = [g for g in groups if g.kind != "head"]
@@ -68,15 +64,28 @@ class LayerModes:
             backbone_model.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": checkpointing == "reentrant"}
             )
+        modules = {g.name: group_modules(model, g.parameters) for g in backbone}
+        if backbone:
+            # A dropout beside the embeddings, as GPT-2's, has no parameters to be named by.
+            modules[backbone[0].name] += [
+                m for m in model.backbone.children() if isinstance(m, nn.Dropout)
+            ]
         return cls(
             order=tuple(g.name for g in backbone),
-            modules={g.name: group_modules(model, g.parameters) for g in backbone},
+            modules=modules,
             checkpointing=checkpointing,
             prefix_dropout=prefix_dropout,
+            passes=passes,
         )
 
-    def apply(self, trainable: frozenset[str]) -> None:
-        """Set the modes of a phase in which the layer groups `trainable` train."""
+    def apply(self, trainable: frozenset[str], *, weight: Callable[[str], Tensor]) -> None:
+        """Set the modes of a phase in which the layer groups `trainable` train.
+
+        Args:
+            trainable: The layer groups.
+            weight: Returns a whole parameter by name; every rank calls it for the same ones.
+        """
+        self.passes.enter_phase(trainable, weight=weight)
         self._prefix = frozen_prefix(self.order, trainable)
         if self.checkpointing == "none":
             return
@@ -98,20 +107,3 @@ class LayerModes:
         for name in self._prefix:
             for module in self.modules[name]:
                 module.eval()
-
-
-def group_modules(model: nn.Module, parameters: Sequence[str]) -> list[nn.Module]:
-    """Return the largest modules all of whose parameters are among `parameters`."""
-    names = set(parameters)
-    found: list[nn.Module] = []
-
-    def visit(module: nn.Module, prefix: str) -> None:
-        own = [n for n, _ in module.named_parameters(prefix=prefix)]
-        if own and names.issuperset(own):
-            found.append(module)
-            return
-        for child_name, child in module.named_children():
-            visit(child, f"{prefix}.{child_name}" if prefix else child_name)
-
-    visit(model, "")
-    return found

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
 
+from dist_ft.engine.trunk_pass import TrunkPass
 from dist_ft.model.backbone import MultiTaskModel
 from dist_ft.tasks.base import LossSum
 
@@ -23,10 +25,22 @@ class LossModule(nn.Module):
         self._losses = dict(losses)
 
     def forward(
-        self, task: str, inputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]
+        self,
+        task: str,
+        inputs: Mapping[str, Tensor],
+        targets: Mapping[str, Tensor],
+        way: TrunkPass | None = None,
     ) -> tuple[Tensor, Any]:
-        """Return the loss summed over the micro-batch (fp32 scalar) and, in eval mode, outputs."""
-        outputs = self.model(task, dict(inputs))
+        """Return the loss summed over the micro-batch (fp32 scalar) and, in eval mode, outputs.
+
+        Args:
+            task: The task.
+            inputs: Keyword arguments of its model.
+            targets: What its loss needs.
+            way: How the trunk is run; None as transformers made it.
+        """
+        with nullcontext() if way is None else way.running(inputs):
+            outputs = self.model(task, dict(inputs))
         loss = self._losses[task](outputs, targets).sum
         # Outputs kept in training would keep their graph and be hooked by DeepSpeed.
         return loss, (None if self.training else outputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,10 +18,14 @@ from dist_ft.engine.base import (
     StateSlice,
     StateSource,
     StepResult,
+    free_weights,
+    gradient_problem,
+    loss_problem,
     micro_batch_seed,
     on_device,
 )
 from dist_ft.engine.layer_modes import LayerModes
+from dist_ft.engine.trunk_pass import TrunkPass, prefix_counts
 from dist_ft.optim.adamw import GroupAdamW
 from dist_ft.optim.param_groups import ParamGroup
 
@@ -74,32 +79,40 @@ class ReferenceEngine:
         micro_batches: Sequence[MicroBatchLike],
         global_count: int,
         learning_rates: Mapping[str, float],
+        loss_limit: float = math.inf,
     ) -> StepResult:
         """Run one optimizer step; see `Engine.train_step`."""
         self.module.train()
         self._modes.enter_train()
         loss = torch.zeros((), dtype=torch.float32, device=self._device)
-        for batch in micro_batches:
+        ways = self._modes.passes.of_step(
+            step, task=task, micro_batches=micro_batches, device=self._device, in_step=False
+        )
+        for batch, way in zip(micro_batches, ways, strict=True):
             seed = micro_batch_seed(self.options.seed, step=step, index=batch.index)
             torch.manual_seed(seed)
-            loss_sum, _ = self._run(task, batch)
+            loss_sum, _ = self._run(task, batch, way)
             scaled = loss_sum * (batch.loss_weight / global_count)
             scaled.backward()
             loss += scaled.detach()
         norm = self._clip()
+        refused = loss_problem(float(loss), limit=loss_limit) or gradient_problem(norm)
         for group, param_group in zip(self._groups, self._optimizer.param_groups, strict=True):
             param_group["lr"] = learning_rates[group.layer_group]
             param_group["active"] = group.layer_group in self._trainable and task in group.tasks
-        self._optimizer.step()
+        if refused is None:
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss=loss, grad_norm=norm)
+        return StepResult(loss, norm, refused, **prefix_counts(ways))
 
-    def _run(self, task: str, batch: MicroBatchLike) -> tuple[Tensor, Any]:
+    def _run(
+        self, task: str, batch: MicroBatchLike, way: TrunkPass | None = None
+    ) -> tuple[Tensor, Any]:
         inputs, targets = (
             on_device(batch.inputs, self._device),
             on_device(batch.targets, self._device),
         )
-        return self.module(task, inputs, targets)
+        return self.module(task, inputs, targets, *(() if way is None else (way,)))
 
     def _clip(self) -> float:
         parameters = [p for p in self._parameters.values() if p.grad is not None]
@@ -119,7 +132,7 @@ class ReferenceEngine:
                 if returns and self.options.returning == "reset":
                     self._optimizer.state.pop(parameter, None)
         self._trainable = wanted
-        self._modes.apply(wanted)
+        self._modes.apply(wanted, weight=self._parameters.__getitem__)
         return self._report(time.monotonic() - began)
 
     def _report(self, seconds: float) -> PhaseReport:
@@ -135,6 +148,8 @@ class ReferenceEngine:
             optimizer_bytes=self._moment_bytes(active),
             parked_bytes=self._moment_bytes(parked),
             gradient_bytes=trainable * 4,
+            cached_blocks=self._modes.passes.boundary,
+            cache_bytes=self._modes.passes.cached_bytes,
         )
 
     def _moment_bytes(self, parameters: Iterable[Tensor]) -> int:
@@ -149,6 +164,7 @@ class ReferenceEngine:
     def eval_forward(self, task: str, micro_batch: MicroBatchLike) -> tuple[Tensor, Any]:
         """Return summed loss and outputs without gradients, dropout off."""
         self.module.eval()
+        self._modes.passes.none()
         return self._run(task, micro_batch)
 
     def moment_norms(self) -> dict[str, float]:
@@ -194,6 +210,7 @@ class ReferenceEngine:
                 master = source.read("master", name, start=0, length=numel)
                 parameter.view(-1).copy_(weight if master is None else master)
                 self._load_moments(source, name=name, steps=source.steps.get(group.name, 0))
+        self._modes.apply(self._trainable, weight=self._parameters.__getitem__)
 
     def _load_moments(self, source: StateSource, *, name: str, steps: int) -> None:
         parameter = self._parameters[name]
@@ -210,3 +227,8 @@ class ReferenceEngine:
     def full_weights(self) -> dict[str, Tensor]:
         """Return whole parameters by name on the host."""
         return {name: p.detach().cpu().clone() for name, p in self._parameters.items()}
+
+    def close(self) -> None:
+        """Free weights and optimizer state; neither the engine nor its module is of use then."""
+        self._optimizer.state.clear()
+        free_weights(self.module)

@@ -63,9 +63,10 @@ class ScheduledPolicy:
 
 @dataclass(frozen=True)
 class BlockPolicy:
-    """A few blocks at a time, drawn or in turn."""
+    """A few blocks at a time, drawn or in turn, in a run of `total_steps`."""
 
     draw: BlockDraw
+    total_steps: int
 
     def phase_at(self, step: int) -> Phase:
         """Return the phase of the period that step `step` belongs to."""
@@ -73,8 +74,13 @@ class BlockPolicy:
         return Phase(period, period * self.draw.every, self.draw.trainable(period))
 
     def universe(self) -> frozenset[str]:
-        """Return the blocks and what always trains."""
-        return frozenset((*self.draw.order.blocks, *self.draw.always))
+        """Return what always trains and the blocks whose turn comes within the run."""
+        groups = set(self.draw.always)
+        for start in range(0, self.total_steps, self.draw.every):
+            groups.update(self.phase_at(start).trainable)
+            if groups.issuperset(self.draw.order.blocks):
+                break
+        return frozenset(groups)
 
     def suits(self) -> Switch:
         """Return ``in_place``: the mask changes often."""

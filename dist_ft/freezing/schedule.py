@@ -228,6 +228,16 @@ class BlockDraw:
         return hashlib.blake2b(f"{self.seed}:{period}:{name}".encode(), digest_size=8).digest()
 
 
+def frozen_prefix(order: Sequence[str], trainable: frozenset[str]) -> list[str]:
+    """Return the layer groups, of those in `order` bottom to top, below the lowest that trains."""
+    prefix: list[str] = []
+    for name in order:
+        if name in trainable:
+            break
+        prefix.append(name)
+    return prefix
+
+
 def phase_of(phases: Sequence[Phase], step: int) -> Phase:
     """Return the phase that step `step` belongs to."""
     return phases[bisect_right([p.start_step for p in phases], step) - 1]

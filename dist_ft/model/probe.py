@@ -72,7 +72,7 @@ def probe_task(model: MultiTaskModel, *, task: str, watched: Mapping[str, nn.Mod
         with model.task_model(task) as task_model:
             inputs = dummy_inputs(task_model)
         if next(model.parameters()).is_meta:
-            stack.enter_context(_YesOnMeta())
+            stack.enter_context(AnswersOnMeta())
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             outputs = model(task, inputs)
         tensors = [outputs[key] for key in LOSS_OUTPUTS if key in outputs]
@@ -80,7 +80,7 @@ def probe_task(model: MultiTaskModel, *, task: str, watched: Mapping[str, nn.Mod
     return probe
 
 
-class _YesOnMeta(TorchDispatchMode):
+class AnswersOnMeta(TorchDispatchMode):
     """Answers questions about values on the meta device: is the mask all ones? is it one text?
 
     transformers asks them to take shortcuts; for the dummy input the answer is yes.

@@ -27,13 +27,18 @@ from dist_ft.recipe.validate import Draft
 _BLOCK_KEYS = ("depth", "max_depth", "first", "blocks")
 
 
-def check(draft: Draft) -> list[Finding]:
-    """Return what is wrong between the sections of a recipe and with the files that it names."""
+def check(draft: Draft, *, needs_files: bool = True) -> list[Finding]:
+    """Return what is wrong between the sections of a recipe and with the files that it names.
+
+    Args:
+        draft: The recipe so far.
+        needs_files: Whether the model's weights and the data must be there.
+    """
     recipe = draft.recipe
     assert recipe is not None
+    files = [*check_model(draft, recipe.model), *check_sources(draft, recipe)]
     return [
-        *check_model(draft, recipe.model),
-        *check_sources(draft, recipe),
+        *(files if needs_files else ()),
         *check_tasks(draft, recipe),
         *check_augmentation(draft, recipe),
         *_check_weights(draft, recipe),

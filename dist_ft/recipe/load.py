@@ -16,7 +16,9 @@ from dist_ft.recipe.reading import Document, read_yaml
 from dist_ft.recipe.validate import validate
 
 
-def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path, *, overrides: Sequence[str] = (), needs_files: bool = True
+) -> Recipe:
     """Return the recipe of a file, or of a packaged recipe's bare name, checked completely.
 
     Relative paths in it become absolute: they start from the recipe file's folder, those of a
@@ -25,6 +27,7 @@ def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
     Args:
         path: A YAML file or the name of a packaged recipe.
         overrides: ``dotted.path=value`` each, applied before validation.
+        needs_files: Whether the model's weights and the data must be there; a plan needs neither.
 
     Raises:
         RecipeError: If anything is wrong; it holds one line for each error.
@@ -41,7 +44,7 @@ def load_recipe(path: str | Path, *, overrides: Sequence[str] = ()) -> Recipe:
     findings += draft.findings
     if draft.recipe is not None:
         draft.recipe = resolve_paths(draft.recipe, base=base)
-        findings += check(draft)
+        findings += check(draft, needs_files=needs_files)
     if findings or draft.recipe is None:
         raise RecipeError(as_lines(findings, raw))
     return draft.recipe

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,16 +54,11 @@ class SearchFolder(RunFolder):
 
     @property
     def recipe(self) -> Path:
-        """The recipe and the options of the search; the folder is no run's."""
-        return self.root / "search.json"
+        """The recipe and the options of the search.
 
-    def start(self, recipe: Mapping[str, Any], *, resume: bool) -> None:
-        """Make the folder, or check that the search in it may go on; see `RunFolder.start`."""
-        is_new = not self.recipe.is_file()
-        super().start(recipe, resume=resume)
-        if is_new:
-            # Under a run's name it would pass for a run that can be evaluated and exported.
-            (self.root / "recipe.json").rename(self.recipe)
+        Under a run's name the folder would pass for a run that can be evaluated and exported.
+        """
+        return self.root / "search.json"
 
     @property
     def runs(self) -> Path:
@@ -112,7 +106,11 @@ def search(recipe: Recipe, *, options: SearchOptions, resume: bool) -> Outcome:
         console = Console(main=world.is_main)
         model = _look_at(recipe, console)
         space = model.space(options.granule)
-        device = dist.init_process_group(world, timeout_s=recipe.engine.collective_timeout_s)
+        device = dist.init_process_group(
+            world,
+            timeout_s=recipe.engine.collective_timeout_s,
+            join_timeout_s=recipe.engine.join_timeout_s,
+        )
         try:
             place = Place(world, device, stop_signal=lambda: stop.signal)
             searcher = Searcher(recipe, model=model, place=place, console=console)

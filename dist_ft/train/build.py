@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,33 +12,44 @@ import torch
 
 from dist_ft import dist
 from dist_ft.config import Recipe
+from dist_ft.data.bandit import BanditMixture
 from dist_ft.duration import Duration
-from dist_ft.engine.base import Engine, EngineOptions
-from dist_ft.engine.ds_config import DeepSpeedOptions
-from dist_ft.engine.layer_modes import LayerModes
 from dist_ft.engine.loss_module import LossModule
-from dist_ft.engine.reference import ReferenceEngine
+from dist_ft.heartbeat import Heartbeat
 from dist_ft.model.backbone import load_tokenizer
 from dist_ft.model.layer_groups import LayerGroup
 from dist_ft.optim.lr_schedules import LrSchedule, thaw_factor
 from dist_ft.optim.param_groups import LearningRates, ParamGroup, build_param_groups
 from dist_ft.train.adapt import WatchGroups
 from dist_ft.train.callbacks import Checkpoint, Evaluate, LogSteps
-from dist_ft.train.checkpoint import CheckpointReader, find_checkpoint, set_aside
 from dist_ft.train.console import Console
 from dist_ft.train.data import prepare_tasks
 from dist_ft.train.deciders import deciders
+from dist_ft.train.engines import make_engine
+from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
 from dist_ft.train.loading import make_loader
-from dist_ft.train.loop import Progress, Run, fit
-from dist_ft.train.mix import FollowLosses
+from dist_ft.train.loop import Run, fit
+from dist_ft.train.numbers import GuardNumbers
 from dist_ft.train.parts import Parts, eval_data, make_parts, model_source
 from dist_ft.train.recorder import Recorder
+from dist_ft.train.restoring import go_back, restore
+from dist_ft.train.retention import Retention
 from dist_ft.train.run_folder import RunFolder, environment
+from dist_ft.train.run_lock import RunLock
+from dist_ft.train.saving import CheckpointWriter
 from dist_ft.train.signals import StopRequest
+from dist_ft.train.trackers import make_trackers
+from dist_ft.train.trunk_passes import make_passes
 
 log = logging.getLogger("dist_ft")
 
 DONE, PREEMPTED = 0, 75
+# Set by the launcher for ranks that are started again: what went wrong, as JSON.
+FAILURE = "DIST_FT_FAILURE"
+# Sections that may take longer than a step, and whose length no rank knows.
+SLOW_SECTIONS = {"start", "phase change", "save"}
+# Places in a run at which the record says what the mixture plans, for the report.
+PLAN_MARKS = 20
 
 
 def prepare(recipe: Recipe) -> None:
@@ -51,41 +63,81 @@ def prepare(recipe: Recipe) -> None:
     )
 
 
-def train(recipe: Recipe, *, resume: bool) -> int:
+def train(recipe: Recipe, *, resume: bool, extensions: Extensions = NO_EXTENSIONS) -> int:
     """Train on this rank; return the exit code.
 
     Args:
         recipe: A loaded recipe.
         resume: Go on from the newest whole checkpoint, if there is one.
+        extensions: A program's own tasks and freezing policy.
 
     Raises:
         ValueError: If the recipe does not fit the model, the data or the number of ranks.
     """
     stop = StopRequest()
     with stop.listening():
-        return _train(recipe, resume=resume, stop=stop)
+        return _train(recipe, resume=resume, stop=stop, extensions=extensions)
 
 
-def _train(recipe: Recipe, *, resume: bool, stop: StopRequest) -> int:
+def _train(recipe: Recipe, *, resume: bool, stop: StopRequest, extensions: Extensions) -> int:
+    heartbeat = Heartbeat.of_this_rank()
     world = dist.world_from_environment()
     check_world(recipe, world)
     console = Console(main=world.is_main, every=recipe.logging.every)
     folder = RunFolder(recipe.output_dir / recipe.name)
-    parts = make_parts(recipe, console.say)
-    device = dist.init_process_group(world, timeout_s=recipe.engine.collective_timeout_s)
+    parts = make_parts(recipe, console.say, extensions=extensions)
+    device = dist.init_process_group(
+        world,
+        timeout_s=recipe.engine.collective_timeout_s,
+        join_timeout_s=recipe.engine.join_timeout_s,
+    )
+    lock = RunLock(folder.root)
     try:
-        _open_folder(folder, recipe, resume=resume, world=world, device=device)
+        _open_folder(folder, recipe, lock=lock, resume=resume, device=device)
         folder.log_to_file(world)
-        recorder = Recorder(folder.metrics if world.is_main else None)
+        recorder = _recorder(recipe, folder=folder, world=world)
         run = make_run(recipe, parts, folder=folder, world=world, device=device,
                        console=console, recorder=recorder)  # fmt: skip
+        beat = make_beat(recipe, run, heartbeat)
+        beat("start")
+        _record_failure(recorder)
         if resume:
             restore(run, folder=folder, recorder=recorder, console=console)
         run.stop_signal = lambda: stop.signal
+        run.beat = beat
         fit(run)
-        return finish(run, recorder=recorder, console=console)
+        exit_code = finish(run, recorder=recorder, console=console)
+        if exit_code == DONE:  # who is asked to stop leaves no time for it, and the process ends
+            run.engine.close()
+        return exit_code
     finally:
+        lock.release()
         dist.shut_down()
+
+
+def make_beat(recipe: Recipe, run: Run, heartbeat: Heartbeat) -> Callable[[str], None]:
+    """Return what tells the launcher which section of the run this rank enters."""
+    limits = recipe.supervision
+
+    def beat(section: str) -> None:
+        # The first step of a process builds and compiles what later ones find.
+        slow = section in SLOW_SECTIONS or run.busy_s == 0
+        heartbeat.beat(
+            section,
+            step=run.progress.step,
+            phase=run.progress.phase,
+            timeout_s=limits.slow_timeout_s if slow else limits.timeout_s,
+        )
+
+    return beat
+
+
+def _record_failure(recorder: Recorder) -> None:
+    """Write why the launcher has started these ranks again."""
+    text = os.environ.get(FAILURE)
+    if text is not None:
+        failure = json.loads(text)
+        recorder.event("failure", **failure)
 
 
 def check_world(recipe: Recipe, world: dist.World) -> None:
@@ -117,11 +169,13 @@ def check_world(recipe: Recipe, world: dist.World) -> None:
 
 
 def _open_folder(
-    folder: RunFolder, recipe: Recipe, *, resume: bool, world: dist.World, device: torch.device
+    folder: RunFolder, recipe: Recipe, *, lock: RunLock, resume: bool, device: torch.device
 ) -> None:
     problem: str | None = None
+    world = dist.world_from_environment()
     if world.is_main:
         try:
+            lock.acquire()
             folder.start(recipe.model_dump(mode="json"), resume=resume)
             folder.write_json("env.json", environment(world, device))
         except ValueError as error:
@@ -130,6 +184,18 @@ def _open_folder(
     problem = dist.broadcast_object(problem)
     if problem is not None:
         raise ValueError(problem)
+
+
+def _recorder(recipe: Recipe, *, folder: RunFolder, world: dist.World) -> Recorder:
+    if not world.is_main:
+        return Recorder(None)
+    trackers = make_trackers(
+        recipe.logging.trackers,
+        folder=folder.root,
+        name=recipe.name,
+        recipe=recipe.model_dump(mode="json"),
+    )
+    return Recorder(folder.metrics, trackers=trackers)
 
 
 def make_run(
@@ -150,7 +216,8 @@ def make_run(
         weight_decay=recipe.optim.weight_decay,
     )
     module = LossModule(parts.model, {t.task.name: t.task.loss for t in parts.tasks}).to(device)
-    engine = make_engine(recipe, parts, module=module, param_groups=param_groups, world=world)
+    passes = make_passes(recipe, parts, folder=folder, device=device, say=console.say)
+    engine = make_engine(recipe, parts, module=module, param_groups=param_groups, passes=passes)
     loader = make_loader(
         recipe,
         parts.tasks,
@@ -166,8 +233,11 @@ def make_run(
         learning_rates=_learning_rates(recipe, parts, param_groups),
         trainable_now=lambda: trainable_groups(module, parts.groups),
         total_steps=parts.total_steps,
+        discard=passes.discard,
     )
     run.callbacks = _callbacks(recipe, parts, folder, world, console, recorder)
+    guard = next(c for c in run.callbacks if isinstance(c, GuardNumbers))
+    run.loss_limit = lambda task: guard.loss_limit(run, task)
     return run
 
 
@@ -202,61 +272,6 @@ def trainable_groups(module: torch.nn.Module, groups: Sequence[LayerGroup]) -> t
     return tuple(g.name for g in groups if any(needs[n] for n in g.parameters))
 
 
-def make_engine(
-    recipe: Recipe,
-    parts: Parts,
-    *,
-    module: LossModule,
-    param_groups: Sequence[ParamGroup],
-    world: dist.World,
-) -> Engine:
-    """Return the engine that the recipe asks for."""
-    options = EngineOptions(
-        precision=recipe.engine.precision,
-        max_grad_norm=recipe.optim.max_grad_norm,
-        betas=recipe.optim.betas,
-        eps=recipe.optim.eps,
-        seed=recipe.seed,
-        returning=recipe.freezing.returning,
-    )
-    modes = LayerModes.of(
-        parts.model,
-        groups=parts.groups,
-        checkpointing=recipe.model.activation_checkpointing,
-        prefix_dropout=recipe.freezing.prefix_dropout,
-    )
-    if recipe.engine.type == "reference":
-        return ReferenceEngine(module, param_groups=param_groups, options=options, modes=modes)
-    # Imported here: it takes seconds, and the reference engine does without.
-    from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
-
-    size = recipe.train.micro_batch_size
-    if recipe.train.micro_batch_tokens is not None:
-        # Micro-batches differ in rows, and steps in micro-batches: the engine itself says which is
-        # a step's last, and DeepSpeed only wants numbers.
-        size = min(size, recipe.train.global_batch_size // world.world_size)
-    base = recipe.engine.deepspeed
-    switch = recipe.freezing.switch
-    engine = DeepSpeedEngine(
-        module,
-        param_groups=param_groups,
-        options=options,
-        deepspeed_options=DeepSpeedOptions(
-            zero_stage=recipe.engine.zero_stage,
-            micro_batch_size=size,
-            gradient_accumulation_steps=max(
-                1, recipe.train.global_batch_size // (size * world.world_size)
-            ),
-            offload_optimizer=recipe.engine.offload_optimizer,
-            base=None if base is None else json.loads(base.read_text()),
-        ),
-        switch=parts.policy.suits() if switch == "auto" else switch,
-        modes=modes,
-    )
-    engine.limit_universe(parts.policy.universe())
-    return engine
-
-
 def _callbacks(
     recipe: Recipe,
     parts: Parts,
@@ -278,55 +293,65 @@ def _callbacks(
     checkpoint = Checkpoint(
         recorder=recorder,
         console=console,
-        folder=folder.checkpoints,
+        writer=CheckpointWriter(
+            folder.checkpoints,
+            retention=Retention(
+                keep_last=recipe.checkpoint.keep_last,
+                keep_every=interval(recipe.checkpoint.keep_every),
+                keep_best=recipe.checkpoint.keep_best,
+            ),
+        ),
         every=interval(recipe.checkpoint.every),
-        keep_last=recipe.checkpoint.keep_last,
+        ephemeral_every=interval(recipe.checkpoint.ephemeral_every),
+        in_background=recipe.checkpoint.in_background,
+        scores=evaluate.deciding_scores,
         describe=lambda: {
             "world_size": world.world_size,
             "zero_stage": recipe.engine.zero_stage,
             "precision": recipe.engine.precision,
         },
     )
-    steps = LogSteps(recorder=recorder, console=console, world=world, every=recipe.logging.every)
+    steps = LogSteps(
+        recorder=recorder,
+        console=console,
+        world=world,
+        every=recipe.logging.every,
+        about=_about(parts, world),
+    )
     groups = WatchGroups(
         recorder=recorder,
         every=recipe.logging.groups_every or 10 * recipe.logging.every,
         layer_group_of={name: g.name for g in parts.groups for name in g.parameters},
     )
+    guard = GuardNumbers(
+        recorder=recorder,
+        console=console,
+        config=recipe.train.on_bad_numbers,
+        go_back=lambda run: go_back(run, checkpoint=checkpoint, folder=folder),
+    )
     # A decision is part of the checkpoint of its step.
-    return [steps, groups, evaluate, *deciders(recipe, parts, evaluate), checkpoint]
+    return [steps, groups, guard, evaluate, *deciders(recipe, parts, evaluate), checkpoint]
 
 
-def restore(run: Run, *, folder: RunFolder, recorder: Recorder, console: Console) -> None:
-    """Bring a run back to its newest whole checkpoint, if there is one.
-
-    The order matters: progress, then the phase, then the engine's state, then the data; the loop
-    starts the iterator only afterwards.
-    """
-    path, passed_over = find_checkpoint(folder.checkpoints)
-    for text in passed_over:
-        console.say(f"checkpoint passed over: {text}")
-    if dist.rank() == 0:
-        set_aside(folder.checkpoints, [text.split(":")[0] for text in passed_over])
-    if path is None:
-        recorder.event("resume", step=0, path=None)
-        console.say(f"{folder.root} has no checkpoint: training starts at step 0")
-        return
-    reader = CheckpointReader(path)
-    run.progress = Progress(**reader.trainer["progress"])
-    run.policy.load_state_dict(reader.trainer["policy"])
-    run.engine.set_trainable(reader.trainer["trainable"])
-    run.engine.load_state(reader)
-    for callback in run.callbacks:
-        if isinstance(callback, FollowLosses):
-            # What it has decided is part of the order that is compared.
-            callback.mixture.load_state(reader.trainer["data"]["mixture"])
-    run.loader.check_state(reader.trainer["data"])
-    for callback in run.callbacks:
-        if isinstance(callback, Checkpoint):
-            callback.saved_at = run.progress.step
-    recorder.event("resume", step=run.progress.step, path=path.name)
-    console.say(f"step {run.progress.step}: resumed from {path.name}")
+def _about(parts: Parts, world: dist.World) -> dict[str, Any]:
+    """Return what the ``start`` event says: ranks, layer groups, and the mixture's own plan."""
+    numel = {name: p.numel() for name, p in parts.model.named_parameters()}
+    marks = sorted({parts.total_steps * i // PLAN_MARKS for i in range(1, PLAN_MARKS + 1)} - {0})
+    if isinstance(parts.mixture, BanditMixture):
+        # The rest is decided while training runs, and told by `mixture` events.
+        marks = [step for step in marks if step <= parts.mixture.decided_steps]
+    drawn = [parts.mixture.steps_before(step) for step in marks]
+    return {
+        "world_size": world.world_size,
+        "mixture_plan": {
+            "steps": marks,
+            "tasks": {
+                t.task.name: [counts[i] for counts in drawn] for i, t in enumerate(parts.tasks)
+            },
+        },
+        "train_rows": {t.task.name: len(t.datasets["train"]) for t in parts.tasks},
+        "layer_groups": {g.name: sum(numel[n] for n in g.parameters) for g in parts.groups},
+    }
 
 
 def finish(run: Run, *, recorder: Recorder, console: Console) -> int:
@@ -340,6 +365,7 @@ def finish(run: Run, *, recorder: Recorder, console: Console) -> int:
         )
         recorder.close()
         return PREEMPTED
+    run.discard()
     recorder.event("end", step=run.progress.step)
     recorder.close()
     return DONE

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import resource
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dist_ft import dist
 from dist_ft.data.augment.augmenter import AugmentStatistics
-from dist_ft.data.loader import StepBatch
+from dist_ft.data.loader import MicroBatch, StepBatch
 from dist_ft.engine.base import PhaseReport, StepResult
 from dist_ft.freezing.schedule import Phase
-from dist_ft.train.checkpoint import save_checkpoint
 from dist_ft.train.console import Console
 from dist_ft.train.evaluate import EvalData, Scores, evaluate_task
 from dist_ft.train.loop import Run
 from dist_ft.train.recorder import Recorder
+from dist_ft.train.saving import CheckpointWriter, Saved
 
 
 class Watcher:
@@ -47,19 +44,31 @@ class _Interval:
     steps: int = 0
     loss: Tensor | None = None
     tokens: int = 0
+    positions: int = 0
     grad_norm: float | None = None
     wait_s: float = 0.0
+    prefix_rows: int = 0
+    prefix_found: int = 0
     changes: AugmentStatistics | None = None
 
 
 @dataclass
 class LogSteps(Watcher):
-    """Writes a ``step`` event per task at every interval, and a ``phase`` event per change."""
+    """Writes a ``step`` event per task at every interval, and a ``phase`` event per change.
+
+    Attributes:
+        recorder: Where the events go.
+        console: What a person sees.
+        world: This rank's place.
+        every: Steps of an interval.
+        about: What the ``start`` event says of the run.
+    """
 
     recorder: Recorder
     console: Console
     world: dist.World
     every: int
+    about: Mapping[str, Any] = field(default_factory=dict)
     _intervals: dict[str, _Interval] = field(default_factory=dict)
     _busy_before_s: float = 0.0
     _trainable_params: int = 0
@@ -73,6 +82,9 @@ class LogSteps(Watcher):
                 if p.requires_grad
             )
             self.console.current_phase = run.progress.phase
+        self.recorder.event(
+            "start", step=run.progress.step, total_steps=run.total_steps, **self.about
+        )
         self.console.start(run.total_steps, done=run.progress.step)
 
     def on_phase(self, run: Run, phase: Phase, report: PhaseReport) -> None:
@@ -90,34 +102,44 @@ class LogSteps(Watcher):
             gradient_bytes_per_step=report.gradient_bytes,
             switch=report.switch,
             switch_s=round(report.switch_s, 4),
+            cached_blocks=report.cached_blocks,
+            cache_bytes=report.cache_bytes,
         )
         self.console.phase(run.progress.step, phase, report)
 
     def on_step_end(self, run: Run, batch: StepBatch, result: StepResult) -> None:
         """Add the step to its task's interval; write the events when the interval ends."""
+        if result.refused is None:  # otherwise it has an event of its own
+            self._count(batch, result)
+        step = run.progress.step
+        if self._intervals and (step % self.every == 0 or step == run.total_steps):
+            self._write(run)
+        self.console.advance(step, task=batch.task)
+
+    def _count(self, batch: StepBatch, result: StepResult) -> None:
         interval = self._intervals.setdefault(batch.task, _Interval())
         interval.steps += 1
         interval.loss = result.loss if interval.loss is None else interval.loss + result.loss
         interval.tokens += batch.global_tokens
+        interval.positions += _positions(batch)
         interval.grad_norm = result.grad_norm
         interval.wait_s += batch.data_wait_s
+        interval.prefix_rows += result.prefix_rows
+        interval.prefix_found += result.prefix_found
         if batch.augmentation is not None:
             interval.changes = interval.changes or AugmentStatistics()
             interval.changes.merge(batch.augmentation)
-        step = run.progress.step
-        if step % self.every == 0 or step == run.total_steps:
-            self._write(run)
-        self.console.advance(step, task=batch.task)
 
     def _write(self, run: Run) -> None:
         # Time in steps alone: evaluations and checkpoints have figures of their own.
         seconds = max(1e-9, run.busy_s - self._busy_before_s)
         tasks = sorted(self._intervals)
-        sums = dist.all_reduce_sum([float(_loss(self._intervals[t])) for t in tasks])
+        sums = _sums_over_ranks([self._intervals[t] for t in tasks])
         changes = _over_ranks({t: self._intervals[t].changes for t in tasks})
         tokens = sum(i.tokens for i in self._intervals.values())
         rates = run.learning_rates(run.progress.step - 1, run.progress.thawed_at)
-        for task, loss_sum in zip(tasks, sums, strict=True):
+        for task, of_task in zip(tasks, sums, strict=True):
+            loss_sum, positions, prefix_rows, prefix_found = of_task
             interval = self._intervals[task]
             loss = loss_sum / interval.steps
             self.recorder.event(
@@ -130,8 +152,12 @@ class LogSteps(Watcher):
                 tokens=run.progress.tokens,
                 tokens_per_s=round(tokens / seconds, 1),
                 trainable_params=self._trainable_params,
+                task_steps=interval.steps,
+                task_tokens=interval.tokens,
+                task_positions=int(positions),
                 data_wait_s=round(interval.wait_s, 4),
                 peak_rss_bytes=_peak_rss_bytes(),
+                **({"prefix_hit_share": prefix_found / prefix_rows} if prefix_rows else {}),
                 **({"augmentation": changes[task].to_json()} if task in changes else {}),
             )
             self.console.losses[task] = loss
@@ -144,6 +170,23 @@ class LogSteps(Watcher):
         if self._intervals:
             self._write(run)
         self.console.stop()
+
+
+def _sums_over_ranks(intervals: Sequence[_Interval]) -> list[tuple[float, ...]]:
+    """Return each interval's loss, positions, rows with a cached prefix, and such as were found."""
+    width = 4
+    values = [
+        value
+        for i in intervals
+        for value in (
+            0.0 if i.loss is None else float(i.loss),
+            float(i.positions),
+            float(i.prefix_rows),
+            float(i.prefix_found),
+        )
+    ]
+    sums = dist.all_reduce_sum(values)
+    return [tuple(sums[start : start + width]) for start in range(0, len(sums), width)]
 
 
 def _over_ranks(changes: dict[str, AugmentStatistics | None]) -> dict[str, AugmentStatistics]:
@@ -159,8 +202,9 @@ def _over_ranks(changes: dict[str, AugmentStatistics | None]) -> dict[str, Augme
     return total
 
 
-def _loss(interval: _Interval) -> Tensor:
-    return torch.zeros(()) if interval.loss is None else interval.loss
+def _positions(batch: StepBatch) -> int:
+    """Return the positions of this rank's input, padding and fillers counted."""
+    return sum(b.inputs["input_ids"].numel() for b in batch.micro_batches)
 
 
 def _peak_rss_bytes() -> int:
@@ -190,11 +234,27 @@ class Evaluate(Watcher):
         if run.progress.step == run.total_steps and self.done_at < 0:
             self.evaluate(run)
 
+    def deciding_scores(self, step: int) -> dict[str, float]:
+        """Return each task's deciding metric, larger is better; empty if not scored at `step`."""
+        if self.done_at != step:
+            return {}
+        found: dict[str, float] = {}
+        for data in self.data:
+            metric, larger_is_better = data.task.primary_metric
+            value = self.last[data.task.name].metrics[metric]
+            found[data.task.name] = value if larger_is_better else -value
+        return found
+
     def evaluate(self, run: Run) -> None:
         """Score every task now."""
         self.done_at = run.progress.step
+
+        def forward(task: str, micro_batch: MicroBatch) -> tuple[Tensor, Any]:
+            run.beat("evaluation")
+            return run.engine.eval_forward(task, micro_batch)
+
         for data in self.data:
-            scores = evaluate_task(data, forward=run.engine.eval_forward, world=self.world)
+            scores = evaluate_task(data, forward=forward, world=self.world)
             self.last[scores.task] = scores
             self.recorder.event(
                 "eval",
@@ -202,6 +262,7 @@ class Evaluate(Watcher):
                 task=scores.task,
                 split=scores.split,
                 metrics=scores.metrics,
+                rows=scores.rows,
                 eval_s=round(scores.seconds, 3),
             )
             self.console.scores(run.progress.step, scores)
@@ -209,43 +270,105 @@ class Evaluate(Watcher):
 
 @dataclass
 class Checkpoint(Watcher):
-    """Saves at an interval, at the end, and when the run is asked to stop."""
+    """Saves at an interval, at the end, and when the run is asked to stop.
+
+    Attributes:
+        writer: Writes beside the training.
+        every: Steps between checkpoints that retention counts.
+        ephemeral_every: Steps between those that only the next one outlives.
+        in_background: Whether training goes on while files are written.
+        describe: Returns what else a checkpoint says of the run.
+        scores: Returns the latest scores, larger is better, if they are of this step.
+        saved_at: Step of the newest checkpoint.
+        is_due: Save at the end of this step in any case.
+    """
 
     recorder: Recorder
     console: Console
-    folder: Path
+    writer: CheckpointWriter
     every: int | None
-    keep_last: int
+    ephemeral_every: int | None
+    in_background: bool
     describe: Callable[[], dict[str, Any]]
+    scores: Callable[[int], dict[str, float]]
     saved_at: int = -1
+    is_due: bool = False
+
+    def on_fit_start(self, run: Run) -> None:
+        """Make room for what a save of a resumed run copies."""
+        if run.progress.phase >= 0:
+            self._prepare(run)
+
+    def on_phase(self, run: Run, phase: Phase, report: PhaseReport) -> None:
+        """Make room for what a save copies in this phase."""
+        self._prepare(run)
+
+    def _prepare(self, run: Run) -> None:
+        if self.in_background:
+            self.writer.prepare(run.engine.state())
 
     def on_step_end(self, run: Run, batch: StepBatch, result: StepResult) -> None:
-        """Save when the interval ends."""
-        if self.every and run.progress.step % self.every == 0:
-            self.save(run)
+        """Save when an interval ends; see how far the save before is."""
+        self._tell(self.writer.poll())
+        step = run.progress.step
+        regular = bool(self.every and step % self.every == 0)
+        ephemeral = bool(self.ephemeral_every and step % self.ephemeral_every == 0)
+        if regular or ephemeral or self.is_due:
+            self.is_due = False
+            self._begin(run, ephemeral=not regular)
+            if not self.in_background:
+                self.settle(run)
 
     def on_fit_end(self, run: Run) -> None:
-        """Save what is not saved yet."""
-        self.save(run)
+        """Save what is not saved yet.
 
-    def save(self, run: Run) -> None:
-        """Write a checkpoint of the run as it is now, unless there is one."""
-        step = run.progress.step
-        if step == self.saved_at or run.progress.phase < 0:
+        Raises:
+            CheckpointError: If it cannot be saved: nobody may believe that it was.
+        """
+        self.settle(run)
+        if run.progress.step == self.saved_at or run.progress.phase < 0:
             return  # saved already, or stopped before there was anything to save
-        began = time.monotonic()
-        path, size = save_checkpoint(
-            self.folder,
-            step=step,
-            state=run.engine.state(),
-            trainer={**self.describe(), **run.state_dict()},
-            keep_last=self.keep_last,
-        )
+        self._begin(run, ephemeral=run.progress.step < run.total_steps)
+        saved = self.settle(run)
+        assert saved is not None
+        saved.check()
+
+    def _begin(self, run: Run, *, ephemeral: bool) -> None:
+        run.beat("save")
+        step = run.progress.step
+        about = {"ephemeral": ephemeral, "scores": self.scores(step)}
+        trainer = {**self.describe(), **about, **run.state_dict()}
+        before = self.writer.begin(step=step, state=run.engine.state(), trainer=trainer)
+        self._tell(before)
         self.saved_at = step
-        seconds = time.monotonic() - began
+
+    def settle(self, run: Run) -> Saved | None:
+        """Wait until nothing is being saved; return how the last save went, if it is news."""
+        run.beat("save")
+        saved = self.writer.wait()
+        self._tell(saved)
+        if saved is not None and saved.problem is not None:
+            self.saved_at = -1
+        return saved
+
+    def _tell(self, saved: Saved | None) -> None:
+        """Record how a save went; a failed one is no reason to stop training."""
+        if saved is None:
+            return
+        stall = {"save_s": round(saved.save_s, 3), "stall_s": round(saved.stall_s, 4)}
+        if saved.problem is not None:
+            self.recorder.event(
+                "checkpoint_failed", step=saved.step, problem=saved.problem, **stall
+            )
+            self.console.say(
+                f"WARNING: the checkpoint of step {saved.step} was NOT written ({saved.problem}); "
+                "training goes on, earlier checkpoints are intact"
+            )
+            return
         self.recorder.event(
-            "checkpoint", step=step, path=path.name, bytes=size, save_s=round(seconds, 3)
+            "checkpoint", step=saved.step, path=saved.path.name, bytes=saved.bytes, **stall
         )
         self.console.say(
-            f"step {step}: saved {path.name} ({size / 2**20:.0f} MiB, {seconds:.1f} s)"
+            f"step {saved.step}: saved {saved.path.name} ({saved.bytes / 2**20:.0f} MiB, "
+            f"{saved.save_s:.1f} s, training waited {saved.stall_s:.2f} s)"
         )

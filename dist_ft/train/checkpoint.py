@@ -25,13 +25,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dist_ft import dist
-from dist_ft.engine.base import EngineState
+from dist_ft.train.retention import Kept, Retention
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TRAINER = "trainer.json"
 _NAME = re.compile(r"step-(\d{8,})")
-_FREE_SPACE_MARGIN = 64 * 2**20
 
 
 class CheckpointError(RuntimeError):
@@ -43,62 +42,15 @@ def checkpoint_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save_checkpoint(
-    root: Path, *, step: int, state: EngineState, trainer: Mapping[str, Any], keep_last: int
-) -> tuple[Path, int]:
-    """Write a checkpoint on all ranks; return its folder and its size in bytes.
-
-    Args:
-        root: The run's ``checkpoints`` folder, shared by all ranks.
-        step: Optimizer steps done.
-        state: This rank's share.
-        trainer: What else the run needs to go on, as JSON; the same on every rank.
-        keep_last: Checkpoints to keep; older ones are removed after this one exists.
-
-    Raises:
-        CheckpointError: If any rank could not write; the earlier checkpoints are untouched.
-    """
-    rank = dist.rank()
-    final, temporary = root / checkpoint_name(step), root / f".tmp-{checkpoint_name(step)}"
-    if rank == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    entry, problem = _write_rank_file(temporary, rank=rank, state=state)
-    gathered = dist.all_gather_object((entry, problem))
-    problems = [f"rank {r}: {p}" for r, (_, p) in enumerate(gathered) if p]
-    if not problems and rank == 0:
-        body = {**trainer, "steps": state.steps, "trainable": list(state.trainable)}
-        files = [entry for entry, _ in gathered]
-        problems = _commit(temporary, final, step=step, trainer=body, files=files)
-    problems = dist.broadcast_object(problems)
-    if problems:
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"checkpoint of step {step} was not written ({'; '.join(problems)}): free space in "
-            f"{root} or point output_dir elsewhere; earlier checkpoints are intact"
-        )
-    if rank == 0:
-        _remove_old(root, step=step, keep_last=keep_last)
-    dist.barrier()
-    return final, sum(entry["bytes"] for entry, _ in gathered)
-
-
-def _write_rank_file(
-    folder: Path, *, rank: int, state: EngineState
+def write_rank_file(
+    folder: Path, *, rank: int, tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Any], str | None]:
-    tensors: dict[str, Tensor] = {}
-    for piece in state.slices:
-        for kind, value in piece.values.items():
-            # Views of one flat buffer would be refused or stored whole.
-            tensors[f"{kind}|{piece.parameter}|{piece.start}"] = value.detach().cpu().clone()
+    """Write a rank's share and make it durable; return its manifest entry, or what went wrong."""
     path = folder / f"rank-{rank:05d}.safetensors"
-    needed = sum(t.numel() * t.element_size() for t in tensors.values())
     try:
-        free = shutil.disk_usage(folder).free
-        if free < needed + _FREE_SPACE_MARGIN:
-            return {}, f"{needed} bytes are needed and {free} are free"
+        if bad := next((n for n, t in tensors.items() if not bool(torch.isfinite(t).all())), None):
+            return {}, f"{bad.replace('|', ' of ', 1).partition('|')[0]} is not finite"
+        folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path)
         _fsync(path)
         return {"file": path.name, **_fingerprint(path)}, None
@@ -106,15 +58,18 @@ def _write_rank_file(
         return {}, str(error)
 
 
-def _commit(
+def commit(
     temporary: Path,
     final: Path,
     *,
     step: int,
     trainer: Mapping[str, Any],
     files: list[dict[str, Any]],
-) -> list[str]:
-    """Write the JSON files, make everything durable and give the folder its name."""
+) -> str | None:
+    """Write the JSON files, make everything durable and give the folder its name.
+
+    Called by rank 0 when every rank's file is durable. Returns what went wrong.
+    """
     try:
         _write_json(temporary / TRAINER, trainer)
         files = [*files, {"file": TRAINER, **_fingerprint(temporary / TRAINER)}]
@@ -128,19 +83,30 @@ def _commit(
         _fsync(final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
-        return [f"rank 0: {error}"]
-    return []
+        return f"rank 0: {error}"
+    return None
 
 
-def _remove_old(root: Path, *, step: int, keep_last: int) -> None:
-    """Keep the newest whole checkpoints up to `step`; what a run went back behind goes too."""
-    own = [p for s, p in _by_step(root) if s <= step and (p / MANIFEST).is_file()]
-    keep = set(own[-keep_last:])
-    for _, folder in _by_step(root):
-        if folder not in keep:
+def remove_old(root: Path, *, step: int, retention: Retention) -> None:
+    """Remove what retention does not keep, now that the checkpoint of `step` exists."""
+    folders = _by_step(root)
+    whole = [kept for s, p in folders if (kept := _kept(s, p)) is not None]
+    keep = retention.keeps(whole, newest=step)
+    for at, folder in folders:
+        if at not in keep:
             # Without its manifest a folder is no checkpoint, even if removing it is cut short.
             (folder / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _kept(step: int, folder: Path) -> Kept | None:
+    if not (folder / MANIFEST).is_file():
+        return None
+    try:
+        trainer = json.loads((folder / TRAINER).read_text())
+    except (OSError, ValueError):
+        return None
+    return Kept(step, bool(trainer.get("ephemeral")), trainer.get("scores") or {})
 
 
 def set_aside(root: Path, names: list[str]) -> None:
@@ -241,6 +207,12 @@ class CheckpointReader:
     def steps(self) -> Mapping[str, int]:
         """Updates that each parameter group has had."""
         return self.trainer["steps"]
+
+    @property
+    def loss_scale(self) -> Mapping[str, float]:
+        """The dynamic loss scale and its counters; empty if none was saved."""
+        # Checkpoints of the first runs did not have it.
+        return self.trainer.get("loss_scale", {})
 
     def read(self, kind: str, parameter: str, *, start: int, length: int) -> Tensor | None:
         """Return `length` elements of a parameter's `kind`, or None if it was never saved."""

@@ -90,6 +90,12 @@ class Console:
             f"{report.optimizer_bytes / 2**20:.1f} MiB per rank "
             f"({report.switch}, {report.switch_s:.2f} s)"
         )
+        if report.cached_blocks:
+            self.say(
+                f"step {step}: the lowest {report.cached_blocks} blocks run once per row, without "
+                f"dropout; up to {report.cache_bytes / 2**30:.2f} GiB of it are kept on disk "
+                "(cache.policy: off computes them each time)"
+            )
 
     def scores(self, step: int, scores: Scores) -> None:
         """Say what a task scored."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from dist_ft.data.prepare import (
 )
 from dist_ft.data.shards import ShardedDataset
 from dist_ft.data.sources import SourceSpec
-from dist_ft.tasks import build_task
 from dist_ft.tasks.base import Task
+from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
 from dist_ft.train.reading import ReadingProgress
 
 # Task settings that change how rows are scored or named, not what is in them.
@@ -50,6 +50,7 @@ def prepare_tasks(
     tokenizer: PreTrainedTokenizerBase,
     say: Say,
     reading: Reading | None = None,
+    extensions: Extensions = NO_EXTENSIONS,
 ) -> list[PreparedTask]:
     """Return every task with its splits, preparing what is not prepared yet.
 
@@ -60,17 +61,24 @@ def prepare_tasks(
         tokenizer: Of the model.
         say: Prints a line.
         reading: Shows how far reading has come; by default lines are printed now and then.
+        extensions: Task implementations of the user's own.
 
     Raises:
         ValueError: If a source, a column, a label or a row is bad.
     """
+    extensions.check([task.name for task in recipe.tasks])
 
     def by_lines(name: str, expected: Callable[[], int | None]) -> ReadingProgress:
         return ReadingProgress(name, expected=expected, say=say)
 
     return [
         _prepare_task(
-            config, recipe=recipe, tokenizer=tokenizer, say=say, reading=reading or by_lines
+            config,
+            recipe=recipe,
+            tokenizer=tokenizer,
+            say=say,
+            reading=reading or by_lines,
+            extensions=extensions,
         )
         for config in recipe.tasks
     ]
@@ -83,17 +91,19 @@ def _prepare_task(
     tokenizer: PreTrainedTokenizerBase,
     say: Say,
     reading: Reading,
+    extensions: Extensions,
 ) -> PreparedTask:
     plan = split_plan(config)
-    task = build_task(config.model_dump(exclude={"data", "on_error", "augmentation"}))
+    task = extensions.make_task(config.model_dump(exclude={"data", "on_error", "augmentation"}))
     task.check_tokenizer(tokenizer)
-    spec = _spec(config, task=task, plan=plan, tokenizer=tokenizer)
+    own = extensions.implementation(config.name)
+    spec = _spec(config, task=task, plan=plan, tokenizer=tokenizer, own=own)
     if task.needs_scan:
         with reading(f"{config.name}, labels", plan.source_of("train").estimate) as progress:
             folder = recipe.data_dir / config.name
             state = _scanned(spec, task=task, folder=folder, progress=progress)
         task = task.with_state(state)
-        spec = _spec(config, task=task, plan=plan, tokenizer=tokenizer)
+        spec = _spec(config, task=task, plan=plan, tokenizer=tokenizer, own=own)
     datasets: dict[str, ShardedDataset] = {}
     for split in plan.splits:
         # Only training rows are augmented, so only theirs are kept.
@@ -119,7 +129,12 @@ def _describe(task: str, split: str, prepared: PreparedSplit) -> str:
 
 
 def _spec(
-    config: TaskConfig, *, task: Task, plan: SplitPlan, tokenizer: PreTrainedTokenizerBase
+    config: TaskConfig,
+    *,
+    task: Task,
+    plan: SplitPlan,
+    tokenizer: PreTrainedTokenizerBase,
+    own: Mapping[str, str],
 ) -> PrepareSpec:
     def encode(rows: list[dict[str, Any]]) -> Sequence[dict[str, Any]]:
         return task.encode(rows, tokenizer=tokenizer)
@@ -138,6 +153,7 @@ def _spec(
         arguments={
             **config.model_dump(mode="json", exclude=NOT_IN_FEATURES),
             "labels": None if task.needs_scan else task.config_updates().get("label2id"),
+            **own,
         },
         on_error=config.on_error,
     )

@@ -8,8 +8,8 @@ from functools import partial
 from dist_ft.config import AdaptiveFreezing, PlateauFreezing, Recipe
 from dist_ft.data.bandit import BanditMixture
 from dist_ft.data.loader import eval_batches
-from dist_ft.engine.layer_modes import group_modules
 from dist_ft.freezing.adaptive import PlateauPolicy, SettledPolicy
+from dist_ft.model.trunk import group_modules
 from dist_ft.recipe.task_checks import metrics_of
 from dist_ft.train.adapt import (
     DecideByMeasurement,

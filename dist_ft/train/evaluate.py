@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from dist_ft import dist
 from dist_ft.data.collate import CollateSpec
 from dist_ft.data.loader import MicroBatch, eval_batches
 from dist_ft.data.shards import ShardedDataset
-from dist_ft.tasks.base import Task
+from dist_ft.tasks.base import Metrics, Record, Task
 
 Forward = Callable[[str, MicroBatch], tuple[Tensor, Any]]
 
@@ -32,15 +33,28 @@ class EvalData:
 
 @dataclass(frozen=True)
 class Scores:
-    """Metrics of a task on a split, with the wall time that they took in seconds."""
+    """Metrics of a task on a split.
+
+    Attributes:
+        task: Name of the task.
+        split: Name of the split.
+        metrics: By name.
+        seconds: Wall time that they took.
+        rows: How many were scored.
+        intervals: 95 % confidence interval of each metric that was resampled.
+    """
 
     task: str
     split: str
     metrics: dict[str, float]
     seconds: float
+    rows: int = 0
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
-def evaluate_task(data: EvalData, *, forward: Forward, world: dist.World) -> Scores:
+def evaluate_task(
+    data: EvalData, *, forward: Forward, world: dist.World, resamples: int = 0
+) -> Scores:
     """Return the metrics of `data`; every rank gets the same.
 
     The ranks share the rows out, the records of all ranks come together, each row once and in
@@ -51,6 +65,7 @@ def evaluate_task(data: EvalData, *, forward: Forward, world: dist.World) -> Sco
         data: What to score.
         forward: Runs a micro-batch without gradients and returns summed loss and outputs.
         world: This rank's place.
+        resamples: Draws for the confidence intervals; 0 leaves them out.
     """
     began = time.monotonic()
     metrics = data.task.new_metrics()
@@ -73,7 +88,39 @@ def evaluate_task(data: EvalData, *, forward: Forward, world: dist.World) -> Sco
         record for records in dist.all_gather_object(metrics.records()) for record in records
     ]
     unique = {record["row"]: record for record in gathered}
-    values = metrics.compute([unique[row] for row in sorted(unique)])
+    records = [unique[row] for row in sorted(unique)]
+    values = metrics.compute(records)
     count = int(data.dataset.loss_counts.sum(dtype="int64"))
     scores = {"loss": total / max(1, count), **values}
-    return Scores(data.task.name, data.split, scores, time.monotonic() - began)
+    intervals = bootstrap(metrics, records, resamples=resamples) if resamples else {}
+    seconds = time.monotonic() - began
+    return Scores(data.task.name, data.split, scores, seconds, len(records), intervals)
+
+
+def bootstrap(
+    metrics: Metrics, records: Sequence[Record], *, resamples: int
+) -> dict[str, tuple[float, float]]:
+    """Return the 95 % percentile bootstrap interval of each metric (Efron 1979).
+
+    Examples are drawn with replacement, all windows of one together, the same for every run of the
+    same split, so that the intervals of two runs can be compared.
+    """
+    draw = np.random.default_rng(0)
+    clusters: dict[Any, list[Record]] = {}
+    for record in records:
+        clusters.setdefault(record.get("example", record["row"]), []).append(record)
+    examples = list(clusters.values())
+    found: dict[str, list[float]] = {}
+    for _ in range(resamples):
+        # An example that is drawn twice counts twice: its copies are examples of their own.
+        drawn = [
+            {**record, "example": place}
+            for place, index in enumerate(draw.integers(0, len(examples), len(examples)))
+            for record in examples[index]
+        ]
+        for name, value in metrics.compute(drawn).items():
+            found.setdefault(name, []).append(value)
+    return {
+        name: (float(np.percentile(values, 2.5)), float(np.percentile(values, 97.5)))
+        for name, values in found.items()
+    }

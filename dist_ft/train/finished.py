@@ -19,6 +19,7 @@ from dist_ft.model.backbone import MultiTaskModel
 from dist_ft.train.checkpoint import CheckpointReader, find_checkpoint
 from dist_ft.train.evaluate import evaluate_task
 from dist_ft.train.export import export_task
+from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
 from dist_ft.train.parts import Parts, eval_data, make_parts
 from dist_ft.train.recorder import Recorder, surviving_events
 from dist_ft.train.run_folder import RunFolder
@@ -26,9 +27,12 @@ from dist_ft.train.run_folder import RunFolder
 log = logging.getLogger("dist_ft")
 
 SPLITS = ("validation", "test")
+RESAMPLES = 200  # of the rows, for the confidence intervals
 
 
-def open_finished(run: Path) -> tuple[Recipe, Parts, RunFolder, int]:
+def open_finished(
+    run: Path, *, extensions: Extensions = NO_EXTENSIONS
+) -> tuple[Recipe, Parts, RunFolder, int]:
     """Return recipe, parts with the newest whole checkpoint's weights, folder and its step.
 
     Raises:
@@ -42,7 +46,7 @@ def open_finished(run: Path) -> tuple[Recipe, Parts, RunFolder, int]:
             f"{run} has no whole checkpoint{': ' + '; '.join(passed_over) if passed_over else ''}: "
             "train it first"
         )
-    parts = make_parts(recipe, log.info)
+    parts = make_parts(recipe, log.info, extensions=extensions)
     for text in passed_over:
         log.warning("checkpoint passed over: %s", text)
     reader = CheckpointReader(path)
@@ -64,22 +68,32 @@ def load_weights(model: MultiTaskModel, reader: CheckpointReader) -> None:
         parameter.data = weight.view(parameter.shape).clone()
 
 
-def evaluate(run: Path) -> dict[str, dict[str, dict[str, float]]]:
+def evaluate(
+    run: Path, *, extensions: Extensions = NO_EXTENSIONS
+) -> dict[str, dict[str, dict[str, float]]]:
     """Return metrics by task and split of a run's newest checkpoint, and record them.
 
     Raises:
         ValueError: If the folder holds no run or no whole checkpoint.
     """
-    recipe, parts, folder, step = open_finished(run)
+    recipe, parts, folder, step = open_finished(run, extensions=extensions)
     forward = _forward(parts)
     world = dist.World(rank=0, local_rank=0, world_size=1)
     results: dict[str, dict[str, dict[str, float]]] = {}
     recorder = Recorder(folder.metrics)
     for split in SPLITS:
         for data in eval_data(recipe, parts, split=split):
-            scores = evaluate_task(data, forward=forward, world=world)
+            scores = evaluate_task(data, forward=forward, world=world, resamples=RESAMPLES)
             results.setdefault(scores.task, {})[split] = scores.metrics
-            recorder.event("eval", step=step, task=scores.task, split=split, metrics=scores.metrics)
+            recorder.event(
+                "eval",
+                step=step,
+                task=scores.task,
+                split=split,
+                metrics=scores.metrics,
+                rows=scores.rows,
+                intervals=scores.intervals,
+            )
     recorder.close()
     return results
 
@@ -96,13 +110,15 @@ def _forward(parts: Parts) -> Any:
     return forward
 
 
-def export(run: Path, *, task: str | None = None) -> list[Path]:
+def export(
+    run: Path, *, task: str | None = None, extensions: Extensions = NO_EXTENSIONS
+) -> list[Path]:
     """Write a plain transformers folder for each task (or the one named); return the folders.
 
     Raises:
         ValueError: If there is no such task, or an export folder exists already.
     """
-    recipe, parts, folder, step = open_finished(run)
+    recipe, parts, folder, step = open_finished(run, extensions=extensions)
     names = [t.task.name for t in parts.tasks]
     if task is not None and task not in names:
         raise ValueError(f"--task: the run has no task {task!r}; its tasks are {', '.join(names)}")

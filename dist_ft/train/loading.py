@@ -147,8 +147,9 @@ def _layout(recipe: Recipe, tasks: Sequence[PreparedTask], *, world_size: int) -
     budget = recipe.train.micro_batch_tokens
     if recipe.train.layout == "in_order":
         return None
+    packed = recipe.train.layout == "packed"
     if budget is None:
-        return LengthPlan()
+        return LengthPlan(packed=packed)
     for t in tasks:
         longest = int(t.datasets["train"].lengths.max())
         if longest > budget:
@@ -157,4 +158,4 @@ def _layout(recipe: Recipe, tasks: Sequence[PreparedTask], *, world_size: int) -
                 f"than the budget of {budget}: raise it, or lower the task's max_length"
             )
     # As many for every rank: fillers would be forward and backward passes for nothing.
-    return LengthPlan(max_tokens=budget, multiple_of=world_size)
+    return LengthPlan(max_tokens=budget, multiple_of=world_size, packed=packed)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 from dist_ft.data.loader import StepBatch, StepLoader
@@ -24,12 +25,18 @@ class Progress:
         tokens: Useful tokens seen, over all ranks.
         phase: Index of the phase of the last step; -1 before the first.
         thawed_at: Step at which each trainable layer group began to train.
+        refused: Steps in a row, up to the last one, whose update was left out.
+        dropped: Steps [first, end) whose data were given up when the run was rolled back.
+        losses: Latest losses of each task, if leaps are looked for.
     """
 
     step: int = 0
     tokens: int = 0
     phase: int = -1
     thawed_at: dict[str, int] = field(default_factory=dict)
+    refused: int = 0
+    dropped: list[list[int]] = field(default_factory=list)
+    losses: dict[str, list[float]] = field(default_factory=dict)
 
 
 class Callback(Protocol):
@@ -65,7 +72,10 @@ class Run:
         total_steps: Length of the run.
         callbacks: Watchers, in order.
         stop_signal: Returns the signal that asked this rank to stop, or 0.
+        beat: Tells who watches this rank which section it enters.
+        loss_limit: Returns the largest loss of a task that is believed.
         progress: How far the run has come.
+        discard: Deletes what only this run has a use for, once it is over.
         stopped_by: The signal that ended the loop before its time, or 0.
         busy_s: Seconds spent in steps: waiting for data, and computing.
     """
@@ -78,14 +88,17 @@ class Run:
     total_steps: int
     callbacks: Sequence[Callback] = ()
     stop_signal: Callable[[], int] = lambda: 0
+    beat: Callable[[str], None] = lambda section: None  # noqa: ARG005 - nobody watches
+    loss_limit: Callable[[str], float] = lambda task: math.inf  # noqa: ARG005 - any
     progress: Progress = field(default_factory=Progress)
+    discard: Callable[[], None] = lambda: None
     stopped_by: int = 0
     busy_s: float = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps besides the engine's state, as JSON."""
         return {
-            "progress": vars(self.progress) | {"thawed_at": dict(self.progress.thawed_at)},
+            "progress": asdict(self.progress),
             "data": self.loader.state_dict(self.progress.step),
             "policy": self.policy.state_dict(),
         }
@@ -97,13 +110,17 @@ def fit(run: Run) -> Run:
         callback.on_fit_start(run)
     with closing(run.loader.iterate(run.progress.step)) as batches:
         while run.progress.step < run.total_steps:
+            run.beat("data")
             batch = next(batches)
             phase = run.policy.phase_at(batch.step)
+            run.beat("agreement")
             run.stopped_by = agree(plan_of(run, batch, phase), stop=run.stop_signal())
             if run.stopped_by:
                 break
             if phase.index != run.progress.phase:
+                run.beat("phase change")
                 enter_phase(run, phase)
+            run.beat("step")
             began = time.monotonic()
             result = run.engine.train_step(
                 batch.step,
@@ -111,6 +128,7 @@ def fit(run: Run) -> Run:
                 micro_batches=batch.micro_batches,
                 global_count=batch.global_count,
                 learning_rates=run.learning_rates(batch.step, run.progress.thawed_at),
+                loss_limit=run.loss_limit(batch.task),
             )
             run.busy_s += time.monotonic() - began + batch.data_wait_s
             run.progress.step += 1

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-import dist_ft
+from dist_ft.version import __version__
 
 PIPELINES = {
     "AutoModelForSequenceClassification": "text-classification",
@@ -51,7 +51,7 @@ def model_card(
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {task}\n",
         f"A model for {pipeline.replace('-', ' ')}, fine-tuned from `{base}` with dist_ft "
-        f"{dist_ft.__version__}. It needs transformers only.\n",
+        f"{__version__}. It needs transformers only.\n",
         f"## Use\n\n{_usage(auto_class, pipeline)}\n",
         f"## Metrics\n\n{_table(card.get('metrics') or {})}\n",
     ]

@@ -18,6 +18,7 @@ from dist_ft.model.backbone import HeadSpec, ModelSource, MultiTaskModel, load_m
 from dist_ft.model.layer_groups import LayerGroup, find_layer_groups
 from dist_ft.train.data import PreparedTask, prepare_tasks
 from dist_ft.train.evaluate import EvalData
+from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
 from dist_ft.train.loading import Lengths, plan_steps
 from dist_ft.train.policy import check_every_task_trains, make_policy
 
@@ -36,23 +37,29 @@ class Parts:
     mixture: Mixture
 
 
-def make_parts(recipe: Recipe, say: Callable[[str], None]) -> Parts:
+def make_parts(
+    recipe: Recipe, say: Callable[[str], None], *, extensions: Extensions = NO_EXTENSIONS
+) -> Parts:
     """Return data, model, layer groups and schedule; needs no process group."""
     source = model_source(recipe.model)
     tokenizer = load_tokenizer(source)
-    tasks = prepare_tasks(recipe, tokenizer=tokenizer, say=say)
+    tasks = prepare_tasks(recipe, tokenizer=tokenizer, say=say, extensions=extensions)
     heads = [HeadSpec(t.task.name, t.task.auto_class, t.task.config_updates()) for t in tasks]
     model, _ = load_model(source, heads=heads, dtype=torch.float32, seed=recipe.seed)
     check_vocabulary(tasks, model=model.backbone)
     groups = find_layer_groups(model, overrides=recipe.freezing.layer_groups or None)
     steps = plan_steps(recipe, tasks)
-    policy = make_policy(
-        recipe.freezing,
-        order=LayerOrder.of([(g.name, g.kind) for g in groups]),
-        to_steps=steps.lengths.steps,
-        total_steps=steps.total_steps,
-        seed=recipe.seed,
-    )
+    order = LayerOrder.of([(g.name, g.kind) for g in groups])
+    if extensions.policy is not None:
+        policy = extensions.policy(order, steps.total_steps)
+    else:
+        policy = make_policy(
+            recipe.freezing,
+            order=order,
+            to_steps=steps.lengths.steps,
+            total_steps=steps.total_steps,
+            seed=recipe.seed,
+        )
     check_every_task_trains(
         policy,
         tasks=[t.task.name for t in tasks],

@@ -61,7 +61,8 @@ def make_policy(
         return BlockPolicy(
             BlockDraw(
                 order, config.blocks, max(1, to_steps(config.every)), config.order, always, seed
-            )
+            ),
+            total_steps,
         )
     if isinstance(config, PlateauFreezing):
         return PlateauPolicy(

@@ -3,36 +3,73 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+log = logging.getLogger("dist_ft")
+
+
+class Tracker(Protocol):
+    """Shows the events of a run somewhere else, see ``train.trackers``."""
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """Take one event, as it stands in ``metrics.jsonl``."""
+        ...
+
+    def close(self) -> None:
+        """Send what was not sent yet."""
+        ...
 
 
 class Recorder:
     """Appends events; a run that is resumed goes on in the same file."""
 
-    def __init__(self, path: Path | None) -> None:
-        """Open `path` for appending; None (every rank but 0) records nothing."""
+    def __init__(self, path: Path | None, *, trackers: Sequence[Tracker] = ()) -> None:
+        """Open `path` for appending; None (every rank but 0) records nothing.
+
+        Args:
+            path: The file.
+            trackers: Get every event too, as it is written.
+        """
         self._began = time.monotonic()
-        self._file = None
+        self._trackers = trackers
+        self._cut = False
+        self._file: FileIO | None = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             _mend(path)
-            self._file = path.open("a", encoding="utf-8", buffering=1)
+            # Unbuffered: what could not be written must not be tried again with the next event.
+            self._file = path.open("ab", buffering=0)
 
     def event(self, kind: str, *, step: int, **fields: Any) -> None:
         """Write an event with the seconds since this process began to record."""
         if self._file is None:
             return
         body = {"event": kind, "step": step, "time_s": round(time.monotonic() - self._began, 3)}
-        self._file.write(json.dumps({**body, **fields}) + "\n")
+        body |= fields
+        # What a full disk cut off stands on a line of its own, and nobody reads it.
+        line = (("\n" if self._cut else "") + json.dumps(body) + "\n").encode()
+        try:
+            self._cut = self._file.write(line) != len(line)
+        except OSError:
+            self._cut = True
+        if self._cut:
+            log.error("step %d: the %s event is lost: the disk is full", step, kind)
+        for tracker in self._trackers:
+            tracker.event(body)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file and the trackers."""
         if self._file is not None:
             self._file.close()
             self._file = None
+        for tracker in self._trackers:
+            tracker.close()
+        self._trackers = ()
 
 
 def _mend(path: Path) -> None:
@@ -55,12 +92,17 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def surviving_events(path: Path) -> list[dict[str, Any]]:
-    """Return the events of the run as it went in the end.
+    """Return the events of the run as it went in the end."""
+    return surviving(read_events(path))
+
+
+def surviving(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the events that count in the end.
 
     Work that a crash undid was done again after the resume; its events are left out.
     """
     events: list[dict[str, Any]] = []
-    for event in read_events(path):
+    for event in found:
         if event["event"] == "resume":
             events = [e for e in events if _happened(e, resumed_at=event["step"])]
         events.append(event)

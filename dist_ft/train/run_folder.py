@@ -28,6 +28,7 @@ FREE_ON_RESUME = {
     "evaluation",
     "checkpoint",
     "logging",
+    "supervision",
     "train.micro_batch_size",
     "train.micro_batch_tokens",
 }
@@ -66,7 +67,9 @@ class RunFolder:
             ValueError: If the folder holds no run.
         """
         if not self.recipe.is_file():
-            raise ValueError(f"{self.root} holds no run (no recipe.json): give a run's folder")
+            raise ValueError(
+                f"{self.root} holds no run (no {self.recipe.name}): give a run's folder"
+            )
         return json.loads(self.recipe.read_text())
 
     def start(self, recipe: Mapping[str, Any], *, resume: bool) -> None:
@@ -78,7 +81,7 @@ class RunFolder:
         """
         if not self.recipe.is_file():
             self.root.mkdir(parents=True, exist_ok=True)
-            self.write_json("recipe.json", recipe)
+            self.write_json(self.recipe.name, recipe)
             return
         if not resume:
             raise ValueError(

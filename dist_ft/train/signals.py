@@ -27,6 +27,8 @@ class StopRequest:
     def listening(self) -> Iterator[None]:
         """Catch the stopping signals while the block runs."""
         before = {number: signal.signal(number, self._handle) for number in STOPPING}
+        # The launcher holds a request back until somebody listens.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         try:
             yield
         finally:

@@ -14,8 +14,9 @@ from dist_ft.train.checkpoint import (
     CheckpointError,
     CheckpointReader,
     find_checkpoint,
-    save_checkpoint,
 )
+from dist_ft.train.retention import Retention
+from dist_ft.train.saving import save_checkpoint
 from tests.helpers.phases import (
     ALL,
     bitwise_equal,
@@ -56,10 +57,10 @@ def _train(engine: Any, steps: range, schedule: Any = SCHEDULE) -> None:
 
 
 def _save(root: Path, engine: Any, step: int, keep_last: int = 2) -> Path:
-    path, _ = save_checkpoint(
-        root, step=step, state=engine.state(), trainer={}, keep_last=keep_last
-    )
-    return path
+    retention = Retention(keep_last=keep_last)
+    return save_checkpoint(
+        root, step=step, state=engine.state(), trainer={}, retention=retention
+    ).path
 
 
 def _resume(root: Path, stage: int, precision: Any, switch: Any) -> Any:

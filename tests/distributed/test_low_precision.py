@@ -1,15 +1,21 @@
 """bf16 in every ZeRO stage: the same steps, masters that were not touched when built."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from dist_ft.engine.base import EngineOptions
+from dist_ft.engine.base import EngineOptions, EngineState, StateSlice
+from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
 from dist_ft.engine.ds_weights import FloatBuffers
-from tests.helpers.phases import ALL, make_deepspeed, run
+from dist_ft.train.checkpoint import CheckpointReader
+from dist_ft.train.saving import save_checkpoint
+from tests.helpers.phases import ALL, bitwise_equal, make_deepspeed, run
 from tests.helpers.run_distributed import run_distributed
+from tests.helpers.tiny import TinyModel, global_batch, learning_rates, param_groups
 
 TOP = ("block.3", "head.a", "head.b")
 
@@ -55,6 +61,72 @@ def _whole(masters: dict[tuple[str, int], torch.Tensor]) -> dict[str, torch.Tens
 
 def test_every_stage_counts_the_same_steps() -> None:
     run_distributed(_all_stages)
+
+
+FP16 = EngineOptions(precision="fp16")
+SCALING = {"fp16": {"initial_scale_power": 10, "loss_scale_window": 3, "hysteresis": 2}}
+
+
+def _overflow(engine: DeepSpeedEngine, step: int) -> None:
+    """Run a step whose gradients are not finite on one rank; nothing but the scale may move."""
+    before = _copied(engine.state())
+    batches = global_batch(step, micro_batches=2)
+    batches[1].targets["y"].fill_(1e30)
+    result = engine.train_step(
+        step,
+        task="a",
+        micro_batches=batches[dist.get_rank() :: 2],
+        global_count=8,
+        learning_rates=learning_rates(param_groups(TinyModel()), step),
+    )
+    assert result.grad_norm is None
+    after = _copied(engine.state())
+    assert after.steps == before.steps
+    assert after.loss_scale["last_overflow_iter"] == before.loss_scale["cur_iter"]
+    for one, other in zip(before.slices, after.slices, strict=True):
+        assert one.values.keys() == other.values.keys()
+        assert all(torch.equal(v, other.values[k]) for k, v in one.values.items()), one.parameter
+
+
+def _copied(state: EngineState) -> EngineState:
+    slices = [
+        StateSlice(s.parameter, s.start, {k: v.clone() for k, v in s.values.items()})
+        for s in state.slices
+    ]
+    return replace(state, slices=slices)
+
+
+def _loss_scale_survives(folder: Path) -> None:
+    share = (dist.get_rank(), dist.get_world_size())
+    for stage in (1, 2, 3):
+        engine = make_deepspeed(FP16, zero_stage=stage, base=SCALING)
+        run(engine, {0: ALL}, steps=range(2), micro_batches=2, share=share)
+        for step in (2, 3, 4):
+            _overflow(engine, step)
+        run(engine, {}, steps=range(5, 7), micro_batches=2, share=share)
+        before = engine.state().loss_scale
+        # The first overflow takes hysteresis only; counters stand in the middle of a window.
+        assert before == {
+            "cur_scale": 256.0, "cur_iter": 7, "last_overflow_iter": 4, "cur_hysteresis": 1,
+        }  # fmt: skip
+        assert engine.set_trainable(TOP).switch == "rebuild"
+        assert engine.state().loss_scale == before
+        state = engine.state()
+        saved = save_checkpoint(folder / str(stage), step=7, state=state, trainer={}).path
+        run(engine, {}, steps=range(7, 12), micro_batches=2, share=share)
+        resumed = make_deepspeed(FP16, zero_stage=stage, base=SCALING)
+        resumed.set_trainable(TOP)
+        resumed.load_state(CheckpointReader(saved))
+        assert resumed.state().loss_scale == before
+        run(resumed, {}, steps=range(7, 12), micro_batches=2, share=share)
+        assert engine.state().loss_scale["cur_scale"] > 256  # a window ended in between
+        assert resumed.state().loss_scale == engine.state().loss_scale
+        assert resumed.state().steps == engine.state().steps
+        assert bitwise_equal(resumed.full_weights(), engine.full_weights())
+
+
+def test_the_loss_scale_outlives_phase_changes_and_the_process(tmp_path: Path) -> None:
+    run_distributed(_loss_scale_survives, tmp_path)
 
 
 def test_fp16_without_partitions_is_refused() -> None:

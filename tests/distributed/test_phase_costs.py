@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import signal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,16 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import HealthCheck, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from dist_ft.engine.base import EngineOptions
 from dist_ft.recipe import load_recipe
 from dist_ft.train import build
-from tests.helpers.phases import ALL, bitwise_equal, largest_difference, make_deepspeed, run
+from tests.helpers.phases import ALL, largest_difference, make_deepspeed, run
 from tests.helpers.phases import make_reference as reference_engine
 from tests.helpers.run_distributed import run_distributed
+from tests.helpers.same_order import SameOrder, add_ranks_in_order
 from tests.helpers.tiny import TinyModel
 from tests.helpers.tiny_run import state_hash, train, write_recipe
 
@@ -34,68 +37,75 @@ def _share() -> tuple[int, int]:
 
 @st.composite
 def schedules(draw: st.DrawFn) -> dict[int, tuple[str, ...]]:
-    """Draw a start and four phase changes in 50 steps to any subsets that hold the heads."""
+    """Draw a start and four real phase changes in 50 steps to any subsets that hold the heads."""
     steps = [0, *sorted(draw(st.sets(st.integers(1, 49), min_size=4, max_size=4)))]
     # Something that each task's loss reaches must train: build refuses other schedules.
-    subset = st.sets(st.sampled_from(ALL), min_size=1).map(lambda s: s | set(HEADS))
-    return {step: tuple(n for n in ALL if n in draw(subset)) for step in steps}
+    subset = st.sets(st.sampled_from(ALL)).map(lambda s: s | set(HEADS))
+    masks = [tuple(n for n in ALL if n in draw(subset)) for _ in steps]
+    assume(all(one != other for one, other in pairwise(masks)))
+    return dict(zip(steps, masks, strict=True))
 
 
-def _random_schedule(stage: int, switch: str, schedule: Any, expected: Any) -> None:
-    engine = make_deepspeed(EngineOptions(), zero_stage=stage, switch=switch)
-    run(engine, schedule, steps=range(50), micro_batches=_share()[1], share=_share())
-    mine = {n: p.detach().clone() for n, p in engine.module.named_parameters()}
-    if stage < 3:  # in stage 3 nobody holds whole parameters to compare
-        for name, value in mine.items():
-            other = value.clone()
-            dist.broadcast(other, src=0)
-            assert torch.equal(value, other), (name, "differs between ranks")
-    weights = engine.full_weights()
-    if dist.get_rank() == 0:
-        assert largest_difference(weights, expected) <= 1e-5
+def _follows(schedule: Any, switch: str, expected: Any) -> None:
+    for stage in range(4):
+        engine = make_deepspeed(
+            EngineOptions(), zero_stage=stage, switch=switch, accumulation=8 // _share()[1]
+        )
+        run(engine, schedule, steps=range(50), micro_batches=8, share=_share(), lr=1e-3)
+        if stage < 3:  # in stage 3 nobody holds whole parameters to compare
+            for name, parameter in engine.module.named_parameters():
+                other = parameter.detach().clone()
+                dist.broadcast(other, src=0)
+                assert torch.equal(parameter, other), (stage, name, "differs between ranks")
+        weights = engine.full_weights()
+        if dist.get_rank() == 0:
+            assert largest_difference(weights, expected) <= 1e-5, stage
+
+
+# The seed is fixed because the bound is not certain: where a gradient cancels to about AdamW's eps
+# (1e-8) the order of the additions decides the size of a first update. Measured over 101 pairs of
+# orders: all within 1.2e-6 at this learning rate, 3 beyond 1e-5 at 1e-2. That nothing but the
+# order is at work is what the test after this one shows for schedules that are drawn anew.
+@pytest.mark.slow
+@settings(max_examples=1, deadline=None, derandomize=True)
+@given(schedule=schedules(), switch=st.sampled_from(["rebuild", "in_place"]))
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_random_schedules_follow_the_reference(world_size: int, switch: str, schedule: Any) -> None:
+    reference = reference_engine(EngineOptions())
+    run(reference, schedule, steps=range(50), micro_batches=8, lr=1e-3)
+    expected = reference.full_weights()
+    run_distributed(_follows, schedule, switch, expected, world_size=world_size)
+
+
+def _equals(stages: Any, schedule: Any, switch: str) -> None:
+    rank, world = _share()
+    if world > 2:
+        add_ranks_in_order()
+    for stage in stages:
+        options = EngineOptions(max_grad_norm=0.0)
+        engine = make_deepspeed(options, zero_stage=stage, switch=switch, accumulation=8 // world)
+        run(engine, schedule, steps=range(50), micro_batches=8, share=_share())
+        weights = engine.full_weights()
+        if rank == 0:
+            reference = SameOrder(stage=stage, world_size=world)
+            expected = reference.run(schedule, steps=range(50), micro_batches=8)
+            assert largest_difference(weights, expected) == 0.0, stage
 
 
 @pytest.mark.slow
-@settings(
-    max_examples=3,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=1, deadline=None)
 @given(
     schedule=schedules(),
     switch=st.sampled_from(["rebuild", "in_place"]),
-    world_size=st.sampled_from([1, 2, 4]),
+    one=st.sampled_from(range(4)),
 )
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_random_schedules_follow_the_reference(
-    stage: int, switch: str, world_size: int, schedule: Any
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_added_in_the_same_order_nothing_differs_by_a_bit(
+    world_size: int, one: int, switch: str, schedule: Any
 ) -> None:
-    # One micro-batch per rank: two ranks then add in the reference's order. With accumulation the
-    # order differs, and AdamW at this learning rate (1e-2) has been seen to make 1.6e-5 of it.
-    reference = reference_engine(EngineOptions())
-    run(reference, schedule, steps=range(50), micro_batches=world_size)
-    expected = reference.full_weights()
-    run_distributed(_random_schedule, stage, switch, schedule, expected, world_size=world_size)
-
-
-def _one_rank(stage: int, expected: Any) -> None:
-    engine = make_deepspeed(EngineOptions(max_grad_norm=0.0), zero_stage=stage)
-    run(engine, {0: ALL}, steps=range(40), micro_batches=1)
-    weights = engine.full_weights()
-    if stage == 0:
-        assert bitwise_equal(weights, expected)
-    # A vectorised AdamW rounds the last few elements of a vector otherwise, and the flat vectors
-    # of stages 1-3 end elsewhere: at most two units in the last place of a weight near 1.
-    assert largest_difference(weights, expected) <= 2.4e-7
-
-
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_with_the_same_order_of_sums_only_rounding_is_left(stage: int) -> None:
-    # One micro-batch on one rank and no clipping norm: nothing is summed in another order.
-    reference = reference_engine(EngineOptions(max_grad_norm=0.0))
-    run(reference, {0: ALL}, steps=range(40), micro_batches=1)
-    run_distributed(_one_rank, stage, reference.full_weights(), world_size=1)
+    # Four ranks on few cores are slow: one stage of them, another in each run.
+    stages = range(4) if world_size < 4 else [one]
+    run_distributed(_equals, stages, schedule, switch, world_size=world_size)
 
 
 def _count_bytes(stage: int) -> None:
@@ -135,29 +145,46 @@ def test_gradient_bytes_on_the_wire_follow_what_trains(stage: int) -> None:
     run_distributed(_count_bytes, stage)
 
 
-def _many_changes(stage: int, switch: str) -> None:
-    options = EngineOptions()
-    engine = make_deepspeed(options, zero_stage=stage, switch=switch, width=512)
+# From <malloc.h>: one arena, and a mapping of its own for every buffer of 64 KiB and more, which
+# goes back to the system when it is freed. As glibc tunes itself, its pages wander by 12 %.
+M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3
+
+
+def _tensor_bytes() -> int:
+    """Return the bytes of all storages that some tensor of the process refers to."""
+    gc.unfreeze()  # frozen objects are not listed
+    gc.collect()
+    storages = [o.untyped_storage() for o in gc.get_objects() if issubclass(type(o), torch.Tensor)]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def _many_changes(variants: Any) -> None:
+    libc = ctypes.CDLL(None)
+    assert libc.mallopt(M_ARENA_MAX, 1)
+    assert libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)
     process = psutil.Process()
-    resident: list[int] = []
-    for change in range(50):
-        engine.set_trainable(ALL if change % 2 else TOP)
-        run(engine, {}, steps=range(change, change + 1), micro_batches=2, share=_share(), width=512)
-        gc.collect()
-        resident.append(process.memory_info().rss)
-    # The allocator's pages wander by several percent; an engine's buffers kept per change, the
-    # leak that was, would add a third here.
-    early, late = min(resident[20:30]), min(resident[-10:])
-    assert late <= 1.12 * early, (stage, resident)
+    for stage, switch in variants:
+        before = _tensor_bytes()
+        engine = make_deepspeed(EngineOptions(), zero_stage=stage, switch=switch, width=256)
+        tensors: list[int] = []
+        resident: list[int] = []
+        for change in range(50):
+            engine.set_trainable(ALL if change % 2 else TOP)
+            steps = range(change, change + 1)
+            run(engine, {}, steps=steps, micro_batches=2, share=_share(), width=256)
+            tensors.append(_tensor_bytes() if change in (10, 11, 48, 49) else 0)
+            resident.append(process.memory_info().rss)
+        for early, late in ((10, 48), (11, 49)):  # the top alone, and everything
+            assert tensors[late] <= 1.001 * tensors[early], (stage, switch, tensors)
+            assert resident[late] <= 1.02 * resident[early], (stage, switch, resident)
+        engine.close()
+        assert _tensor_bytes() <= before + 2**16, (stage, switch, before)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stage", "switch"),
-    [(0, "rebuild"), (1, "rebuild"), (2, "rebuild"), (3, "rebuild"), (2, "in_place")],
-)
-def test_memory_does_not_grow_over_fifty_changes(stage: int, switch: str) -> None:
-    run_distributed(_many_changes, stage, switch, start_method="spawn")
+def test_memory_does_not_grow_over_fifty_changes() -> None:
+    variants = [(0, "rebuild"), (1, "rebuild"), (2, "rebuild"), (3, "rebuild"), (2, "in_place")]
+    run_distributed(_many_changes, variants, start_method="spawn", world_size=1)
 
 
 def _killed(path: Path, stage: int, change: int) -> None:

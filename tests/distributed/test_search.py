@@ -119,7 +119,7 @@ def test_segments_leave_no_weights_behind(tmp_path: Path, stage: int) -> None:
 def _rank_counts_weights(path: Path, stage: int) -> None:
     recipe = load_recipe(path, overrides=[f"engine.zero_stage={stage}"])
     world = dist.world_from_environment()
-    device = dist.init_process_group(world, timeout_s=60)
+    device = dist.init_process_group(world, timeout_s=60, join_timeout_s=60)
     alive = []
     for step in (3, 6, 9):
         train_until(recipe, step=step, place=Place(world, device))

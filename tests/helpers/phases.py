@@ -36,6 +36,7 @@ def make_deepspeed(
             micro_batch_size=4,
             gradient_accumulation_steps=kwargs.pop("accumulation", 1),
             offload_optimizer=kwargs.pop("offload", False),
+            base=kwargs.pop("base", None),
         ),
         **kwargs,
     )
@@ -49,6 +50,7 @@ def run(
     micro_batches: int,
     share: tuple[int, int] = (0, 1),
     width: int = WIDTH,
+    lr: float = 1e-2,
 ) -> list[float]:
     """Run `steps`, changing phase where the schedule says; return the gradient norms.
 
@@ -56,7 +58,7 @@ def run(
     """
     rank, world = share
     norms: list[float] = []
-    groups = param_groups(TinyModel(width=width))
+    groups = param_groups(TinyModel(width=width), lr=lr)
     for step in steps:
         if step in schedule:
             engine.set_trainable(schedule[step])

@@ -1,9 +1,11 @@
 """A tiny two-task model and data whose every number is a function of a seed."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -88,6 +90,8 @@ class TinyBatch:
     targets: dict[str, Tensor]
     index: int
     loss_weight: float = 1.0
+    rows: npt.NDArray[np.int64] = field(default_factory=lambda: np.arange(0))
+    distinct: bool = True
 
 
 def global_batch(step: int, *, micro_batches: int, rows: int = 4) -> list[TinyBatch]:

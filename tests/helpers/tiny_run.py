@@ -107,7 +107,7 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
         "logging": {"every": 1},
     }
     for key, value in changes.items():
-        recipe[key] = {**recipe[key], **value} if isinstance(value, dict) else value
+        recipe[key] = {**recipe.get(key, {}), **value} if isinstance(value, dict) else value
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     return path
@@ -122,7 +122,7 @@ def train(
     stop_at: int | None = None,
     exit_code: int = 0,
 ) -> None:
-    """Train on forked ranks; with `stop_at`, rank 1 gets SIGTERM once that step is logged."""
+    """Train on forked ranks; at `stop_at`, once that step is logged, the last gets SIGTERM."""
     run_distributed(
         _rank_trains, recipe, tuple(overrides), resume, stop_at, exit_code, world_size=world_size
     )
@@ -132,9 +132,10 @@ def _rank_trains(
     path: Path, overrides: Sequence[str], resume: bool, stop_at: int | None, exit_code: int
 ) -> None:
     recipe = load_recipe(path, overrides=overrides)
-    if stop_at == 0 and os.environ["RANK"] == "1":
+    last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    if stop_at == 0 and last:
         build.make_run = _interrupted(build.make_run)
-    elif stop_at is not None and os.environ["RANK"] == "1":
+    elif stop_at is not None and last:
         metrics = recipe.output_dir / recipe.name / "metrics.jsonl"
         threading.Thread(target=_terminate_at, args=(metrics, stop_at), daemon=True).start()
     assert build.train(recipe, resume=resume) == exit_code

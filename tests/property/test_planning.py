@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_ft.data.collate import CollateSpec
 from dist_ft.data.loader import BatchPlan, LengthPlan, MicroBatch, StepLoader
 from dist_ft.data.planning import PlannedStep, deal, plan_step
 from dist_ft.data.sampling import RoundRobin
@@ -20,12 +19,6 @@ from dist_ft.data.shards import ShardedDataset
 from tests.helpers.datasets import SPEC, make_dataset
 
 LENGTHS = st.lists(st.integers(1, 600), min_size=1, max_size=80)
-PACKED = CollateSpec(
-    ragged={"input_ids": 0, "labels": -100},
-    inputs=("input_ids", "attention_mask"),
-    targets=("labels",),
-    packed=True,
-)
 
 
 def text_lengths(rows: int, *, seed: int = 0) -> np.ndarray:
@@ -174,10 +167,9 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> StepLoader:
-    spec = PACKED if layout is not None and layout.packed else SPEC
     return StepLoader(
         datasets,
-        specs=dict.fromkeys(datasets, spec),
+        specs=dict.fromkeys(datasets, SPEC),
         plan=BatchPlan(size, micro, seed=7, rank=rank, world_size=world_size, layout=layout),
         mixture=RoundRobin(len(datasets)),
     )
@@ -235,14 +227,7 @@ def test_micro_batches_do_not_depend_on_world_size(
     }
 
 
-def test_layout_and_specs_must_agree(datasets: dict[str, ShardedDataset]) -> None:
-    with pytest.raises(ValueError, match="layout has packed=True, but the collate specs"):
-        StepLoader(
-            datasets,
-            specs=dict.fromkeys(datasets, SPEC),
-            plan=BatchPlan(4, 2, seed=0, layout=LengthPlan(packed=True)),
-            mixture=RoundRobin(2),
-        )
+def test_a_row_over_the_budget_is_named(datasets: dict[str, ShardedDataset]) -> None:
     loader = make_loader(datasets, layout=LengthPlan(max_tokens=2))
     with pytest.raises(ValueError, match=r"task 'one', step 0: a row has .* more than max_tok"):
         loader.batch(0)

@@ -11,6 +11,7 @@ from dist_ft.engine.base import EngineOptions
 from dist_ft.engine.layer_modes import LayerModes
 from dist_ft.engine.loss_module import LossModule
 from dist_ft.engine.reference import ReferenceEngine
+from dist_ft.engine.trunk_pass import TrunkPasses
 from dist_ft.freezing.schedule import LayerOrder
 from dist_ft.model.backbone import HeadSpec, build_model
 from dist_ft.model.layer_groups import find_layer_groups
@@ -51,7 +52,13 @@ def _train(architecture: str, checkpointing: Any, recomputed: list[int]) -> dict
             weight_decay=0.1,
         ),
         options=EngineOptions(seed=1),
-        modes=LayerModes.of(model, groups=groups, checkpointing=checkpointing, prefix_dropout=True),
+        modes=LayerModes.of(
+            model,
+            groups=groups,
+            checkpointing=checkpointing,
+            prefix_dropout=True,
+            passes=TrunkPasses(),
+        ),
     )
     order = LayerOrder.of([(g.name, g.kind) for g in groups])
     rates = dict.fromkeys(order.everything, 1e-2)

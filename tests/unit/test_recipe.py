@@ -227,7 +227,7 @@ GOLDEN: dict[str, tuple[list[str], list[str]]] = {
         ["train.global_batch_size=33", "train.max_duration=3", "train.foo=1"],
         [
             "train.foo: unknown key, got 1: remove it or use one of max_duration, "
-            "global_batch_size, micro_batch_size, micro_batch_tokens, layout",
+            "global_batch_size, micro_batch_size, micro_batch_tokens, layout, on_bad_numbers",
             "train.global_batch_size: must be a multiple of micro_batch_size (16), got 33: use 32 "
             "or another micro_batch_size",
             "train.max_duration: a duration needs a unit, got 3: write it like 3ep, 500step or "

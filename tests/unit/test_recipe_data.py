@@ -86,7 +86,7 @@ def test_a_budget_of_tokens_does_without_a_count(folder: Path) -> None:
 GOLDEN: dict[str, tuple[list[str], list[str]]] = {
     "budget without a layout": (
         ["train.micro_batch_tokens=512", "train.layout=in_order"],
-        ["train.micro_batch_tokens: needs layout by_length, got in_order: remove one of them"],
+        ["train.micro_batch_tokens: needs layout by_length or packed, got in_order: change one"],
     ),
     "empty budget": (
         ["train.micro_batch_tokens=0"],
@@ -121,8 +121,8 @@ GOLDEN: dict[str, tuple[list[str], list[str]]] = {
     "layout": (
         ["train.layout=by_lenght"],
         [
-            "train.layout: must be one of in_order, by_length, got 'by_lenght': did you mean "
-            "by_length?"
+            "train.layout: must be one of in_order, by_length, packed, got 'by_lenght': did you "
+            "mean by_length?"
         ],
     ),
     "transform": (

@@ -1,0 +1,144 @@
+"""dist_ft from Python: what the commands do, in a few lines of a program or a notebook."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dist_ft.config import Recipe
+from dist_ft.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from dist_ft.planning.settings import Plan
+    from dist_ft.train.extensions import Extensions, MakePolicy, MakeTask
+
+
+@dataclass(frozen=True)
+class RunHandle:
+    """A run in its folder, and what can be done with it.
+
+    Attributes:
+        path: The run's folder.
+        extensions: The program's own tasks and policy, with which it was trained.
+    """
+
+    path: Path
+    extensions: Extensions
+
+    @property
+    def outcome(self) -> str:
+        """How the run ended, in words: ``finished`` if it came to its last step."""
+        from dist_ft.report.record import read_run
+
+        return read_run(self.path).outcome
+
+    def scores(self, *, split: str = "validation") -> dict[str, dict[str, float]]:
+        """Return the latest recorded metrics of each task."""
+        from dist_ft.report.record import read_run
+
+        latest = read_run(self.path).latest()
+        return {e["task"]: e["metrics"] for e in latest if e["split"] == split}
+
+    def evaluate(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Score validation and test splits with the latest weights; return them by task, split."""
+        from dist_ft.train import finished
+
+        return finished.evaluate(self.path, extensions=self.extensions)
+
+    def export(self, *, task: str | None = None) -> list[Path]:
+        """Write a plain transformers folder for each task (or one); return the folders."""
+        from dist_ft.train import finished
+
+        return finished.export(self.path, task=task, extensions=self.extensions)
+
+    def report(self, *, beside: Sequence[Path] = ()) -> Path:
+        """Write the HTML page, compared with the runs `beside` it; return its path."""
+        from dist_ft.report import write_report
+
+        return write_report([self.path, *beside])
+
+
+def fine_tune(
+    recipe: str | Path | Recipe,
+    *,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    tasks: Mapping[str, MakeTask] | None = None,
+    policy: MakePolicy | None = None,
+) -> RunHandle:
+    """Train on this process, or on all ranks when torchrun starts the program.
+
+    Args:
+        recipe: A file, the name of a packaged recipe, or a loaded recipe.
+        overrides: ``dotted.path=value`` each.
+        resume: Go on from the newest whole checkpoint, if there is one.
+        tasks: Own tasks in the place of the recipe's, by name: called with the settings of the
+            recipe's task as keywords.
+        policy: Own freezing policy: called with the layer groups and the number of steps.
+
+    Raises:
+        ValueError: If the recipe is wrong, or does not fit the model, the data or the ranks.
+    """
+    from dist_ft.train import build
+    from dist_ft.train.extensions import Extensions
+
+    loaded = _load(recipe, overrides)
+    extensions = Extensions(tasks=dict(tasks or {}), policy=policy)
+    build.train(loaded, resume=resume, extensions=extensions)
+    return RunHandle(loaded.output_dir / loaded.name, extensions)
+
+
+def open_run(
+    path: str | Path,
+    *,
+    tasks: Mapping[str, MakeTask] | None = None,
+    policy: MakePolicy | None = None,
+) -> RunHandle:
+    """Return the handle of a run that is there already.
+
+    Args:
+        path: Its folder.
+        tasks: The own tasks that it was trained with.
+        policy: The own policy that it was trained with.
+
+    Raises:
+        ValueError: If the folder holds no run.
+    """
+    from dist_ft.train.extensions import Extensions
+
+    if not (Path(path) / "recipe.json").is_file():
+        raise ValueError(f"{path} holds no run (no recipe.json): name a folder that train has made")
+    return RunHandle(Path(path), Extensions(tasks=dict(tasks or {}), policy=policy))
+
+
+def plan(
+    recipe: str | Path | Recipe,
+    *,
+    overrides: Sequence[str] = (),
+    nodes: int = 1,
+    gpus: int = 1,
+    gpu: str = "h100-80g",
+) -> Plan:
+    """Return what a run will need on so many accelerators, phase by phase.
+
+    Raises:
+        ValueError: If the recipe is wrong, or the model's configuration can't be read.
+    """
+    from dist_ft.planning.run import PlanRequest, plan_recipe
+
+    loaded = _load(recipe, overrides, needs_files=False)
+    return plan_recipe(loaded, PlanRequest(nodes, gpus, gpu)).plan
+
+
+def _load(
+    recipe: str | Path | Recipe, overrides: Sequence[str], *, needs_files: bool = True
+) -> Recipe:
+    if isinstance(recipe, Recipe):
+        if overrides:
+            raise ValueError(
+                "overrides: a loaded recipe can't be changed: give them to load_recipe"
+            )
+        return recipe
+    return load_recipe(recipe, overrides=overrides, needs_files=needs_files)

@@ -1,0 +1,127 @@
+"""A rank's sign of life: what it does now, in a few bytes of memory that others can read.
+
+A beat is a store into a mapped file: no system call, no lock, no collective. Whoever watches looks
+whether the counter still moves, by its own clock, so clocks of ranks and nodes may differ or jump.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import math
+import mmap
+import os
+import signal
+import struct
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+FOLDER = "DIST_FT_HEARTBEATS"
+_LAYOUT = struct.Struct("<Qqqd32s")
+_SIZE = 4096
+# Free in torch, DeepSpeed and Slurm; Python writes the stacks even if another thread holds the GIL.
+STACKS_SIGNAL = signal.SIGUSR2
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank did when it was last heard of.
+
+    Attributes:
+        count: Beats so far; 0 before the first.
+        step: Optimizer steps done.
+        phase: Index of the phase, -1 before the first.
+        timeout_s: Seconds that this section may take.
+        section: Name of what it was doing.
+    """
+
+    count: int
+    step: int
+    phase: int
+    timeout_s: float
+    section: str
+
+
+class Heartbeat:
+    """Writes a rank's beats; without a folder it does nothing."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Map the file at `path`."""
+        self._count = 0
+        self._map: mmap.mmap | None = None
+        if path is not None:
+            path.write_bytes(bytes(_SIZE))
+            with path.open("r+b") as file:
+                self._map = mmap.mmap(file.fileno(), _SIZE)
+
+    @classmethod
+    def of_this_rank(cls) -> Heartbeat:
+        """Return the heartbeat that the launcher asked this process for, if it did."""
+        folder = os.environ.get(FOLDER)
+        return cls(None if folder is None else beat_file(Path(folder), _local_rank()))
+
+    def beat(self, section: str, *, step: int, phase: int, timeout_s: float) -> None:
+        """Say what this rank does now and how many seconds it may take."""
+        if self._map is None:
+            return
+        self._count += 1
+        body = _LAYOUT.pack(self._count, step, phase, timeout_s, section.encode()[:32])
+        self._map[: _LAYOUT.size] = body
+
+
+def beat_file(folder: Path, local_rank: int) -> Path:
+    """Return where a rank of this node writes its beats."""
+    return folder / f"rank{local_rank}.beat"
+
+
+def stacks_file(folder: Path, local_rank: int) -> Path:
+    """Return where a rank of this node writes its stacks."""
+    return folder / f"rank{local_rank}.stacks"
+
+
+def error_file(folder: Path, local_rank: int) -> Path:
+    """Return where a rank of this node writes why it ends."""
+    return folder / f"rank{local_rank}.error"
+
+
+def read_beat(path: Path) -> Beat:
+    """Return the last beat in a file; one of count 0 if there is none yet."""
+    try:
+        data = path.read_bytes()[: _LAYOUT.size]
+    except FileNotFoundError:
+        data = b""
+    if len(data) < _LAYOUT.size:
+        return Beat(0, 0, -1, 0.0, "start")
+    count, step, phase, timeout_s, section = _LAYOUT.unpack(data)
+    text = section.rstrip(b"\0").decode(errors="replace")
+    return Beat(count, step, phase, timeout_s, text or "start")
+
+
+def note_error(text: str) -> None:
+    """Tell the launcher why this rank ends; of several ranks the first one is to blame."""
+    folder = os.environ.get(FOLDER)
+    if folder is not None:
+        body = f"{time.monotonic()}\n{text}"
+        error_file(Path(folder), _local_rank()).write_text(body, encoding="utf-8")
+
+
+def read_error(path: Path) -> tuple[float, str]:
+    """Return when a rank met its error, by the node's monotonic clock, and what it was."""
+    try:
+        when, _, text = path.read_text(encoding="utf-8").partition("\n")
+        return float(when), text
+    except (FileNotFoundError, ValueError):
+        return math.inf, ""
+
+
+def show_stacks_when_asked() -> None:
+    """Let `STACKS_SIGNAL` write the stacks of all threads where the launcher looks for them."""
+    folder = os.environ.get(FOLDER)
+    if folder is not None:
+        # Kept open for as long as the process lives: the handler writes to its descriptor.
+        file = stacks_file(Path(folder), _local_rank()).open("w")
+        faulthandler.register(STACKS_SIGNAL, file=file, all_threads=True)
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))

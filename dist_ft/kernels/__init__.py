@@ -1,0 +1,1 @@
+"""Operations of the hot path, each with an eager reference and a test."""

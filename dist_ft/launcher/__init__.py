@@ -1,0 +1,1 @@
+"""Starts the ranks of a node, watches them from outside and starts them again."""

@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# What a Slurm job does, on its first node: starts the launcher on every node, saves and requeues
+# itself when it is pre-empted or its time is up. `dist-ft slurm` and slurm/*.sbatch end in it.
+#
+#   bash job.sh RECIPE [key=value ...]
+#
+# Settings (environment variables):
+#   PYTHON         interpreter that has dist_ft, on a disk that all nodes see
+#   MAX_REQUEUES   how often the job may be requeued, default 20
+#   MAX_RESTARTS   how often ranks that failed are started again before the job fails, default 3
+#   NPROC          ranks on a node; default: its GPUs, or 2 without one
+#   GRACE_S        seconds that ranks get to save, default 120
+#   CHECK_NODES=1  look at every node first (dist-ft doctor --node); a broken one is left out and the
+#                  job requeued without it
+#   WAIT_KILL_S    seconds after the first node ended until the others are killed, default 60
+#   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME   network interface, if nodes can't find each other
+set -uo pipefail
+
+if [ $# -eq 0 ]; then
+  echo "error: no recipe: give RECIPE [key=value ...]" >&2
+  exit 2
+fi
+: "${SLURM_JOB_ID:?this runs inside a Slurm job: sbatch}"
+PYTHON="${PYTHON:-python3}"
+restarts="${SLURM_RESTART_COUNT:-0}"
+# Of an array only this task: the bare job id of the last one would requeue all.
+job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}}"
+job="${job:-$SLURM_JOB_ID}"
+# By name, not by address: a host often looks itself up as 127.0.1.1.
+HEAD_NODE="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+[ -n "$HEAD_NODE" ] || { echo "error: scontrol names no node" >&2; exit 1; }
+# Two jobs on one node must not meet.
+port=$((20000 + SLURM_JOB_ID % 20000))
+# Slurm 22.05 to 23.02 don't hand --cpus-per-task to srun.
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
+
+say() { echo "== $(date +%FT%T) job $job attempt $restarts: $*"; }
+
+requeue() {
+  if [ "$restarts" -lt "${MAX_REQUEUES:-20}" ]; then
+    say "$1; requeued"
+    scontrol requeue "$job" && exit 0
+  fi
+  say "$1, but not requeued any more: submit the same script to go on" >&2
+}
+
+if [ "${CHECK_NODES:-0}" = 1 ]; then
+  # One line for each broken node: its name.
+  broken="$(srun --label=0 bash -c \
+    '"$0" -m dist_ft doctor --node >&2 || echo "$SLURMD_NODENAME"' "$PYTHON" | paste -sd, -)"
+  if [ -n "$broken" ]; then
+    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$broken"
+    requeue "broken nodes left out: $broken"
+    exit 1
+  fi
+fi
+
+options=(--nnodes "$SLURM_JOB_NUM_NODES" --head-node "$HEAD_NODE" --port "$port"
+  --max-restarts "${MAX_RESTARTS:-3}" --grace-s "${GRACE_S:-120}")
+[ -n "${NPROC:-}" ] && options+=(--nproc "$NPROC")
+say "on $SLURM_JOB_NODELIST: train $*"
+
+asked_to_stop=""
+stop() {
+  asked_to_stop=yes
+  say "asked to stop: the ranks save"
+  # To every process of the step: launchers and ranks take it as one request.
+  scancel --signal=USR1 "$SLURM_JOB_ID"
+}
+trap stop USR1 TERM
+
+# A launcher ignores USR1 until it listens; --resume starts from nothing if there is no checkpoint.
+srun --kill-on-bad-exit=0 --wait="${WAIT_KILL_S:-60}" bash -c \
+  'trap "" USR1; exec "$0" -m dist_ft launch --node-rank "$SLURM_NODEID" "$@"' \
+  "$PYTHON" "${options[@]}" train "$@" --resume &
+step=$!
+code=0
+wait "$step" || code=$?
+# A trapped signal ends `wait` early; the ranks are still saving.
+while kill -0 "$step" 2>/dev/null; do
+  code=0
+  wait "$step" || code=$?
+done
+
+case $code in
+  75 | 143) requeue "saved" ;;
+  0) say "done" ;;
+  2) say "bad recipe" ;;
+  *) [ -z "$asked_to_stop" ] || requeue "stopped" ;;
+esac
+exit "$code"

@@ -1,0 +1,283 @@
+"""Runs the ranks of this node until they are done; restarts them when one fails or hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from dist_ft.heartbeat import FOLDER, error_file, read_error, stacks_file
+from dist_ft.launcher.processes import Process, StartRank
+from dist_ft.launcher.settings import LaunchSettings
+from dist_ft.launcher.watching import Watch
+
+DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
+ATTEMPT, FAILURE = "DIST_FT_ATTEMPT", "DIST_FT_FAILURE"
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_POLL_S = 0.02
+_LOOK_S = 0.1
+# A rank whose peer has died learns it from the broken connection and says so in its log.
+_LAST_WORDS_S = 3.0
+# Ranks of other nodes that belong to the failed attempt must be gone before the next one meets.
+_PAUSE_S = 3.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why an attempt ended.
+
+    Attributes:
+        rank: The rank that failed first.
+        reason: What happened to it, in words.
+        section: What it was doing.
+        step: Optimizer steps that it had done.
+        signalled: Whether a signal ended it; otherwise it ended by itself.
+    """
+
+    rank: int
+    reason: str
+    section: str
+    step: int
+    signalled: bool
+
+
+@dataclass
+class _Attempt:
+    """The ranks of one attempt."""
+
+    number: int
+    processes: list[Process]
+    watch: Watch
+    folder: Path
+    codes: list[int | None] = field(default_factory=list)
+    hang: Failure | None = None
+
+    def running(self) -> list[bool]:
+        """Look who still runs."""
+        self.codes = [process.poll() for process in self.processes]
+        return [code is None for code in self.codes]
+
+    def send(self, number: int) -> None:
+        """Send a signal to the ranks that run."""
+        for process, runs in zip(self.processes, self.running(), strict=True):
+            if runs:
+                os.kill(process.pid, number)
+
+
+class Supervisor:
+    """Starts the ranks of this node, watches them and starts them again."""
+
+    def __init__(
+        self,
+        settings: LaunchSettings,
+        *,
+        start: Callable[[int], StartRank],
+        say: Callable[[str], None],
+        logs: Path | None = None,
+    ) -> None:
+        """Prepare; `run` comes next.
+
+        Args:
+            settings: How many ranks, where, and how often again.
+            start: From the number of an attempt, from 0, to what starts its ranks.
+            say: Tells the user.
+            logs: Folder for ``supervisor.log`` and the stacks of a hang.
+        """
+        self._settings = settings
+        self._start = start
+        self._say_to_user = say
+        self._logs = logs
+        self._asked = 0
+        self._asked_at = 0.0
+
+    def run(self) -> int:
+        """Run until the ranks are done, or have failed once too often; return the exit code."""
+        with self._listening():
+            last: Failure | None = None
+            for number in range(self._settings.max_restarts + 1):
+                start = self._start(number)
+                if self._asked:  # nobody runs: what is saved is all there is
+                    return PREEMPTED
+                code, failure = self._run_attempt(number, start=start, before=last)
+                if failure is None:
+                    return code
+                self._tell(failure, number=number)
+                if self._asked:
+                    return FAILED
+                if _same_way(failure, last):
+                    self._say("failed twice in the same way: not started again")
+                    return FAILED
+                last = failure
+                if self._settings.place.nodes > 1:
+                    time.sleep(_PAUSE_S)
+        return FAILED
+
+    def _run_attempt(
+        self, number: int, *, start: StartRank, before: Failure | None
+    ) -> tuple[int, Failure | None]:
+        with tempfile.TemporaryDirectory(prefix="dist_ft-") as name:
+            attempt = self._begin(number, start=start, folder=Path(name), before=before)
+            try:
+                return self._follow(attempt)
+            finally:
+                attempt.send(signal.SIGKILL)
+                for process in attempt.processes:
+                    while process.poll() is None:
+                        time.sleep(_POLL_S)
+
+    def _begin(
+        self, number: int, *, start: StartRank, folder: Path, before: Failure | None
+    ) -> _Attempt:
+        shared = {**self._settings.rendezvous(), FOLDER: str(folder), ATTEMPT: str(number)}
+        if before is not None:
+            shared[FAILURE] = json.dumps(asdict(before))
+        ranks = range(self._settings.ranks)
+        processes = [start({**shared, **self._settings.of_rank(rank)}) for rank in ranks]
+        return _Attempt(number, processes, Watch(folder, ranks=len(processes)), folder)
+
+    def _follow(self, attempt: _Attempt) -> tuple[int, Failure | None]:
+        """Return how the attempt ends: an exit code, or a failure that may be tried again."""
+        passed_on, looked_at = 0, 0.0
+        while any(running := attempt.running()):
+            passed_on = self._pass_on(attempt, already=passed_on)
+            failure = self._first_failure(attempt)
+            now = time.monotonic()
+            if failure is None and now - looked_at > _LOOK_S:
+                looked_at = now
+                failure = self._find_hang(attempt, running)
+            if failure is None and self._asked and now - self._asked_at > self._settings.grace_s:
+                self._say(f"the ranks did not end within {self._settings.grace_s:g} s: killed")
+                return FAILED, None
+            if failure is not None:
+                self._wait(attempt, seconds=_LAST_WORDS_S)
+                return self._verdict(attempt, self._first_failure(attempt) or failure)
+            time.sleep(_POLL_S)
+        failure = self._first_failure(attempt)
+        if failure is not None:
+            return self._verdict(attempt, failure)
+        return (PREEMPTED if PREEMPTED in attempt.codes else DONE), None
+
+    def _verdict(self, attempt: _Attempt, failure: Failure) -> tuple[int, Failure | None]:
+        """Bad input is the same next time; whatever one rank refuses is refused for all."""
+        attempt.running()
+        if BAD_INPUT in attempt.codes and not failure.signalled:
+            return BAD_INPUT, None
+        return FAILED, failure
+
+    def _wait(self, attempt: _Attempt, *, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while any(attempt.running()) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+
+    def _first_failure(self, attempt: _Attempt) -> Failure | None:
+        """Return the rank that failed first; the others only followed.
+
+        A killed one says nothing itself; NCCL aborts those that wait for another.
+        """
+        if attempt.hang is not None:
+            return attempt.hang
+        bad = [r for r, c in enumerate(attempt.codes) if c not in (None, DONE, PREEMPTED)]
+        if not bad:
+            return None
+
+        def order(rank: int) -> tuple[bool, float]:
+            code = attempt.codes[rank] or 0
+            return code > 0 or code == -signal.SIGABRT, self._error(attempt, rank)[0]
+
+        return self._describe(attempt, min(bad, key=order))
+
+    def _error(self, attempt: _Attempt, rank: int) -> tuple[float, str]:
+        return read_error(error_file(attempt.folder, rank))
+
+    def _describe(self, attempt: _Attempt, rank: int) -> Failure:
+        code, beat = attempt.codes[rank] or 0, attempt.watch.beats()[rank]
+        text = self._error(attempt, rank)[1]
+        reason = f"ended with exit code {code}{f' ({text[:200]})' if text else ''}"
+        if code < 0:
+            reason = f"was killed by {signal.Signals(-code).name}"
+        if code == -signal.SIGKILL:
+            reason += " (if nobody did it, memory ran out: lower train.micro_batch_size)"
+        return Failure(self._global(rank), reason, beat.section, beat.step, signalled=code < 0)
+
+    def _find_hang(self, attempt: _Attempt, running: Sequence[bool]) -> Failure | None:
+        overdue = attempt.watch.overdue(running)
+        if not overdue:
+            return None
+        hang = attempt.watch.explain(overdue, pids=[p.pid for p in attempt.processes])
+        self._keep_stacks(attempt)
+        attempt.send(signal.SIGKILL)  # a stopped process hears nothing else
+        reason = f"hung for {hang.silent_s:.1f} s ({hang.why})"
+        attempt.hang = Failure(
+            self._global(hang.local_rank), reason, hang.beat.section, hang.beat.step, signalled=True
+        )
+        return attempt.hang
+
+    def _keep_stacks(self, attempt: _Attempt) -> None:
+        if self._logs is None:
+            return
+        self._logs.mkdir(parents=True, exist_ok=True)
+        for rank in range(self._settings.ranks):
+            source = stacks_file(attempt.folder, rank)
+            if source.exists():
+                shutil.copyfile(source, self._logs / f"rank{self._global(rank)}.stacks")
+
+    def _global(self, local_rank: int) -> int:
+        return self._settings.place.node_rank * self._settings.ranks + local_rank
+
+    def _tell(self, failure: Failure, *, number: int) -> None:
+        left = self._settings.max_restarts - number
+        then = "starting again" if left and not self._asked else "no restarts left"
+        if self._asked:
+            then = "not started again: a stop was asked for"
+        self._say(
+            f"rank {failure.rank} {failure.reason}, at step {failure.step} in section "
+            f"{failure.section}; attempt {number}, {then}"
+        )
+
+    def _say(self, text: str) -> None:
+        self._say_to_user(text)
+        if self._logs is None:
+            return
+        # A full disk must not end the one process that could bring the run back.
+        with contextlib.suppress(OSError):
+            self._logs.mkdir(parents=True, exist_ok=True)
+            with (self._logs / "supervisor.log").open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._handle) for number in STOPPING}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - handler
+        del number
+        self._asked += 1
+        self._asked_at = self._asked_at or time.monotonic()
+
+    def _pass_on(self, attempt: _Attempt, *, already: int) -> int:
+        """Tell the ranks of every request once; they tell one request from two themselves."""
+        if self._asked > already:
+            attempt.send(signal.SIGUSR1)
+        return self._asked
+
+
+def _same_way(one: Failure, other: Failure | None) -> bool:
+    """Return whether a rank ended by itself at the same step again: that is no accident."""
+    return (
+        other is not None
+        and not one.signalled
+        and not other.signalled
+        and (one.rank, one.step, one.section) == (other.rank, other.step, other.section)
+    )

@@ -1,0 +1,82 @@
+"""Rows of a micro-batch without their padding, one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_ft.kernels.unpadded_attention import RowRuns
+
+
+@dataclass
+class FlatRows:
+    """Where the tokens of a padded micro-batch are.
+
+    Attributes:
+        shape: (rows, padded length) of the micro-batch.
+        lengths: tokens of each row.
+        places: the tokens' places in the flattened micro-batch, int64 [tokens], row after row.
+        runs: the rows by length, for attention.
+    """
+
+    shape: tuple[int, int]
+    lengths: tuple[int, ...]
+    places: Tensor
+    runs: RowRuns
+    _flat: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, attention_mask: Tensor, *, device: torch.device | None = None) -> FlatRows:
+        """Return the rows of a mask (int64 [rows, length], 1 on tokens), which lies on the CPU."""
+        places = attention_mask.flatten().nonzero().squeeze(1)
+        lengths = tuple(attention_mask.sum(1).tolist())
+        rows, width = attention_mask.shape
+        if device is not None:
+            places = places.to(device, non_blocking=True)
+        return cls((rows, width), lengths, places, RowRuns.of([n for n in lengths if n]))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows."""
+        return len(self.places)
+
+    def flatten(self, value: Tensor) -> Tensor:
+        """Return the tokens of a padded tensor.
+
+        Args:
+            value: [rows or 1, length, ...]; one row stands for all.
+
+        Returns:
+            [1, tokens, ...].
+        """
+        if value.shape[0] == 1 and self.shape[0] > 1:
+            return value[:, self.places % self.shape[1]]
+        return value.flatten(0, 1).index_select(0, self.places)[None]
+
+    def flatten_known(self, value: Any) -> Any:
+        """Return what a model hands from block to block, flattened where it is per token."""
+        if isinstance(value, tuple):
+            return tuple(self.flatten_known(v) for v in value)
+        if not isinstance(value, Tensor) or not self._per_token(value):
+            return value
+        if value.requires_grad:
+            return self.flatten(value)
+        # Every block gets the same rotary embeddings.
+        if id(value) not in self._flat:
+            self._flat[id(value)] = (value, self.flatten(value))
+        return self._flat[id(value)][1]
+
+    def _per_token(self, value: Tensor) -> bool:
+        rows, width = self.shape
+        return value.dim() >= 2 and value.shape[1] == width and value.shape[0] in (1, rows)
+
+    def pad(self, value: Tensor) -> Tensor:
+        """Return [1, tokens, ...] as [rows, length, ...], zero on the padding."""
+        rows, width = self.shape
+        if self.tokens == rows * width:
+            return value[0].unflatten(0, (rows, width))
+        padded = value.new_zeros(rows * width, *value.shape[2:])
+        return padded.index_copy(0, self.places, value[0]).unflatten(0, (rows, width))

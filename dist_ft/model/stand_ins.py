@@ -1,0 +1,75 @@
+"""Modules that stand in for parts of a model which are left out of a forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class _StandIn(nn.Module):
+    """Has the attributes of another module, but neither its parameters nor its hooks."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        vars(self)["original"] = original  # not as a child, whose parameters would be found
+
+    def __getattr__(self, name: str) -> Any:
+        # Models ask their blocks for such things as the type of their attention.
+        return getattr(vars(self)["original"], name)
+
+
+class SkippedBlock(_StandIn):
+    """Hands the hidden states that it gets on, or what `change` makes of them."""
+
+    def __init__(
+        self,
+        original: nn.Module,
+        *,
+        returns_tuple: bool,
+        change: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(original)
+        vars(self).update(returns_tuple=returns_tuple, change=change)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return hidden states as the block would, alone or in a tuple."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        change = vars(self)["change"]
+        if change is not None:
+            hidden = change(hidden)
+        return (hidden,) if vars(self)["returns_tuple"] else hidden
+
+
+class NoEmbedding(_StandIn):
+    """Returns zeros that take no memory, in the shape of the embeddings."""
+
+    def __init__(self, original: nn.Module, *, like: Tensor, width: int) -> None:
+        super().__init__(original)
+        vars(self).update(like=like, width=width)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return zeros [rows, length, width], rows and length as in the first argument."""
+        found = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() >= 2)
+        rows, length = next(found).shape[:2]
+        return vars(self)["like"].new_zeros(1).expand(rows, length, vars(self)["width"])
+
+
+@contextmanager
+def swapped(root: nn.Module, stand_ins: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
+    """Put stand-ins in the places of modules below `root` inside the context."""
+    places = [
+        (owner, name, child)
+        for owner in root.modules()
+        for name, child in owner._modules.items()
+        if child is not None and child in stand_ins
+    ]
+    for owner, name, child in places:
+        owner._modules[name] = stand_ins[child]
+    try:
+        yield
+    finally:
+        for owner, name, child in places:
+            owner._modules[name] = child

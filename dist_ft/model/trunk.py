@@ -1,0 +1,307 @@
+"""The trunk: a model's main stack of blocks, run without padding and from any block on.
+
+Two things happen between the embeddings and the heads, for any transformers model whose blocks take
+and return hidden states:
+
+- Padding is dropped before the first block and put back after the last one. Embeddings, heads and
+  losses see padded tensors as always; the blocks, where the work is, see tokens only.
+- The blocks below a boundary are left out, and what they would return is given instead: the frozen
+  prefix has been computed before.
+
+Both are done by hooks and stand-ins, so that the forward of the transformers class runs unchanged.
+`check` compares each with the plain forward before it is used, as nothing else could say for any
+architecture that it is right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dist_ft.kernels import unpadded_attention
+from dist_ft.model.backbone import MultiTaskModel
+from dist_ft.model.flat_rows import FlatRows
+from dist_ft.model.layer_groups import LayerGroup
+from dist_ft.model.stand_ins import NoEmbedding, SkippedBlock, swapped
+
+
+@dataclass
+class Trunk:
+    """The blocks of a model, or of the encoder of an encoder-decoder, bottom to top.
+
+    Attributes:
+        whole: the backbone.
+        root: the part of it whose forward runs embeddings and blocks.
+        blocks: the blocks.
+        group_names: names of the blocks' layer groups.
+        embeddings: modules below the first block that hold parameters.
+        widths: the size of the hidden states that those return which return any.
+        width: size of the hidden states between blocks, known after `check`.
+        flat: whether the blocks run without padding.
+        rows: the micro-batch that runs, or ran last: its backward may run blocks again.
+    """
+
+    whole: nn.Module
+    root: nn.Module
+    blocks: tuple[nn.Module, ...]
+    group_names: tuple[str, ...]
+    embeddings: tuple[nn.Module, ...]
+    widths: dict[nn.Module, int] = field(default_factory=dict)
+    width: int = 0
+    flat: bool = False
+    rows: FlatRows | None = None
+    captured: dict[int, Tensor] = field(default_factory=dict)
+    _capture: frozenset[int] = frozenset()
+    _returns_tuple: bool = False
+    _attention: dict[int, tuple[Any, str | None]] = field(default_factory=dict)
+
+    @classmethod
+    def find(cls, model: MultiTaskModel, *, groups: Sequence[LayerGroup]) -> Trunk:
+        """Return the trunk of `model` with its hooks in place; they do nothing yet.
+
+        Raises:
+            ValueError: the blocks are not modules of one list, each used for one layer group.
+        """
+        blocks = [g for g in groups if g.kind == "block"]
+        stack = blocks[0].name.rpartition(".")[0].rpartition(".")[0] if blocks else ""
+        blocks = [g for g in blocks if g.name.rpartition(".")[0].rpartition(".")[0] == stack]
+        found = [group_modules(model, g.parameters) for g in blocks]
+        if not blocks or any(len(modules) != 1 for modules in found):
+            raise ValueError("its blocks are not one module each")
+        below = groups[: groups.index(blocks[0])]
+        paths = {module: path for path, module in model.named_modules()}
+        modules = tuple(modules[0] for modules in found)
+        root = _root(model, path=paths[modules[0]], stack=stack)
+        embeddings = [m for g in below for m in group_modules(model, g.parameters)]
+        trunk = cls(model.backbone, root, modules, tuple(g.name for g in blocks), tuple(embeddings))
+        trunk._install()
+        return trunk
+
+    def _install(self) -> None:
+        unpadded_attention.register()
+        for index, block in enumerate(self.blocks):
+            block.register_forward_pre_hook(self._before, with_kwargs=True)
+            block.register_forward_hook(self._after_block(index))
+            for module in block.modules():
+                vars(module)["row_source"] = self
+        for module in self.root.modules():
+            config: Any = getattr(module, "config", None)
+            if config is not None and hasattr(config, "_attn_implementation"):
+                self._attention[id(config)] = (config, config._attn_implementation)
+
+    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        del module
+        if not self.flat or self.rows is None:
+            return None
+        known = self.rows.flatten_known
+        return known(args), {name: known(value) for name, value in kwargs.items()}
+
+    def _after_block(self, index: int) -> Any:
+        def after(module: nn.Module, args: Any, output: Any) -> Any:
+            del module, args
+            self._returns_tuple = isinstance(output, tuple)
+            hidden = output[0] if self._returns_tuple else output
+            if index + 1 in self._capture:
+                self.captured[index + 1] = self._flattened(hidden)
+            if not self.flat or self.rows is None or index + 1 < len(self.blocks):
+                return None
+            padded = self.rows.pad(hidden)
+            return (padded, *output[1:]) if self._returns_tuple else padded
+
+        return after
+
+    def _flattened(self, hidden: Tensor) -> Tensor:
+        assert self.rows is not None
+        return (hidden if self.flat else self.rows.flatten(hidden))[0].detach()
+
+    def prepare(self, rows: FlatRows | None) -> None:
+        """Say which micro-batch runs next; without one, the model runs as transformers made it."""
+        self.rows = rows
+        chosen = unpadded_attention.IMPLEMENTATION if self.flat and rows is not None else None
+        for config, own in self._attention.values():
+            if config._attn_implementation != (chosen or own):
+                config._attn_implementation = chosen or own
+
+    @contextmanager
+    def starting_at(self, boundary: int, hidden: Tensor) -> Iterator[None]:
+        """Leave out the embeddings and the blocks below `boundary` inside the context.
+
+        Args:
+            boundary: the first block to run; the number of blocks for none.
+            hidden: what enters it, [tokens, hidden size] of the rows of `prepare`.
+        """
+        assert self.rows is not None
+        assert boundary > 0
+        given = hidden[None]
+        if not self.flat or boundary == len(self.blocks):
+            given = self.rows.pad(given)
+        stand_ins = self._skipped(self.blocks[:boundary], change=lambda _: given)
+        for module, width in self.widths.items():
+            stand_ins[module] = NoEmbedding(module, like=given, width=width)
+        with swapped(self.root, stand_ins):
+            yield
+
+    @torch.no_grad()
+    def prefix(
+        self, inputs: Mapping[str, Tensor], *, rows: FlatRows, boundaries: Sequence[int]
+    ) -> dict[int, Tensor]:
+        """Return the hidden states that enter blocks, computed from the embeddings on.
+
+        Args:
+            inputs: of the micro-batch, as the model takes them.
+            rows: its rows.
+            boundaries: the blocks; only those below the highest are run.
+
+        Returns:
+            For each boundary [tokens, hidden size], detached.
+        """
+        stand_ins = self._skipped(
+            self.blocks[max(boundaries) :], change=rows.pad if self.flat else None
+        )
+        self.prepare(rows)
+        self._capture, self.captured = frozenset(boundaries), {}
+        try:
+            with swapped(self.root, stand_ins):
+                self._run_root(inputs)
+            return self.captured
+        finally:
+            self._capture, self.captured = frozenset(), {}
+
+    def _skipped(
+        self, blocks: Sequence[nn.Module], *, change: Callable[[Tensor], Tensor] | None
+    ) -> dict[nn.Module, nn.Module]:
+        """Return stand-ins for neighbouring blocks, the last of which changes what it gets."""
+        made: dict[nn.Module, nn.Module] = {
+            b: SkippedBlock(b, returns_tuple=self._returns_tuple) for b in blocks
+        }
+        if blocks:
+            made[blocks[-1]] = SkippedBlock(
+                blocks[-1], returns_tuple=self._returns_tuple, change=change
+            )
+        return made
+
+    def _run_root(self, inputs: Mapping[str, Tensor]) -> Any:
+        names = ("input_ids", "attention_mask", "token_type_ids")
+        return self.root(**{n: inputs[n] for n in names if n in inputs})
+
+    @torch.no_grad()
+    def check(self) -> dict[str, str]:
+        """Compare running without padding and from a boundary with the plain forward.
+
+        The model must be in full precision and not yet partitioned; it is left as it was, and runs
+        with padding until `flat` is set.
+
+        Returns:
+            Under ``unpadded`` and ``boundary`` the reason why this model can't be run so; a key is
+            absent if it can.
+        """
+        problems: dict[str, str] = {}
+        if self._shares_attention():
+            problems["unpadded"] = "its decoder shares the attention's setting"
+        with ExitStack() as stack:
+            stack.enter_context(_evaluating(self.root))
+            stack.callback(self.prepare, None)
+            stack.callback(setattr, self, "flat", False)
+            inputs = _check_inputs(self.root)
+            rows = FlatRows.of(inputs["attention_mask"].cpu(), device=inputs["input_ids"].device)
+            for what, compare in (("unpadded", self._unpadded), ("boundary", self._from_middle)):
+                if what in problems:
+                    continue
+                try:
+                    self.prepare(None)
+                    self.flat = False
+                    plain = rows.flatten(self._run_root(inputs)[0])
+                    self.flat = what == "unpadded" or "unpadded" not in problems
+                    error = compare(inputs, rows) - plain
+                    share = float(error.abs().max() / plain.abs().max())
+                    if not share < _SAME:
+                        problems[what] = f"its hidden states differ by {share:.1e}"
+                except _ERRORS as error:
+                    text = str(error).strip().splitlines() or [type(error).__name__]
+                    problems[what] = text[0]
+        return problems
+
+    def _shares_attention(self) -> bool:
+        """Return whether modules outside the trunk read the same configuration."""
+        inside = set(self.root.modules())
+        return any(
+            id(getattr(m, "config", None)) in self._attention
+            for m in self.whole.modules()
+            if m is not self.whole and m not in inside
+        )
+
+    def _unpadded(self, inputs: Mapping[str, Tensor], rows: FlatRows) -> Tensor:
+        self.prepare(rows)
+        return rows.flatten(self._run_root(inputs)[0])
+
+    def _from_middle(self, inputs: Mapping[str, Tensor], rows: FlatRows) -> Tensor:
+        with ExitStack() as stack:
+            for module in self.embeddings:
+                stack.callback(module.register_forward_hook(self._learn_width).remove)
+            boundary = max(1, len(self.blocks) // 2)
+            hidden = self.prefix(inputs, rows=rows, boundaries=[boundary])[boundary]
+        self.width = hidden.shape[1]
+        self.prepare(rows)
+        with self.starting_at(boundary, hidden):
+            return rows.flatten(self._run_root(inputs)[0])
+
+    def _learn_width(self, module: nn.Module, args: Any, output: Any) -> None:
+        del args
+        # What returns something else, such as places for all rows at once, is simply run.
+        if isinstance(output, Tensor) and output.dim() == 3:
+            self.widths[module] = output.shape[2]
+
+
+# What a model may raise that is run in a way which it was not made for.
+_ERRORS = (ValueError, RuntimeError, TypeError, AttributeError, LookupError, AssertionError)
+# Largest difference of two fp32 forwards, as a share of the largest value.
+_SAME = 1e-4
+
+
+def _root(model: MultiTaskModel, *, path: str, stack: str) -> nn.Module:
+    parts = path.split(".")
+    return model.get_submodule(".".join(parts[: parts.index(stack) + 1] if stack else parts[:1]))
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+def _check_inputs(root: nn.Module) -> dict[str, Tensor]:
+    """Three rows of different lengths; the tokens are any."""
+    lengths = (9, 5, 5, 2)
+    config: Any = root.config
+    device = next(root.parameters()).device
+    ids = torch.arange(len(lengths) * lengths[0], device=device) % (config.vocab_size - 5) + 3
+    places = torch.arange(lengths[0], device=device)
+    mask = (places[None] < torch.tensor(lengths, device=device)[:, None]).long()
+    return {"input_ids": ids.view(mask.shape), "attention_mask": mask}
+
+
+def group_modules(model: nn.Module, parameters: Sequence[str]) -> list[nn.Module]:
+    """Return the largest modules all of whose parameters are among `parameters`."""
+    names = set(parameters)
+    found: list[nn.Module] = []
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        own = [n for n, _ in module.named_parameters(prefix=prefix)]
+        if own and names.issuperset(own):
+            found.append(module)
+            return
+        for child_name, child in module.named_children():
+            visit(child, f"{prefix}.{child_name}" if prefix else child_name)
+
+    visit(model, "")
+    return found

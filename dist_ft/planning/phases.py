@@ -1,0 +1,124 @@
+"""The phases that a recipe will go through, as far as they are known before its data are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dist_ft.config import Recipe
+from dist_ft.duration import Duration
+from dist_ft.freezing.policies import BlockPolicy, FreezePolicy, ScheduledPolicy
+from dist_ft.freezing.schedule import LayerOrder
+from dist_ft.planning.shape import ModelShape
+from dist_ft.train.policy import check_every_task_trains, make_policy
+
+# Periods of a policy that draws blocks: enough for its mean and its worst.
+PERIODS = 32
+DEFAULT_EPOCH_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class PlannedPhase:
+    """A phase with its share of the run.
+
+    Attributes:
+        label: What the phase is called in the table.
+        trainable: Layer groups that train.
+        share: Of the run's steps; 0 for a bound that may never be reached.
+    """
+
+    label: str
+    trainable: frozenset[str]
+    share: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The phases of a run.
+
+    Attributes:
+        phases: In order.
+        universe: Layer groups that may ever train.
+        switch: How phases change.
+        total_steps: Length of the run.
+        assumptions: What was assumed to find them.
+    """
+
+    phases: tuple[PlannedPhase, ...]
+    universe: frozenset[str]
+    switch: str
+    total_steps: int
+    assumptions: tuple[str, ...]
+
+
+def schedule_of(recipe: Recipe, shape: ModelShape, *, epoch_steps: int | None = None) -> Schedule:
+    """Return the phases of a recipe.
+
+    Args:
+        recipe: A loaded recipe.
+        shape: Its model's shape.
+        epoch_steps: Optimizer steps of an epoch, which only the data would tell.
+
+    Raises:
+        ValueError: If the freezing section does not fit the model.
+    """
+    assumptions: list[str] = []
+    tokens = recipe.train.global_batch_size * sum(t.max_length for t in recipe.tasks)
+    units: set[str] = set()
+
+    def to_steps(duration: Duration) -> int:
+        units.add(duration.unit)
+        return duration.steps(
+            steps_per_epoch=epoch_steps or DEFAULT_EPOCH_STEPS,
+            tokens_per_step=tokens / len(recipe.tasks),
+        )
+
+    total = max(1, to_steps(recipe.train.max_duration))
+    order = LayerOrder.of([(g.name, g.kind) for g in shape.groups])
+    policy = make_policy(
+        recipe.freezing, order=order, to_steps=to_steps, total_steps=total, seed=recipe.seed
+    )
+    check_every_task_trains(
+        policy,
+        tasks=[t.name for t in recipe.tasks],
+        reach={g.name: g.tasks for g in shape.groups},
+    )
+    phases, note = _phases(policy, total_steps=total)
+    if note:
+        assumptions.append(note)
+    if "ep" in units and epoch_steps is None:
+        assumptions.append(
+            f"an epoch is taken as {DEFAULT_EPOCH_STEPS:,} steps (the data are not read); it moves "
+            "shares and times, not memory; give --epoch-steps to correct it"
+        )
+    if "tok" in units:
+        assumptions.append("every row is taken as max_length tokens where lengths are in tokens")
+    switch = policy.suits() if recipe.freezing.switch == "auto" else recipe.freezing.switch
+    return Schedule(phases, policy.universe(), switch, total, tuple(assumptions))
+
+
+def _phases(
+    policy: FreezePolicy, *, total_steps: int
+) -> tuple[tuple[PlannedPhase, ...], str | None]:
+    if isinstance(policy, ScheduledPolicy):
+        listed = [p for p in policy.phases if p.start_step < total_steps]
+        ends = [*(p.start_step for p in listed[1:]), total_steps]
+        return tuple(
+            PlannedPhase(str(p.index), frozenset(p.trainable), (end - p.start_step) / total_steps)
+            for p, end in zip(listed, ends, strict=True)
+        ), None
+    if isinstance(policy, BlockPolicy):
+        count = min(PERIODS, max(1, -(-total_steps // policy.draw.every)))
+        return tuple(
+            PlannedPhase(f"draw {i}", frozenset(policy.draw.trainable(i)), 1 / count)
+            for i in range(count)
+        ), f"the first {count} draws of the blocks stand for all"
+    first = frozenset(policy.phase_at(0).trainable)
+    everything = policy.universe()
+    if first == everything:
+        return (PlannedPhase("0 and all later", first, 1.0),), (
+            "the policy freezes by measurement: later phases train less, at an unknown step"
+        )
+    return (
+        PlannedPhase("0", first, 1.0),
+        PlannedPhase("at most", everything, 0.0),
+    ), "the policy unfreezes by measurement: `at most` is the bound that it may reach"

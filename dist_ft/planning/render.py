@@ -1,0 +1,189 @@
+"""A plan as text and as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dist_ft.planning.cost import (
+    COMPUTE_EFFICIENCY,
+    HOST_UPDATE_BYTES_PER_S,
+    LATENCY_S,
+    LINK_EFFICIENCY,
+    Cluster,
+)
+from dist_ft.planning.memory import FRAGMENTATION, FRAMEWORK_BYTES
+from dist_ft.planning.phases import Schedule
+from dist_ft.planning.settings import PhasePlan, Plan, changes
+from dist_ft.planning.shape import ModelShape
+
+_MOST_ROWS = 12
+_STAGES = {
+    0: "everything on every rank",
+    1: "optimizer partitioned",
+    2: "optimizer and gradients partitioned",
+    3: "weights partitioned too",
+}
+
+
+def show_plan(
+    plan: Plan, *, shape: ModelShape, schedule: Schedule, cluster: Cluster, best: Plan | None
+) -> None:
+    """Print the plan of a recipe, its assumptions, and the cheapest setting that fits."""
+    console = Console(soft_wrap=False)
+    setting = plan.setting
+    console.print(
+        f"{shape.source}: {shape.numel / 1e6:,.1f} M parameters with heads; "
+        f"{cluster.nodes} x {cluster.per_node} {cluster.hardware.name}, ZeRO-{setting.zero_stage} "
+        f"({_STAGES[setting.zero_stage]}), {setting.precision}, micro-batch "
+        f"{setting.micro_batch_size} x {setting.accumulation}",
+        highlight=False,
+    )
+    console.print(_table(plan))
+    peak = plan.peak
+    verdict = "fits" if plan.fits else "does NOT fit"
+    console.print(
+        f"{verdict}: the largest phase ({peak.phase.label}) needs {_gib(peak.memory.total)} of "
+        f"{_gib(plan.usable_bytes)} GiB a device; host {_gib(peak.memory.host)} GiB a rank; "
+        f"a checkpoint {_gib(plan.checkpoint_bytes)} GiB on disk",
+        highlight=False,
+    )
+    console.print(
+        f"{schedule.total_steps:,} steps: {_duration(plan.run_s)}, "
+        f"{plan.run_s * cluster.world_size / 3600:,.2f} device hours",
+        highlight=False,
+    )
+    console.print(_advice(plan, best, cluster), highlight=False)
+    console.print("assumptions:", highlight=False)
+    for text in assumptions(shape, schedule, cluster):
+        console.print(f"  - {text}", highlight=False)
+
+
+def _table(plan: Plan) -> Table:
+    table = Table(title="GiB of each rank, by phase; a step of each rank")
+    for name in ("phase", "of run", "trains M", "weights", "gradients", "optimizer"):
+        table.add_column(name, justify="right")
+    for name in ("activations", "buffers", "total", "TFLOP", "sent GB", "step s"):
+        table.add_column(name, justify="right")
+    for row in _rows(plan.phases, peak=plan.peak):
+        table.add_row(*(_cells(row, plan) if row else ["..."] + [""] * 11))
+    return table
+
+
+def _rows(phases: tuple[PhasePlan, ...], *, peak: PhasePlan) -> list[PhasePlan | None]:
+    if len(phases) <= _MOST_ROWS:
+        return list(phases)
+    shown: list[PhasePlan | None] = [*phases[:4], None]
+    if peak not in phases[:4] and peak not in phases[-4:]:
+        shown += [peak, None]
+    return [*shown, *phases[-4:]]
+
+
+def _cells(row: PhasePlan, plan: Plan) -> list[str]:
+    memory, traffic = row.memory, row.traffic
+    flops = row.flops.total * plan.setting.accumulation
+    return [
+        row.phase.label,
+        f"{100 * row.phase.share:.0f} %",
+        f"{row.trained / 1e6:,.1f}",
+        *(
+            _gib(n)
+            for n in (
+                memory.parameters,
+                memory.gradients,
+                memory.optimizer,
+                memory.activations,
+                memory.buffers,
+                memory.total,
+            )
+        ),
+        f"{flops / 1e12:,.2f}",
+        f"{(traffic.reduced + traffic.gathered) / 1e9:,.2f}",
+        f"{row.time.total_s:,.3g}",
+    ]
+
+
+def _advice(plan: Plan, best: Plan | None, cluster: Cluster) -> str:
+    if best is None:
+        return (
+            "no setting of ZeRO stage, micro-batch size, recomputation and offload fits on "
+            f"{cluster.world_size} devices: take more or larger ones, or freeze more"
+        )
+    keys = changes(plan.setting, best.setting)
+    if not keys:
+        return "no other setting that fits is quicker"
+    text = " ".join(f"{key}={value}" for key, value in keys.items())
+    return (
+        f"cheapest setting that fits: {text} ({_duration(best.run_s)}, "
+        f"{_gib(best.peak.memory.total)} GiB a device)"
+    )
+
+
+def assumptions(shape: ModelShape, schedule: Schedule, cluster: Cluster) -> list[str]:
+    """Return what the numbers of a plan rest on, a sentence each."""
+    hardware = cluster.hardware
+    return [
+        f"shape: {shape.source}; every row is padded to max_length, and every position that can "
+        "have a label has one (real batches are shorter)",
+        "activations: what autograd keeps in one micro-batch, traced on the meta device with "
+        "the kernels of the device; temporary memory of single operations is not counted",
+        "optimizer: AdamW, fp32 masters and moments; gradients in the training precision",
+        f"{FRAMEWORK_BYTES / 2**30:.0f} GiB for the CUDA context on a GPU, and {FRAGMENTATION:.0%} "
+        "of the device lost to fragmentation",
+        f"roofline: {hardware.half_flops / 1e12:,.0f} TFLOP/s in bf16/fp16 "
+        f"({hardware.single_flops / 1e12:,.3g} in fp32) reached to {COMPUTE_EFFICIENCY:.0%}; "
+        f"{cluster.link_bytes_per_s / 1e9:,.3g} GB/s a device "
+        f"{'over the network' if cluster.nodes > 1 else 'inside the node'} reached to "
+        f"{LINK_EFFICIENCY:.0%}; {LATENCY_S * 1e6:.0f} us of latency a collective and doubling of "
+        "ranks; rings; nothing overlaps; offloaded state is updated at "
+        f"{HOST_UPDATE_BYTES_PER_S / 1e9:.0f} GB/s a rank",
+        "time: steps only; evaluation, checkpoints, phase changes and data loading come on top",
+        *schedule.assumptions,
+        *shape.notes,
+    ]
+
+
+def plan_json(plan: Plan, *, shape: ModelShape, schedule: Schedule, cluster: Cluster,
+              best: Plan | None) -> dict[str, Any]:  # fmt: skip
+    """Return a plan as JSON; bytes, seconds and counts as whole numbers or floats."""
+    return {
+        "model": shape.source,
+        "parameters": shape.numel,
+        "world_size": cluster.world_size,
+        "hardware": cluster.hardware.name,
+        "setting": asdict(plan.setting),
+        "total_steps": schedule.total_steps,
+        "run_s": plan.run_s,
+        "fits": plan.fits,
+        "usable_bytes": plan.usable_bytes,
+        "checkpoint_bytes": plan.checkpoint_bytes,
+        "phases": [
+            {
+                "phase": p.phase.label,
+                "share": p.phase.share,
+                "trainable_params": p.trained,
+                "memory_bytes": {**asdict(p.memory), "total": p.memory.total},
+                "flops_per_micro_batch": asdict(p.flops),
+                "traffic_bytes_per_step": asdict(p.traffic),
+                "step_s": asdict(p.time),
+            }
+            for p in plan.phases
+        ],
+        "cheapest": None if best is None else changes(plan.setting, best.setting),
+        "cheapest_run_s": None if best is None else best.run_s,
+        "assumptions": assumptions(shape, schedule, cluster),
+    }
+
+
+def _gib(count: int) -> str:
+    value = count / 2**30
+    return f"{value:,.2f}" if value >= 0.01 or not count else f"{value:.2g}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"

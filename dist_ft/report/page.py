@@ -1,0 +1,66 @@
+"""Puts the page together and writes it with its plots."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+from dist_ft.report.record import read_run
+from dist_ft.report.sections import all_plots, comparison, run_section
+from dist_ft.report.svg import STYLE
+
+_STYLE = """
+:root{color-scheme:light dark;--back:#fff;--ink:#1c1c1c;--soft:#5c5c5c;--line:#8885}
+@media (prefers-color-scheme:dark){:root{--back:#16181c;--ink:#e4e4e4;--soft:#a4a4a4}}
+*{box-sizing:border-box}
+body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:0 auto;padding:1rem;
+background:var(--back);color:var(--ink)}
+h1{font-size:1.5rem}h2{font-size:1.2rem;display:inline-block;margin:.6rem .6rem .3rem 0}
+h3{font-size:1rem;margin:1.4rem 0 .3rem}
+.table{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+th,td{padding:.2rem .7rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
+th{color:var(--soft);font-weight:600}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem;margin:.5rem 0}
+dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
+figure{margin:1.2rem 0;break-inside:avoid}figcaption{font-weight:600}
+figcaption a{font-weight:400;font-size:.85em}
+figure svg{width:100%;min-width:40rem;height:auto;display:block}
+.plot{overflow-x:auto}
+pre{overflow-x:auto;font-size:.85em}summary{cursor:pointer}.note{color:var(--soft);font-size:.9em}
+a{color:inherit}
+@media print{:root{--back:#fff;--ink:#000}body{max-width:none}figure svg{min-width:0}
+figcaption a{display:none}}
+"""
+
+
+def write_report(runs: Sequence[Path]) -> Path:
+    """Write the page into the first run's ``report`` folder and return its path.
+
+    The page needs no other file and no network; each plot is also written beside it as SVG.
+
+    Raises:
+        ValueError: If a folder holds no record of a run.
+    """
+    records = [read_run(path) for path in runs]
+    folder = runs[0] / "report"
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    shared, own = all_plots(records)
+    for plot in (plot for plots in (shared, *own) for plot in plots):
+        (folder / "plots" / f"{plot.slug}.svg").write_text(plot.standalone(), encoding="utf-8")
+    names = ", ".join(record.name for record in records)
+    sections = "".join(
+        run_section(record, plots, is_open=len(records) == 1 or number == 0)
+        for number, (record, plots) in enumerate(zip(records, own, strict=True))
+    )
+    page = (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        f"<title>dist_ft: {html.escape(names)}</title>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        "<link rel='icon' href='data:,'>"
+        f"<style>{_STYLE}{STYLE}</style></head><body><h1>{html.escape(names)}</h1>"
+        f"{comparison(records, shared)}{sections}</body></html>\n"
+    )
+    path = folder / "index.html"
+    path.write_text(page, encoding="utf-8")
+    return path

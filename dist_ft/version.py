@@ -1,0 +1,3 @@
+"""The version of dist_ft."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,84 @@
+"""A full disk costs a checkpoint and some events, not the run."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+
+from dist_ft.recipe import load_recipe
+from dist_ft.train import build
+from dist_ft.train.recorder import Recorder, read_events
+from tests.helpers.run_distributed import run_distributed
+from tests.helpers.supervised import before
+from tests.helpers.tiny_run import events, newest_checkpoint, write_recipe
+
+
+def limit_files(size: int) -> None:
+    """Let writes beyond `size` bytes fail in this process, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def _runs_full(recipe: Path) -> None:
+    """Train with a disk that is full for rank 1 from step 6 to step 10."""
+    from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
+
+    def fill(call: int) -> None:
+        if call == 7:
+            limit_files(2000)
+        if call == 11:
+            limit_files(resource.RLIM_INFINITY)
+
+    if os.environ["RANK"] == "1":
+        before(DeepSpeedEngine, "train_step", fill)
+    assert build.train(load_recipe(recipe), resume=False) == 0
+
+
+def test_a_save_that_fails_leaves_the_older_one_and_the_run_goes_on(tmp_path: Path) -> None:
+    recipe = write_recipe(
+        tmp_path,
+        train={"max_duration": "16step"},
+        checkpoint={"every": "4step", "keep_last": 1},
+    )
+    run_distributed(_runs_full, recipe)
+    found = events(tmp_path / "runs/tiny")
+    (failed,) = [e for e in found if e["event"] == "checkpoint_failed"]
+    assert failed["step"] == 8
+    assert failed["problem"].startswith("rank 1: ")
+    assert [e["step"] for e in found if e["event"] == "checkpoint"] == [4, 12, 16]
+    folder = newest_checkpoint(tmp_path / "runs/tiny").parent
+    assert [path.name for path in folder.iterdir()] == ["step-00000016"]
+
+
+def _needs_too_much(recipe: Path) -> None:
+    from dist_ft.train import saving
+
+    saving._FREE_SPACE_MARGIN = 2**60  # more than any disk has
+    with pytest.raises(RuntimeError, match=r"rank 0: \d+ bytes are needed and \d+ are free"):
+        build.train(load_recipe(recipe), resume=False)
+
+
+def test_the_last_save_of_a_run_must_succeed_and_space_is_looked_at_first(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, train={"max_duration": "4step"})
+    run_distributed(_needs_too_much, recipe)
+    assert not list((tmp_path / "runs/tiny/checkpoints").iterdir())
+
+
+def _loses_events(path: Path) -> None:
+    recorder = Recorder(path)
+    recorder.event("step", step=1)
+    limit_files(path.stat().st_size + 10)
+    recorder.event("step", step=2)
+    limit_files(resource.RLIM_INFINITY)
+    recorder.event("step", step=3)
+    recorder.close()
+
+
+def test_events_that_do_not_fit_are_lost_alone(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    run_distributed(_loses_events, path, world_size=1)
+    assert [event["step"] for event in read_events(path)] == [1, 3]

@@ -1,0 +1,219 @@
+"""Ranks that die or hang are named, and the run comes to the same end; nobody is left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import psutil
+import pytest
+import torch.distributed
+
+from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
+from dist_ft.optim.adamw import GroupAdamW
+from dist_ft.train import build, loop, saving
+from tests.helpers.supervised import before, die_before, fingerprint, supervise
+from tests.helpers.tiny_run import events, write_recipe
+
+TIMEOUT_S = 2.0
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Return a recipe and what its run comes to when nothing goes wrong."""
+    recipe = write_recipe(
+        tmp_path_factory.mktemp("supervised"),
+        supervision={"timeout_s": TIMEOUT_S},
+        evaluation={"every": None},
+        checkpoint={"every": "4step"},
+    )
+    outcome = supervise(recipe, ["name=undisturbed"])
+    assert (outcome.code, outcome.said) == (0, [])
+    return recipe, fingerprint(recipe.parent / "runs/undisturbed")
+
+
+# One place for each attempt of one run; the calls are counted in that attempt's process.
+PLACES: list[tuple[str, Callable[[], None]]] = [
+    ("start", lambda: die_before(build, "make_run", call=1)),
+    ("step", lambda: die_before(DeepSpeedEngine, "_run", call=6)),
+    # Written beside the training, so the section is what goes on meanwhile.
+    ("", lambda: die_before(saving, "write_rank_file", call=1)),
+    ("", lambda: die_before(saving, "commit", call=2)),
+    ("start", lambda: die_before(DeepSpeedEngine, "load_state", call=1)),
+    ("start", lambda: die_before(build, "fit", call=1)),
+    ("phase change", lambda: die_before(loop, "enter_phase", call=1)),
+    ("step", lambda: die_before(deepspeed.DeepSpeedEngine, "backward", call=7)),
+    ("step", lambda: die_before(torch.distributed, "all_reduce", call=12)),
+    ("step", lambda: die_before(GroupAdamW, "step", call=22)),
+]
+
+
+@pytest.mark.slow
+def test_kills_at_ten_places_of_one_run_change_nothing(undisturbed: tuple[Path, str]) -> None:
+    recipe, expected = undisturbed
+    # Rank 0 commits a checkpoint and takes the lock; elsewhere the ranks take turns.
+    victims = [0 if n == 3 else n % 2 for n in range(len(PLACES))]
+
+    def fault(attempt: int, rank: int) -> None:
+        if attempt < len(PLACES) and rank == victims[attempt]:
+            PLACES[attempt][1]()
+
+    outcome = supervise(recipe, ["name=killed"], fault=fault, max_restarts=len(PLACES))
+    assert outcome.code == 0
+    assert len(outcome.said) == len(PLACES)
+    for attempt, said in enumerate(outcome.said):
+        assert said.startswith(f"rank {victims[attempt]} was killed by SIGKILL"), said
+        assert f"in section {PLACES[attempt][0]}" in said
+    run = recipe.parent / "runs/killed"
+    assert fingerprint(run) == expected
+    assert not list((run / "checkpoints").glob(".tmp-*"))
+    failures = [e["rank"] for e in events(run) if e["event"] == "failure"]
+    assert failures == victims
+
+
+def _hold_the_gil() -> None:
+    re.match(r"(a+)+$", "a" * 60 + "b")
+
+
+# A rank is stopped, sleeps, or computes for ever in C without letting another thread run.
+HANGS: list[tuple[str, Callable[[], Any]]] = [
+    ("its process is stopped", lambda: os.kill(os.getpid(), signal.SIGSTOP)),
+    ("it is not in a collective", lambda: time.sleep(600)),
+    ("it is not in a collective", _hold_the_gil),
+]
+
+
+@pytest.mark.slow
+def test_a_hung_rank_is_found_named_and_replaced(undisturbed: tuple[Path, str]) -> None:
+    recipe, expected = undisturbed
+
+    def fault(attempt: int, rank: int) -> None:
+        if attempt < len(HANGS) and rank == (attempt + 1) % 2:
+            hang = HANGS[attempt][1]
+            before(DeepSpeedEngine, "_run", lambda call: hang() if call == 6 else None)
+
+    outcome = supervise(recipe, ["name=hung"], fault=fault)
+    assert outcome.code == 0
+    for attempt, said in enumerate(outcome.said):
+        pattern = r"rank (\d) hung for ([\d.]+) s \(([a-z ]+)\), at step \d+ in section step"
+        match = re.match(pattern, said)
+        assert match, said
+        assert (int(match[1]), match[3]) == ((attempt + 1) % 2, HANGS[attempt][0])
+        assert float(match[2]) < 2 * TIMEOUT_S
+    run = recipe.parent / "runs/hung"
+    assert fingerprint(run) == expected
+    # The last hang was on rank 1, in a regular expression; rank 0 waited for it.
+    assert "_hold_the_gil" in (run / "logs/rank1.stacks").read_text()
+    assert "distributed_c10d.py" in (run / "logs/rank0.stacks").read_text()
+
+
+def test_a_stop_saves_and_ends_with_75_and_is_not_started_again(
+    undisturbed: tuple[Path, str],
+) -> None:
+    recipe, expected = undisturbed
+    launcher = os.getpid()
+
+    def fault(attempt: int, rank: int) -> None:
+        def ask(call: int) -> None:
+            if call == 11:
+                os.kill(launcher, signal.SIGTERM)
+
+        if rank == 1:
+            before(DeepSpeedEngine, "_run", ask)
+        del attempt
+
+    outcome = supervise(recipe, ["name=asked"], fault=fault)
+    assert (outcome.code, outcome.said) == (75, [])
+    run = recipe.parent / "runs/asked"
+    assert events(run)[-1]["event"] == "stop"
+    # A second attempt by hand goes on.
+    assert supervise(recipe, ["name=asked"], resume=True).code == 0
+    assert fingerprint(run) == expected
+
+
+def test_a_rank_that_fails_in_the_same_way_is_not_tried_for_ever(
+    undisturbed: tuple[Path, str],
+) -> None:
+    recipe, _ = undisturbed
+
+    def fail(call: int) -> None:
+        raise RuntimeError(f"a bug in call {call}")
+
+    def fault(attempt: int, rank: int) -> None:
+        del attempt
+        if rank == 0:
+            before(DeepSpeedEngine, "train_step", fail)
+
+    outcome = supervise(recipe, ["name=bug"], fault=fault, max_restarts=9)
+    assert outcome.code == 1
+    assert outcome.said[0].startswith("rank 0 ended with exit code 1 (a bug in call 1)")
+    assert outcome.said[-1] == "failed twice in the same way: not started again"
+
+
+def _wait_for(condition: Callable[[], bool], *, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_killed_launcher_leaves_no_ranks_and_its_run_is_locked_until_then(
+    undisturbed: tuple[Path, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    recipe, expected = undisturbed
+    run = recipe.parent / "runs/orphans"
+    mark = recipe.parent / "sleeping"
+
+    def sleep(call: int) -> None:
+        if call == 11:
+            mark.touch()
+            time.sleep(600)
+
+    def fault(attempt: int, rank: int) -> None:
+        del attempt
+        if rank == 1:
+            before(DeepSpeedEngine, "_run", sleep)
+
+    launcher = os.fork()
+    if launcher == 0:
+        supervise(recipe, ["name=orphans", "supervision.timeout_s=600"], fault=fault)
+        os._exit(0)
+    try:
+        _wait_for(mark.exists)
+        ranks = psutil.Process(launcher).children()
+        assert len(ranks) == 2
+        # A second writer is refused, by every rank, while the first one lives.
+        second = supervise(recipe, ["name=orphans"], resume=True)
+        assert second.code == 2
+        said = capfd.readouterr().err
+        for rank in (0, 1):
+            assert re.search(rf"\[rank {rank}\] error: .*is being written by another run", said)
+    finally:
+        os.kill(launcher, signal.SIGKILL)
+        os.waitpid(launcher, 0)
+    _wait_for(lambda: not any(r.is_running() and r.status() != "zombie" for r in ranks), seconds=5)
+    assert supervise(recipe, ["name=orphans"], resume=True).code == 0
+    assert fingerprint(run) == expected
+
+
+def test_a_missing_rank_is_named(undisturbed: tuple[Path, str]) -> None:
+    recipe, _ = undisturbed
+
+    def fault(attempt: int, rank: int) -> None:
+        del attempt
+        if rank == 1:
+            os._exit(0)  # it never joins, and nobody sees it fail
+
+    outcome = supervise(
+        recipe, ["name=alone", "engine.join_timeout_s=1"], fault=fault, max_restarts=0
+    )
+    assert outcome.code == 1
+    assert "rank 0 ended with exit code 1 (rank 1 of 2 did not come to" in outcome.said[0]
+    log = (recipe.parent / "runs/alone/logs/supervisor.log").read_text()
+    assert outcome.said[0] in log

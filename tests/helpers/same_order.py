@@ -1,0 +1,158 @@
+"""A one-process reference that adds and updates in the order of a ZeRO stage and world size."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dist_ft.engine.ds_state import OwnerLayout, owner_layouts
+from dist_ft.engine.ds_weights import group_sizes
+from dist_ft.optim.adamw import GroupAdamW
+from dist_ft.optim.param_groups import ParamGroup
+from tests.helpers.phases import Schedule
+from tests.helpers.tiny import TASKS, TinyModel, global_batch, learning_rates, param_groups
+
+
+class SameOrder:
+    """Plain torch without clipping, with the sums in the order of `stage` on `world_size` ranks.
+
+    Micro-batch j is rank j modulo the world size's. AdamW runs over the vectors that the stage
+    has it run over, because its vectorised kernel rounds the last elements of a vector otherwise.
+    """
+
+    def __init__(self, *, stage: int, world_size: int) -> None:
+        self.model = TinyModel()
+        self._stage, self._world = stage, world_size
+        self._groups = param_groups(self.model)
+        self._parameters = dict(self.model.named_parameters())
+        sizes = group_sizes(self.model, self._groups)
+        self._owners = [
+            [
+                (layout, torch.zeros(layout.numel))
+                for rank in range(world_size if stage else 1)
+                for layout in owner_layouts(
+                    sizes[g.name], zero_stage=stage, rank=rank, world_size=world_size
+                )
+            ]
+            for g in self._groups
+        ]
+        for layout, master in self._all_owners():
+            for mine, its in self._pieces(layout, master, self._parameters):
+                mine.copy_(its)
+        self._optimizer = GroupAdamW(
+            [
+                {"params": [m for _, m in owners], "lr": 0.0, "weight_decay": g.weight_decay}
+                for g, owners in zip(self._groups, self._owners, strict=True)
+            ],
+            betas=(0.9, 0.999),
+            eps=1e-8,
+        )
+
+    def run(self, schedule: Schedule, *, steps: range, micro_batches: int) -> dict[str, Tensor]:
+        """Run `steps`, changing phase where the schedule says; return the weights."""
+        trainable: frozenset[str] = frozenset()
+        for step in steps:
+            trainable = frozenset(schedule.get(step, trainable))
+            task = TASKS[step % len(TASKS)]
+            active = [g.layer_group in trainable and task in g.tasks for g in self._groups]
+            rates = learning_rates(self._groups, step)
+            for group, settings, is_active in zip(
+                self._groups, self._optimizer.param_groups, active, strict=True
+            ):
+                settings.update(lr=rates[group.layer_group], active=is_active)
+            self._step(
+                [g for g, a in zip(self._groups, active, strict=True) if a],
+                task=task,
+                batches=global_batch(step, micro_batches=micro_batches),
+            )
+        return {n: p.detach().clone() for n, p in self._parameters.items()}
+
+    def _step(self, groups: Sequence[ParamGroup], *, task: str, batches: Sequence[Any]) -> None:
+        names = [n for g in groups for n in g.parameters]
+        count = sum(len(b.targets["y"]) for b in batches)
+        parts = []
+        for batch in batches:
+            loss_sum, _ = self.model(task, batch.inputs, batch.targets)
+            loss = loss_sum * (batch.loss_weight / count)
+            parts.append(torch.autograd.grad(loss, [self._parameters[n] for n in names]))
+        gradients = {n: self._total([p[i] for p in parts]) for i, n in enumerate(names)}
+        for layout, master in self._all_owners():
+            if layout.pieces and layout.pieces[0].parameter not in gradients:
+                continue
+            master.grad = torch.zeros_like(master)
+            for mine, its in self._pieces(layout, master.grad, gradients):
+                mine.copy_(its)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        for layout, master in self._all_owners():
+            for mine, its in self._pieces(layout, master, self._parameters):
+                its.copy_(mine)
+
+    def _all_owners(self) -> list[tuple[OwnerLayout, Tensor]]:
+        return [owner for owners in self._owners for owner in owners]
+
+    @staticmethod
+    def _pieces(layout: OwnerLayout, flat: Tensor, tensors: Any) -> list[tuple[Tensor, Tensor]]:
+        return [
+            (
+                flat[p.offset : p.offset + p.length],
+                tensors[p.parameter].detach().view(-1)[p.start : p.start + p.length],
+            )
+            for p in layout.pieces
+        ]
+
+    def _total(self, parts: Sequence[Tensor]) -> Tensor:
+        """Return the sum of one parameter's gradients of all micro-batches."""
+        if self._stage < 2:  # every rank adds up its own, then the ranks are added
+            return _sum([_sum(parts[rank :: self._world]) for rank in range(self._world)])
+        # the ranks are added after every micro-batch
+        rounds = range(0, len(parts), self._world)
+        return _sum([_sum(parts[first : first + self._world]) for first in rounds])
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    return reduce(torch.add, parts)
+
+
+def add_ranks_in_order() -> None:
+    """Make this process add what the ranks reduce in the order of the ranks.
+
+    Two addends have one sum; with four ranks gloo's ring adds every chunk of a buffer in an order
+    of its own.
+    """
+    for name, source, target in (
+        ("all_reduce", "tensor", "tensor"),
+        ("reduce_scatter_tensor", "input", "output"),
+    ):
+        setattr(dist, name, _in_order(getattr(dist, name), source=source, target=target))
+
+
+def _in_order(original: Any, *, source: str, target: str) -> Any:
+    signature = inspect.signature(original)
+
+    def ordered(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        value, result = given[source], given[target]
+        if given.get("op", dist.ReduceOp.SUM) != dist.ReduceOp.SUM:
+            return original(*args, **kwargs)
+        world_size = dist.get_world_size()
+        parts = [torch.empty_like(value) for _ in range(world_size)]
+        dist.all_gather(parts, value.contiguous())
+        total = _sum(parts)
+        if source != target:
+            total = total.chunk(world_size)[dist.get_rank()]
+        result.copy_(total)
+        return _Done()
+
+    return ordered
+
+
+class _Done:
+    def wait(self) -> bool:
+        return True

@@ -1,0 +1,232 @@
+"""What shows a run: report, watch and trackers, all from one tiny run that was interrupted."""
+
+import dataclasses
+import html.parser
+import importlib
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_ft import cli
+from dist_ft.recipe import load_recipe
+from dist_ft.report import write_report
+from dist_ft.report.record import read_run
+from dist_ft.report.svg import Axes, Line, line_plot, ticks
+from dist_ft.train import build, finished
+from dist_ft.train.recorder import Recorder
+from dist_ft.train.trackers import make_trackers, numbers
+from dist_ft.watch import Follower, sparkline, watch
+from tests.helpers.tiny_run import events, train, write_recipe
+
+BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome", "chrome")
+BROWSER = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run that was stopped, went on on two ranks and was evaluated."""
+    folder = tmp_path_factory.mktemp("after")
+    recipe = write_recipe(folder, logging={"every": 2, "groups_every": 4})
+    train(recipe, stop_at=6, exit_code=build.PREEMPTED)
+    train(recipe, resume=True)
+    finished.evaluate(folder / "runs" / "tiny")
+    return folder / "runs" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def page(run: Path) -> Path:
+    return write_report([run])
+
+
+class _Reader(html.parser.HTMLParser):
+    """Checks that tags are closed in order, and remembers what there is."""
+
+    void = frozenset({"meta", "link", "br", "img"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack: list[str] = []
+        self.links: list[str] = []
+        self.counts: dict[str, int] = {}
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+        self.links += [v for k, v in attrs if k in ("src", "href") and v]
+        if tag not in self.void:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        del attrs
+        self.counts[tag] = self.counts.get(tag, 0) + 1
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.stack.pop() == tag
+
+
+def test_the_record_says_what_the_report_needs(run: Path) -> None:
+    found = events(run)
+    start = next(e for e in found if e["event"] == "start")
+    assert start["total_steps"] == 24
+    assert start["mixture_plan"]["tasks"]["text"][-1] == 8
+    assert sum(start["layer_groups"].values()) > 10_000
+    steps = read_run(run).steps()
+    assert sum(e["task_steps"] for e in steps) == 24
+    assert sum(e["task_tokens"] for e in steps) == max(e["tokens"] for e in steps)
+    assert all(e["task_tokens"] <= e["task_positions"] for e in steps)
+    scored = [e for e in found if "intervals" in e]
+    assert {e["task"] for e in scored} == {"text", "tags", "spans"}
+    for event in scored:
+        for name, (low, high) in event["intervals"].items():
+            assert low <= high, name
+            assert 0 <= event["metrics"][name] <= event["rows"]
+
+
+def test_the_page_is_whole_and_needs_nothing_else(run: Path, page: Path) -> None:
+    text = page.read_text()
+    reader = _Reader()
+    reader.feed(text)
+    assert reader.stack == []
+    # Every plot is in the page; the links are to copies of them and to nothing outside.
+    files = sorted(p.name for p in (run / "report" / "plots").glob("*.svg"))
+    assert reader.counts["svg"] == len(files)
+    assert all(link.startswith(("plots/", "data:")) for link in reader.links)
+    assert "prefers-color-scheme:dark" in text
+    assert "@media print" in text
+    for part in ("Faults and restarts", "from step-0000", "95 % interval", "f1 (decides)"):
+        assert part in text
+    for name in ("loss", "freeze-timeline", "freeze-gradient-norm", "freeze-drift", "throughput",
+                 "memory", "phase-memory", "mixture", "padding", "scores-spans"):  # fmt: skip
+        assert f"{name}.svg" in files
+
+
+def test_every_plot_has_labels_and_units(run: Path) -> None:
+    for file in (run / "report" / "plots").glob("*.svg"):
+        root = ET.fromstring(file.read_text())
+        assert root.attrib["aria-label"], file
+        words = " ".join(t.text or "" for t in root.iter("{http://www.w3.org/2000/svg}text"))
+        assert re.search(r"optimizer step|phase", words), file
+        unit = r"GiB|MiB|tokens/s|share|0 to 1|per label|rate|L2|frozen"
+        assert re.search(unit, words), (file, words)
+        box = [float(v) for v in root.attrib["viewBox"].split()]
+        for place in root.iter("{http://www.w3.org/2000/svg}circle"):
+            assert 0 <= float(place.attrib["cx"]) <= box[2]
+            assert 0 <= float(place.attrib["cy"]) <= box[3]
+
+
+def test_several_runs_are_compared(run: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other<b>"
+    shutil.copytree(run, other, ignore=shutil.ignore_patterns("checkpoints", "report", "logs"))
+    recipe = json.loads((other / "recipe.json").read_text())
+    recipe["optim"]["lr"] = 0.5
+    (other / "recipe.json").write_text(json.dumps(recipe))
+    text = write_report([other, run]).read_text()
+    reader = _Reader()
+    reader.feed(text)
+    assert text.index("What differs") < text.index("Scores side by side")
+    assert "<td>optim.lr</td><td>0.5</td><td>0.001</td>" in text
+    assert "<b>" not in text
+    assert "compare-loss-text.svg" in {p.name for p in (other / "report/plots").iterdir()}
+    for link in reader.links:
+        assert link.startswith("data:") or (other / "report" / link).is_file(), link
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no chromium in PATH: apt-get install chromium")
+@pytest.mark.parametrize("width", [1280, 420])
+def test_a_browser_shows_the_page_without_complaint(width: int, page: Path, tmp_path: Path) -> None:
+    probe = (
+        "<script>document.title='W'+document.documentElement.scrollWidth+' '+"
+        "[...document.querySelectorAll('svg')].filter(s=>s.getBoundingClientRect().height<80)"
+        ".length+' '+getComputedStyle(document.body).backgroundColor</script></body>"
+    )
+    copy = tmp_path / "probed.html"
+    copy.write_text(page.read_text().replace("</body>", probe))
+    done = subprocess.run(
+        [str(BROWSER), "--no-sandbox", "--disable-gpu", "--headless", "--enable-logging=stderr",
+         f"--window-size={width},2000", f"--screenshot={tmp_path / 'page.png'}", "--dump-dom",
+         copy.as_uri()],
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert "CONSOLE" not in done.stderr, done.stderr
+    title = re.search(r"<title>W(\d+) (\d+) (.*)</title>", done.stdout)
+    assert title is not None, done.stderr
+    assert int(title[1]) <= width  # nothing sticks out to the side
+    assert title[2] == "0"  # no plot has collapsed
+    assert title[3] == "rgb(255, 255, 255)"
+
+
+def test_watch_shows_a_run_and_follows_it(run: Path, tmp_path: Path, capsys: Any) -> None:
+    watch(run, once=True)
+    shown = capsys.readouterr().out
+    for part in ("tiny", "finished", "24 of 24 steps", "spans", "tokens/s", "■■■■"):
+        assert part in shown
+    assert cli.main(["watch", str(tmp_path)]) == 2
+    lines = (run / "metrics.jsonl").read_bytes()
+    path = tmp_path / "metrics.jsonl"
+    follower = Follower(path)
+    assert follower.refresh() == []
+    # Whatever arrives, in whatever pieces, in the end all of it was read once.
+    for cut in (1, len(lines) // 3, len(lines) // 2, len(lines)):
+        path.write_bytes(lines[:cut])
+        found = follower.refresh()
+    assert found == read_run(run).events
+
+
+def test_names_are_the_same_in_every_tracker(run: Path) -> None:
+    found = {name for event in events(run) for name in numbers(event)}
+    assert {"train/text/loss", "train/lr", "validation/spans/f1", "groups/drift/block.0",
+            "phase/trainable_params", "checkpoint/bytes", "start/total_steps"} <= found  # fmt: skip
+    step = next(e for e in events(run) if e["event"] == "step")
+    assert "train/tokens_per_s" in numbers(step)
+    assert all(isinstance(v, float) for v in numbers(step).values())
+
+
+def test_a_tracker_that_is_not_there_is_named(tmp_path: Path) -> None:
+    missing = [n for n in ("wandb", "mlflow", "trackio") if importlib.util.find_spec(n) is None]
+    for name in missing:
+        with pytest.raises(RuntimeError, match=rf"{name} is not installed: pip install"):
+            make_trackers([name], folder=tmp_path, name="x", recipe={})
+    path = write_recipe(tmp_path)
+    with pytest.raises(ValueError, match=r"logging\.trackers"):
+        load_recipe(path, overrides=["logging.trackers=[tensorbord]"])
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow", "trackio"])
+def test_a_tracker_takes_a_whole_run(name: str, run: Path, tmp_path: Path) -> None:
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"the extra [{name}] is not installed")
+    trackers = make_trackers([name], folder=tmp_path, name="tiny", recipe={"model": {"path": "m"}})
+    recorder = Recorder(tmp_path / "metrics.jsonl", trackers=trackers)
+    for event in read_run(run).events:
+        fields = {k: v for k, v in event.items() if k not in ("event", "step", "time_s")}
+        recorder.event(event["event"], step=event["step"], **fields)
+    recorder.close()
+    written = [p for p in tmp_path.rglob("*") if p.is_file() and p.name != "metrics.jsonl"]
+    assert sum(p.stat().st_size for p in written) > 1000
+    if name == "tensorboard":
+        reader = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+        board = reader.EventAccumulator(str(tmp_path / "tensorboard"))
+        board.Reload()
+        drawn = [(s.step, s.value) for s in board.Scalars("train/text/loss")]
+        expected = read_run(run).series("loss", task="text")
+        assert [s for s, _ in drawn] == [s for s, _ in expected]
+        assert [v for _, v in drawn] == pytest.approx([v for _, v in expected])
+
+
+def test_plots_survive_odd_values() -> None:
+    flat = line_plot("a", "flat", [Line("x<y", [(0, 2.0), (5, 2.0)])], Axes("step", "unit"))
+    assert flat is not None
+    ET.fromstring(flat.standalone())
+    assert line_plot("a", "none", [Line("x", [])], Axes("step", "unit")) is None
+    one = line_plot("a", "one", [Line("x", [(3, 0.0)])], Axes("step", "unit", log=True))
+    assert one is not None
+    assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
+    assert sparkline([1, 1, 1]) == "▁▁▁"
+    assert sparkline([0.0, 1.0]) == "▁█"
+    assert dataclasses.replace(one, slug="b").body == one.body

@@ -1,0 +1,94 @@
+"""dist_ft from Python: the examples of the documentation, run as they stand."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import dist_ft
+from tests.helpers.run_distributed import run_distributed
+from tests.helpers.tiny_run import events, write_recipe
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "docs" / "examples"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a recipe like that of the tutorial, which takes a second."""
+    place = tmp_path_factory.mktemp("api")
+    path = write_recipe(place, engine={"zero_stage": 0, "type": "reference"})
+    body = yaml.safe_load(path.read_text())
+    body["tasks"] = [{**body["tasks"][0], "name": "kind"}]
+    body["train"]["max_duration"] = "9step"
+    body.pop("evaluation")
+    (place / "tickets.yaml").write_text(yaml.safe_dump(body))
+    return place
+
+
+def _run_example(name: str, folder: Path) -> None:
+    os.chdir(folder)
+    found = runpy.run_path(str(EXAMPLES / f"{name}.py"))
+    kept: dict[str, Any] = {k: found[k] for k in ("scores", "page", "folders") if k in found}
+    scores = found["run"].evaluate()
+    (folder / f"{name}.json").write_text(json.dumps({**kept, "scored": scores}, default=str))
+
+
+@pytest.mark.parametrize("name", ["notebook", "custom_task", "custom_policy"])
+def test_an_example_runs(name: str, folder: Path) -> None:
+    run_distributed(_run_example, name, folder, world_size=1)
+    found = json.loads((folder / f"{name}.json").read_text())
+    assert "accuracy" in found["scored"]["kind"]["validation"]
+    if name == "notebook":
+        assert found["scores"]["kind"] == found["scored"]["kind"]["validation"]
+        assert Path(found["page"]).is_file()
+        assert (Path(found["folders"][0]) / "config.json").is_file()
+    if name == "custom_policy":
+        phases = [e["trainable_groups"] for e in events(folder / "runs/middle-out")
+                  if e["event"] == "phase"]  # fmt: skip
+        assert phases[0] == ["block.2", "pooler", "head.kind"]
+        assert phases[1] == ["block.1", "block.2", "block.3", "pooler", "head.kind"]
+        assert len(phases) == 3
+
+
+def test_an_own_task_trains_otherwise_and_has_shards_of_its_own(folder: Path) -> None:
+    plain, focal = (
+        [e["loss"] for e in events(folder / "runs" / name) if e["event"] == "step"]
+        for name in ("notebook", "focal")
+    )
+    assert focal[0] < plain[0]  # the focal loss is smaller on every row
+    assert len(list((folder / "data" / "kind").glob("train*"))) >= 1
+
+
+def test_examples_are_short() -> None:
+    for path in EXAMPLES.glob("custom_*.py"):
+        code = [line for line in path.read_text().splitlines() if line.strip()]
+        assert len(code) <= 30, path
+
+
+def test_importing_costs_nothing_and_every_name_is_there() -> None:
+    code = "import sys, dist_ft; sys.exit(any(m in sys.modules for m in ('torch', 'pydantic')))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+    for name in dist_ft.__all__:
+        assert name == "__version__" or getattr(dist_ft, name).__doc__, name
+    assert set(dist_ft.__all__) <= set(dir(dist_ft))
+    unknown = "trane"
+    with pytest.raises(AttributeError, match="no attribute 'trane'"):
+        getattr(dist_ft, unknown)
+
+
+def test_wrong_use_is_named(folder: Path) -> None:
+    recipe = dist_ft.load_recipe(folder / "tickets.yaml")
+    with pytest.raises(ValueError, match="give them to load_recipe"):
+        dist_ft.plan(recipe, overrides=["seed=1"])
+    assert dist_ft.plan(recipe, gpu="t4-16g").fits
+    with pytest.raises(ValueError, match="holds no run"):
+        dist_ft.open_run(folder)
+    with pytest.raises(ValueError, match="the recipe has no task spans; its tasks are kind"):
+        dist_ft.fine_tune(recipe, tasks={"spans": dist_ft.TextClassification})

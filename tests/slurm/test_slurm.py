@@ -1,0 +1,142 @@
+"""A real two-node Slurm job is pre-empted, requeues itself and comes to the same end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.supervised import fingerprint, supervise
+from tests.helpers.tiny_run import events, write_recipe
+
+ROOT = Path(__file__).parents[2]
+CLUSTER = Path(__file__).with_name("cluster.sh")
+
+
+def why_not() -> str | None:
+    """Return why no cluster can be started here, or None."""
+    missing = [t for t in ("slurmctld", "slurmd", "munged", "ip", "nsenter") if not shutil.which(t)]
+    if missing:
+        return f"no {', '.join(missing)}: apt-get install slurm-wlm munge iproute2"
+    if os.geteuid() != 0:
+        return "a cluster of network namespaces needs root"
+    allowed = subprocess.run(
+        ["unshare", "--net", "--mount", "--pid", "--fork", "true"], check=False, capture_output=True
+    )
+    return "namespaces are not allowed here" if allowed.returncode else None
+
+
+REASON = why_not()
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.slow,
+    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
+]
+
+
+class Cluster:
+    """A running cluster."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, *words: str, cwd: Path | None = None, check: bool = True) -> str:
+        """Run a command on the controller and return its output."""
+        done = subprocess.run(
+            ["bash", str(CLUSTER), "exec", str(self.folder), *words],
+            cwd=cwd or self.folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == 0 or not check, done.stdout + done.stderr
+        return done.stdout
+
+    def state(self, job: str) -> str:
+        """Return the state of a job, such as RUNNING."""
+        text = self("scontrol", "-o", "show", "job", job)
+        return text.partition("JobState=")[2].split()[0]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("cluster")
+    subprocess.run(["bash", str(CLUSTER), "up", str(folder), "2"], check=True, timeout=60)
+    yield Cluster(folder)
+    subprocess.run(["bash", str(CLUSTER), "down", str(folder)], check=True, timeout=30)
+
+
+def wait_for(condition: Callable[[], bool], *, seconds: float, log: Path | None = None) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        shown = log.read_text() if log is not None and log.exists() else ""
+        assert time.monotonic() < deadline, shown
+        time.sleep(0.2)
+
+
+def test_a_two_node_job_is_pre_empted_requeues_itself_and_ends_as_if_it_had_not_been(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    recipe = write_recipe(
+        tmp_path,
+        train={"max_duration": "300step"},
+        evaluation={"every": None},
+        checkpoint={"every": "100step"},
+        logging={"every": 5},
+    )
+    supervise(recipe, ["name=oracle"])
+    dist_ft = (sys.executable, "-m", "dist_ft")
+    written = cluster(
+        *dist_ft, "slurm", str(recipe), "--nodes", "2", "--cpus-per-node", "2", cwd=tmp_path
+    )
+    assert written == "wrote tiny.sbatch\n"
+    job = cluster(
+        "env", "NPROC=1", "sbatch", "--parsable", "--partition=main", "tiny.sbatch", cwd=tmp_path
+    ).strip()
+    log = tmp_path / f"tiny-{job}.log"
+    run = tmp_path / "runs/tiny"
+
+    def trains() -> bool:
+        return (run / "metrics.jsonl").exists() and any(
+            e["event"] == "step" and e["step"] >= 5 for e in events(run)
+        )
+
+    wait_for(trains, seconds=90, log=log)
+    # A more urgent job needs the nodes: Slurm asks ours to leave, which saves and requeues itself.
+    urgent = cluster(
+        "sbatch", "--parsable", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null",
+        "--wrap", "sleep 1",
+    ).strip()  # fmt: skip
+    wait_for(lambda: cluster.state(urgent) == "COMPLETED", seconds=60, log=log)
+    wait_for(
+        lambda: cluster.state(job) not in ("PENDING", "RUNNING", "COMPLETING"), seconds=120, log=log
+    )
+    said = log.read_text()
+    assert cluster.state(job) == "COMPLETED", said
+    assert f"job {job} attempt 0: saved; requeued" in said
+    assert f"job {job} attempt 1: done" in said
+    kinds = [e["event"] for e in events(run) if e["event"] in ("stop", "resume", "end")]
+    assert kinds == ["resume", "stop", "resume", "end"]
+    stopped = next(e for e in events(run) if e["event"] == "stop")
+    resumed = [e for e in events(run) if e["event"] == "resume"][1]
+    assert 0 < stopped["step"] == resumed["step"] < 300  # no step was lost
+    assert fingerprint(run) == fingerprint(tmp_path / "runs/oracle")
+
+
+def test_a_bad_recipe_fails_the_job_without_requeueing_it(cluster: Cluster, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    cluster(sys.executable, "-m", "dist_ft", "slurm", str(recipe), cwd=tmp_path)
+    recipe.write_text(recipe.read_text().replace("seed: 3", "sed: 3"))
+    job = cluster("sbatch", "--parsable", "tiny.sbatch", cwd=tmp_path).strip()
+    log = tmp_path / f"tiny-{job}.log"
+    wait_for(lambda: cluster.state(job) == "FAILED", seconds=60, log=log)
+    assert "error: sed: unknown key" in log.read_text()
+    assert "requeued" not in log.read_text()

@@ -1,0 +1,180 @@
+"""Blocks run without padding, and from a boundary on, give the losses and gradients of the rest."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_ft.engine.base import EngineOptions
+from dist_ft.engine.layer_modes import LayerModes
+from dist_ft.engine.loss_module import LossModule
+from dist_ft.engine.reference import ReferenceEngine
+from dist_ft.engine.trunk_pass import TrunkPasses
+from dist_ft.kernels.unpadded_attention import IMPLEMENTATION, RowRuns
+from dist_ft.model.backbone import HeadSpec, MultiTaskModel, build_model
+from dist_ft.model.flat_rows import FlatRows
+from dist_ft.model.layer_groups import LayerGroup, find_layer_groups
+from dist_ft.model.trunk import Trunk
+from dist_ft.optim.param_groups import LearningRates, build_param_groups
+from dist_ft.tasks.base import LossSum
+from tests.helpers.phases import bitwise_equal
+from tests.helpers.tiny import TinyBatch
+from tests.helpers.tiny_models import DECODERS, tiny_config
+
+UNPADDED = (
+    "bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "distilbert",
+    "electra", "modernbert", "mobilebert", "ernie", "gpt2", "gpt_neox", "opt", "llama", "mistral",
+    "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "olmo", "olmo2", "phi", "phi3", "gemma",
+    "gemma3_text", "cohere", "stablelm", "starcoder2", "granite", "smollm3",
+)  # fmt: skip
+BOUNDARY_ALONE = ("bart", "mbart", "marian", "pegasus", "gptj", "bloom", "falcon", "mpt", "rembert")
+NEITHER = ("t5", "deberta-v2", "xlnet", "fnet", "longformer")
+
+
+def _model(name: str) -> tuple[MultiTaskModel, list[LayerGroup]]:
+    config: Any = tiny_config(name)
+    config.pad_token_id = 0
+    kind = "AutoModelForSequenceClassification"
+    if name in DECODERS:
+        kind = "AutoModelForCausalLM"
+    if config.is_encoder_decoder:
+        kind = "AutoModelForSeq2SeqLM"
+    heads = [HeadSpec("a", kind, {})]
+    model = build_model(config, heads=heads, dtype=torch.float32, seed=0)
+    return model, find_layer_groups(model)
+
+
+def _inputs() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    mask = (torch.arange(11)[None] < torch.tensor([11, 7, 7, 4, 1])[:, None]).long()
+    ids = torch.randint(3, 60, mask.shape, generator=generator) * mask
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _gradients(model: MultiTaskModel, inputs: dict[str, Tensor], names: set[str]) -> Any:
+    """Loss (over real tokens) and gradients of `names`."""
+    for n, p in model.named_parameters():
+        p.requires_grad_(n in names)
+        p.grad = None
+    config: Any = model.backbone.config
+    extra = {"labels": inputs["input_ids"]} if config.is_encoder_decoder else {}
+    logits = model("a", {**inputs, **extra})["logits"].float()
+    if logits.dim() == 3:
+        logits = logits * inputs["attention_mask"][..., None]
+    loss = (logits * torch.linspace(-1, 1, logits.shape[-1])).sin().sum()
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def _same(one: Any, other: Any) -> None:
+    assert abs(float(one[0] - other[0])) <= 1e-5 * max(1.0, abs(float(one[0])))
+    assert one[1].keys() == other[1].keys()
+    largest = max(float(g.abs().max()) for g in one[1].values())
+    for name, gradient in one[1].items():
+        assert float((gradient - other[1][name]).abs().max()) <= 1e-5 * max(1.0, largest), name
+
+
+@pytest.mark.parametrize("name", UNPADDED + BOUNDARY_ALONE)
+def test_losses_and_gradients_do_not_change(name: str) -> None:
+    model, groups = _model(name)
+    inputs = _inputs()
+    everything = {n for n, _ in model.named_parameters()}
+    plain = _gradients(model, inputs, everything)
+    trunk = Trunk.find(model, groups=groups)
+    expected = set() if name in UNPADDED else {"unpadded"}
+    assert trunk.check().keys() == expected
+    rows = FlatRows.of(inputs["attention_mask"])
+    trunk.flat = name in UNPADDED
+    trunk.prepare(rows)
+    _same(plain, _gradients(model, inputs, everything))
+
+    boundary = 2
+    above = {n for g in groups[groups.index(_block(groups, boundary)) :] for n in g.parameters}
+    trunk.prepare(None)
+    frozen = _gradients(model, inputs, above)
+    hidden = trunk.prefix(inputs, rows=rows, boundaries=[1, boundary])[boundary]
+    trunk.prepare(rows)
+    with trunk.starting_at(boundary, hidden):
+        _same(frozen, _gradients(model, inputs, above))
+
+
+def _block(groups: list[LayerGroup], index: int) -> LayerGroup:
+    """The block, or what comes after the first stack if it has no more."""
+    first = next(i for i, g in enumerate(groups) if g.kind == "block")
+    return groups[first + index]
+
+
+@pytest.mark.parametrize("name", NEITHER)
+def test_a_model_that_can_not_is_found_out(name: str) -> None:
+    model, groups = _model(name)
+    trunk = Trunk.find(model, groups=groups)
+    assert trunk.check().keys() == {"unpadded", "boundary"}
+    plain = model("a", _inputs() | ({"labels": _inputs()["input_ids"]} if name == "t5" else {}))
+    assert torch.isfinite(plain["logits"]).all()  # it still runs as it did
+
+
+def test_the_attention_is_the_models_own_again_without_rows() -> None:
+    model, groups = _model("bert")
+    config: Any = model.backbone.config
+    own = config._attn_implementation
+    trunk = Trunk.find(model, groups=groups)
+    assert not trunk.check()
+    trunk.flat = True
+    trunk.prepare(FlatRows.of(_inputs()["attention_mask"]))
+    assert config._attn_implementation == IMPLEMENTATION
+    trunk.prepare(None)
+    assert config._attn_implementation == own
+
+
+def test_rows_are_found_wherever_their_padding_is() -> None:
+    mask = torch.tensor([[0, 1, 1], [1, 1, 1], [0, 0, 1]])
+    rows = FlatRows.of(mask)
+    assert rows.lengths == (2, 3, 1)
+    value = torch.arange(9.0).view(3, 3, 1)
+    assert rows.flatten(value).flatten().tolist() == [1, 2, 3, 4, 5, 8]
+    assert torch.equal(rows.pad(rows.flatten(value)), value * mask[..., None])
+    assert RowRuns.of([3, 3, 2, 3]).runs == ((2, 3), (1, 2), (1, 3))
+
+
+def _loss(outputs: Any, targets: Any) -> LossSum:
+    losses = torch.nn.functional.cross_entropy(outputs.logits, targets["labels"], reduction="none")
+    return LossSum(losses.sum(), torch.tensor(len(losses)))
+
+
+@pytest.mark.parametrize("mode", ["reentrant", "non_reentrant"])
+def test_recomputed_blocks_run_without_padding_too(mode: Any) -> None:
+    found: list[dict[str, Tensor]] = []
+    for checkpointing in ("none", mode):
+        model, groups = _model("bert")
+        trunk = Trunk.find(model, groups=groups)
+        assert not trunk.check()
+        trunk.flat = True
+        engine = ReferenceEngine(
+            LossModule(model, {"a": _loss}),
+            param_groups=build_param_groups(
+                groups,
+                dimensions={n: p.dim() for n, p in model.named_parameters()},
+                rates=LearningRates(1e-2),
+                weight_decay=0.1,
+            ),
+            options=EngineOptions(seed=1),
+            modes=LayerModes.of(
+                model,
+                groups=groups,
+                checkpointing=checkpointing,
+                prefix_dropout=True,
+                passes=TrunkPasses(trunk=trunk),
+            ),
+        )
+        batch = TinyBatch(_inputs(), {"labels": torch.tensor([0, 1, 0, 1, 1])}, index=0)
+        for step in range(3):
+            engine.train_step(
+                step,
+                task="a",
+                micro_batches=[batch],
+                global_count=5,
+                learning_rates={g.name: 1e-2 for g in groups},
+            )
+        found.append(engine.full_weights())
+    assert bitwise_equal(*found)  # dropout draws included
