@@ -337,8 +337,9 @@ def _about(parts: Parts, world: dist.World) -> dict[str, Any]:
     """Return what the ``start`` event says: ranks, layer groups, and the mixture's own plan."""
     numel = {name: p.numel() for name, p in parts.model.named_parameters()}
     marks = sorted({parts.total_steps * i // PLAN_MARKS for i in range(1, PLAN_MARKS + 1)} - {0})
-    if isinstance(parts.mixture, BanditMixture):  # it decides as it goes
-        marks = []
+    if isinstance(parts.mixture, BanditMixture):
+        # The rest is decided while training runs, and told by `mixture` events.
+        marks = [step for step in marks if step <= parts.mixture.decided_steps]
     drawn = [parts.mixture.steps_before(step) for step in marks]
     return {
         "world_size": world.world_size,
