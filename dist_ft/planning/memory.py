@@ -174,7 +174,7 @@ def _partitions(shape: ModelShape, names: frozenset[str], setting: Setting) -> i
         partition_numel(sizes, zero_stage=setting.zero_stage, world_size=setting.world_size)
         for group in shape.groups
         if group.name in names
-        for sizes in group.optimizer_groups()
+        for sizes in group.optimizer_groups
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,14 @@ class GroupShape:
     tasks: frozenset[str]
     parameters: tuple[ParameterShape, ...]
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Elements of all its parameters."""
         return sum(p.numel for p in self.parameters)
 
+    @cached_property
     def optimizer_groups(self) -> list[list[tuple[str, int]]]:
-        """Return name and elements of each of its optimizer groups' parameters."""
+        """Name and elements of each of its optimizer groups' parameters."""
         both = (
             [(p.name, p.numel) for p in self.parameters if p.decays],
             [(p.name, p.numel) for p in self.parameters if not p.decays],
@@ -111,7 +113,7 @@ class ModelShape:
     checkpointable: frozenset[str]
     notes: tuple[str, ...] = field(default=())
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Parameters of backbone and heads."""
         return sum(g.numel for g in self.groups)
