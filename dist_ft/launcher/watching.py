@@ -83,7 +83,7 @@ class Watch:
         beats, now = self.beats(), time.monotonic()
         silent = [r for r, text in enumerate(stacks) if not text]
         working = [r for r in overdue if stacks[r] and not _waits(stacks[r])]
-        why = "the others wait for it"
+        why = "it waits in a collective, as all ranks of this node do"
         if stopped:
             suspects, why = stopped, "its process is stopped"
         elif silent:

@@ -31,6 +31,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 TRAINER = "trainer.json"
 _NAME = re.compile(r"step-(\d{8,})")
+_REPLACED = ".old-"
 
 
 class CheckpointError(RuntimeError):
@@ -76,7 +77,7 @@ def commit(
         manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
         _write_json(temporary / MANIFEST, manifest)
         _fsync(temporary)
-        replaced = final.with_name(f".old-{final.name}")
+        replaced = final.with_name(f"{_REPLACED}{final.name}")
         if final.exists():  # left by a run that went back to an earlier checkpoint
             final.rename(replaced)
         temporary.rename(final)
@@ -118,7 +119,7 @@ def set_aside(root: Path, names: list[str]) -> None:
         damaged = root / f".damaged-{name}"
         shutil.rmtree(damaged, ignore_errors=True)
         (root / name).rename(damaged)
-    for leftover in (*root.glob(".tmp-step-*"), *root.glob(".old-step-*")):
+    for leftover in (*root.glob(".tmp-step-*"), *root.glob(f"{_REPLACED}step-*")):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
@@ -148,6 +149,17 @@ def find_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
             found = (None, passed_over)
     path, passed_over = dist.broadcast_object(found)
     return (None if path is None else Path(path)), passed_over
+
+
+def put_back(root: Path) -> None:
+    """Give a checkpoint its name back whose replacement was cut short between two renames.
+
+    Called by rank 0 when a run is taken up, while nobody saves.
+    """
+    for old in root.glob(f"{_REPLACED}step-*"):
+        final = root / old.name.removeprefix(_REPLACED)
+        if not final.exists():
+            old.rename(final)
 
 
 def verify_checkpoint(folder: Path) -> str | None:
@@ -228,6 +240,10 @@ class CheckpointReader:
         if position != end:
             return None
         return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+    def saved(self) -> set[tuple[str, str]]:
+        """Return the kinds and parameters that are there."""
+        return set(self._runs)
 
     def numel(self, parameter: str) -> int:
         """Return the number of elements that are saved of a parameter's weight."""

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from dist_ft import dist
 from dist_ft.train.callbacks import Checkpoint
-from dist_ft.train.checkpoint import CheckpointReader, find_checkpoint, set_aside
+from dist_ft.train.checkpoint import (
+    CheckpointReader,
+    find_checkpoint,
+    put_back,
+    set_aside,
+)
 from dist_ft.train.console import Console
 from dist_ft.train.loop import Progress, Run
 from dist_ft.train.mix import FollowLosses
@@ -18,6 +23,8 @@ def restore(run: Run, *, folder: RunFolder, recorder: Recorder, console: Console
     The order matters: progress, then the phase, then the engine's state, then the data; the loop
     starts the iterator only afterwards.
     """
+    if dist.rank() == 0:
+        put_back(folder.checkpoints)
     path, passed_over = find_checkpoint(folder.checkpoints)
     for text in passed_over:
         console.say(f"checkpoint passed over: {text}")

@@ -14,6 +14,7 @@ from dist_ft.train.checkpoint import (
     CheckpointError,
     CheckpointReader,
     find_checkpoint,
+    put_back,
 )
 from dist_ft.train.retention import Retention
 from dist_ft.train.saving import save_checkpoint
@@ -230,3 +231,19 @@ def _after_falling_back(root: Path) -> None:
 
 def test_retention_counts_only_the_run_as_it_goes_on(tmp_path: Path) -> None:
     run_distributed(_after_falling_back, tmp_path)
+
+
+def _cut_between_renames(root: Path) -> None:
+    engine = _engine(0, "fp32", "rebuild")
+    _train(engine, range(1), {0: ALL})
+    saved = _save(root, engine, 1)
+    # A save of the same step was killed after the old one was renamed, before the new one was.
+    saved.rename(root / ".old-step-00000001")
+    put_back(root)
+    path, passed_over = find_checkpoint(root)
+    assert path == saved
+    assert not passed_over
+
+
+def test_a_replacement_that_was_cut_short_loses_nothing(tmp_path: Path) -> None:
+    run_distributed(_cut_between_renames, tmp_path, world_size=1)

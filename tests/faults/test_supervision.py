@@ -46,16 +46,16 @@ PLACES: list[tuple[str, Callable[[], None]]] = [
     ("", lambda: die_before(saving, "write_rank_file", call=1)),
     ("", lambda: die_before(saving, "commit", call=2)),
     ("start", lambda: die_before(DeepSpeedEngine, "load_state", call=1)),
-    ("start", lambda: die_before(build, "fit", call=1)),
     ("phase change", lambda: die_before(loop, "enter_phase", call=1)),
     ("step", lambda: die_before(deepspeed.DeepSpeedEngine, "backward", call=7)),
-    ("step", lambda: die_before(torch.distributed, "all_reduce", call=12)),
+    # In the agreement, in the step, or in looking whether all have written.
+    ("", lambda: die_before(torch.distributed, "all_reduce", call=12)),
     ("step", lambda: die_before(GroupAdamW, "step", call=22)),
 ]
 
 
 @pytest.mark.slow
-def test_kills_at_ten_places_of_one_run_change_nothing(undisturbed: tuple[Path, str]) -> None:
+def test_kills_at_nine_places_of_one_run_change_nothing(undisturbed: tuple[Path, str]) -> None:
     recipe, expected = undisturbed
     # Rank 0 commits a checkpoint and takes the lock; elsewhere the ranks take turns.
     victims = [0 if n == 3 else n % 2 for n in range(len(PLACES))]

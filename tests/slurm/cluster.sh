@@ -26,7 +26,8 @@ await() { # await SECONDS COMMAND...
   until "$@"; do [ "$SECONDS" -lt "$end" ] || return 1; sleep 0.02; done
 }
 inside() { local pid="$1"; shift; nsenter -t "$pid" -n -m -u -p -i --wd="$PWD" -- "$@"; }
-capsule() { unshare --net --mount --pid --uts --ipc --fork --kill-child=KILL --mount-proc -- "$@"; }
+# In the background: its only child is the process 1 of the new namespaces.
+capsule() { exec unshare --net --mount --pid --uts --ipc --fork --kill-child=KILL --mount-proc -- "$@"; }
 
 write_configuration() {
   local nodes="$1" i

@@ -2,37 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.cluster import Cluster, running_cluster, wait_for, why_not
 from tests.helpers.supervised import fingerprint, supervise
 from tests.helpers.tiny_run import events, write_recipe
 
-ROOT = Path(__file__).parents[2]
-CLUSTER = Path(__file__).with_name("cluster.sh")
-
-
-def why_not() -> str | None:
-    """Return why no cluster can be started here, or None."""
-    missing = [t for t in ("slurmctld", "slurmd", "munged", "ip", "nsenter") if not shutil.which(t)]
-    if missing:
-        return f"no {', '.join(missing)}: apt-get install slurm-wlm munge iproute2"
-    if os.geteuid() != 0:
-        return "a cluster of network namespaces needs root"
-    allowed = subprocess.run(
-        ["unshare", "--net", "--mount", "--pid", "--fork", "true"], check=False, capture_output=True
-    )
-    return "namespaces are not allowed here" if allowed.returncode else None
-
-
-REASON = why_not()
+REASON = why_not(slurm=True)
 pytestmark = [
     pytest.mark.slurm,
     pytest.mark.slow,
@@ -40,46 +20,10 @@ pytestmark = [
 ]
 
 
-class Cluster:
-    """A running cluster."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __call__(self, *words: str, cwd: Path | None = None, check: bool = True) -> str:
-        """Run a command on the controller and return its output."""
-        done = subprocess.run(
-            ["bash", str(CLUSTER), "exec", str(self.folder), *words],
-            cwd=cwd or self.folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
-        assert done.returncode == 0 or not check, done.stdout + done.stderr
-        return done.stdout
-
-    def state(self, job: str) -> str:
-        """Return the state of a job, such as RUNNING."""
-        text = self("scontrol", "-o", "show", "job", job)
-        return text.partition("JobState=")[2].split()[0]
-
-
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("cluster")
-    subprocess.run(["bash", str(CLUSTER), "up", str(folder), "2"], check=True, timeout=60)
-    yield Cluster(folder)
-    subprocess.run(["bash", str(CLUSTER), "down", str(folder)], check=True, timeout=30)
-
-
-def wait_for(condition: Callable[[], bool], *, seconds: float, log: Path | None = None) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        shown = log.read_text() if log is not None and log.exists() else ""
-        assert time.monotonic() < deadline, shown
-        time.sleep(0.2)
+    with running_cluster(tmp_path_factory.mktemp("cluster"), slurm=True) as running:
+        yield running
 
 
 def test_a_two_node_job_is_pre_empted_requeues_itself_and_ends_as_if_it_had_not_been(

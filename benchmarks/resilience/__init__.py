@@ -1,0 +1,1 @@
+"""What benchmarks/faults.py measures: one system or question a file."""
