@@ -12,7 +12,7 @@ from dist_ft.planning.hardware import find_hardware
 from dist_ft.planning.meta import read_shape
 from dist_ft.planning.phases import Schedule, schedule_of
 from dist_ft.planning.render import plan_json, show_plan
-from dist_ft.planning.settings import Plan, cheapest, make_plan, setting_of
+from dist_ft.planning.settings import Plan, cheapest, make_plan, setting_of, with_whole_rows
 from dist_ft.planning.shape import ModelShape
 
 
@@ -57,6 +57,7 @@ def plan_recipe(recipe: Recipe, request: PlanRequest) -> Outcome:
         )
     hardware = find_hardware(request.gpu)
     cluster = Cluster(hardware, nodes=request.nodes, per_node=request.gpus)
+    recipe = with_whole_rows(recipe, world_size=cluster.world_size)
     shape = read_shape(recipe, on_gpu=not hardware.name.startswith("cpu"))
     schedule = schedule_of(recipe, shape, epoch_steps=request.epoch_steps)
     setting = setting_of(recipe, schedule, world_size=cluster.world_size)

@@ -72,6 +72,23 @@ class Plan:
         return self.peak.memory.total <= self.usable_bytes
 
 
+def with_whole_rows(recipe: Recipe, *, world_size: int) -> Recipe:
+    """Return the recipe with a budget of tokens turned into rows of the longest kind.
+
+    A micro-batch within the budget never needs more than that many such rows do.
+    """
+    budget = recipe.train.micro_batch_tokens
+    if budget is None:
+        return recipe
+    each = max(1, recipe.train.global_batch_size // world_size)
+    most = min(each, recipe.train.micro_batch_size)
+    longest = max(task.max_length for task in recipe.tasks)
+    rows = max(1, min(most, budget // longest))
+    rows = next(n for n in range(rows, 0, -1) if each % n == 0)
+    train = recipe.train.model_copy(update={"micro_batch_size": rows, "micro_batch_tokens": None})
+    return recipe.model_copy(update={"train": train})
+
+
 def setting_of(recipe: Recipe, schedule: Schedule, *, world_size: int) -> Setting:
     """Return the setting of a recipe on so many ranks.
 

@@ -21,7 +21,7 @@ from dist_ft.planning.known import KNOWN
 from dist_ft.planning.memory import Setting, activation_bytes, memory_of
 from dist_ft.planning.meta import read_shape
 from dist_ft.planning.run import PlanRequest, plan_recipe
-from dist_ft.planning.settings import cheapest, make_plan
+from dist_ft.planning.settings import cheapest, make_plan, with_whole_rows
 from dist_ft.planning.shape import GroupShape, GroupWork, ModelShape, ParameterShape, TaskWork
 from dist_ft.recipe import load_recipe
 from dist_ft.tasks import build_task
@@ -303,3 +303,11 @@ def test_activations_of_other_architectures(
     every = frozenset(g.name for g in shape.groups)
     planned = activation_bytes(shape, work, trainable=every, setting=setting) - work.loss_working
     assert planned == pytest.approx(measured, rel=0.2), planned / measured
+
+
+def test_a_budget_of_tokens_is_planned_as_rows_of_the_longest_kind(tmp_path: Path) -> None:
+    budget = {"max_duration": "2ep", "global_batch_size": 96, "micro_batch_tokens": 9000}
+    recipe = load_recipe(_big(tmp_path, train=budget), needs_files=False)
+    planned = with_whole_rows(recipe, world_size=8)
+    assert planned.train.micro_batch_size == 2  # 2 x 4096 tokens; a rank's 12 rows are even
+    assert planned.train.global_batch_size == 96
