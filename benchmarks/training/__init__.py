@@ -1,0 +1,1 @@
+"""Whole fine-tuning runs beside those of other trainers."""
