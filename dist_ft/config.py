@@ -51,6 +51,7 @@ from dist_ft.config_freezing import (
     RandomBlockFreezing,
     StaticFreezing,
 )
+from dist_ft.config_regularization import L2SpConfig, RegularizationConfig
 from dist_ft.duration import Duration
 
 __all__ = [
@@ -74,6 +75,7 @@ __all__ = [
     "GenerationConfig",
     "GradualFreezing",
     "KeyboardTyposConfig",
+    "L2SpConfig",
     "LoggingConfig",
     "LrScheduleConfig",
     "MentionReplacementConfig",
@@ -89,6 +91,7 @@ __all__ = [
     "QuestionAnsweringConfig",
     "RandomBlockFreezing",
     "Recipe",
+    "RegularizationConfig",
     "RoundRobinMixture",
     "Section",
     "SentenceShufflingConfig",
@@ -339,6 +342,7 @@ class Recipe(Section):
     freezing: FreezingConfig = NoFreezing()
     cache: CacheConfig = CacheConfig()
     optim: OptimConfig = OptimConfig()
+    regularization: RegularizationConfig = RegularizationConfig()
     engine: EngineConfig = EngineConfig()
     train: TrainConfig
     evaluation: EvaluationConfig = EvaluationConfig()

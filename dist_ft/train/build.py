@@ -30,6 +30,7 @@ from dist_ft.train.loop import Run, fit
 from dist_ft.train.numbers import GuardNumbers
 from dist_ft.train.parts import Parts, eval_data, make_parts, model_source
 from dist_ft.train.recorder import Recorder
+from dist_ft.train.regularization import penalty_rules
 from dist_ft.train.restoring import go_back, restore
 from dist_ft.train.retention import Retention
 from dist_ft.train.run_folder import RunFolder, environment
@@ -203,6 +204,7 @@ def make_run(
         dimensions={n: p.dim() for n, p in parts.model.named_parameters()},
         rates=LearningRates(recipe.optim.lr, recipe.optim.head_lr, recipe.optim.layer_decay),
         weight_decay=recipe.optim.weight_decay,
+        penalties=penalty_rules(recipe),
     )
     module = LossModule(parts.model, {t.task.name: t.task.loss for t in parts.tasks}).to(device)
     passes = make_passes(recipe, parts, folder=folder, device=device, say=console.say)
