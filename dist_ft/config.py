@@ -51,7 +51,7 @@ from dist_ft.config_freezing import (
     RandomBlockFreezing,
     StaticFreezing,
 )
-from dist_ft.config_regularization import L2SpConfig, RegularizationConfig
+from dist_ft.config_regularization import DropoutConfig, L2SpConfig, RegularizationConfig
 from dist_ft.duration import Duration
 
 __all__ = [
@@ -63,6 +63,7 @@ __all__ = [
     "CharacterNoiseConfig",
     "CheckpointConfig",
     "DataConfig",
+    "DropoutConfig",
     "DurationField",
     "EngineConfig",
     "EvaluationConfig",
