@@ -209,9 +209,20 @@ TaskConfig = Annotated[
 class LrScheduleConfig(Section):
     """Shape of the learning rate over the run."""
 
-    type: Literal["constant", "linear", "cosine", "slanted_triangular"] = "linear"
+    type: Literal["constant", "linear", "cosine", "slanted_triangular", "wsd", "one_cycle"] = (
+        "linear"
+    )
     warmup: DurationField = Duration(0, "step")
     min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    decay: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def _decay_is_used(self) -> Self:
+        if self.type != "wsd" and self.decay != 0.1:
+            raise ValueError(
+                f"decay is how long wsd decays, got type {self.type}: remove it or use wsd"
+            )
+        return self
 
 
 class OptimConfig(Section):

@@ -246,6 +246,7 @@ def _learning_rates(
         total_steps=parts.total_steps,
         warmup_steps=parts.lengths.steps(config.warmup),
         min_ratio=config.min_ratio,
+        decay=config.decay,
     )
     thaw_steps = parts.lengths.steps(recipe.optim.unfreeze_warmup)
     peaks = {g.layer_group: g.lr for g in param_groups}

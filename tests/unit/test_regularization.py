@@ -15,6 +15,7 @@ from dist_ft.model.dropout import set_dropout
 from dist_ft.model.embedding_noise import EmbeddingNoise
 from dist_ft.model.layer_groups import find_layer_groups
 from dist_ft.model.new_blocks import reinitialize_top
+from dist_ft.optim.lr_schedules import LrSchedule
 from dist_ft.recipe import RecipeError, load_recipe
 from dist_ft.tasks.output_regularization import OutputRegularizer
 from dist_ft.tasks.question_answering import QuestionAnswering
@@ -161,3 +162,26 @@ def test_contradictions_are_refused(tmp_path: Path) -> None:
     assert "nothing to keep" in errors("dropout={embeddings: 0.1}", "!cache.policy=on")
     assert "must be at most 4" in errors("reinitialize_blocks=5")
     load_recipe(path, overrides=["regularization.r_drop=1", "regularization.l1=0.1"])
+
+
+@pytest.mark.parametrize("steps", [10, 37, 100])
+def test_one_cycle_is_torchs(steps: int) -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    expected = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=1.0, total_steps=steps, cycle_momentum=False
+    )
+    schedule = LrSchedule("one_cycle", total_steps=steps)
+    for step in range(steps):
+        assert schedule.factor(step) == pytest.approx(expected.get_last_lr()[0], abs=1e-9)
+        optimizer.step()
+        if step + 1 < steps:
+            expected.step()
+
+
+def test_wsd_is_constant_until_it_decays() -> None:
+    schedule = LrSchedule("wsd", total_steps=100, warmup_steps=10, min_ratio=0.1, decay=0.2)
+    factors = [schedule.factor(step) for step in range(101)]
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[10:81] == [1.0] * 71
+    assert factors[80:] == pytest.approx([1.0 - 0.9 * i / 20 for i in range(21)])
