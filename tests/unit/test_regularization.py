@@ -5,21 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div
 
+from dist_ft.engine.base import EngineOptions
+from dist_ft.engine.layer_modes import LayerModes
 from dist_ft.engine.loss_module import InTraining, LossModule
+from dist_ft.engine.reference import ReferenceEngine
+from dist_ft.engine.trunk_pass import TrunkPasses
+from dist_ft.freezing.activation_cache import ActivationCache
 from dist_ft.model.backbone import HeadSpec, MultiTaskModel, build_model
 from dist_ft.model.dropout import set_dropout
 from dist_ft.model.embedding_noise import EmbeddingNoise
 from dist_ft.model.layer_groups import find_layer_groups
 from dist_ft.model.new_blocks import reinitialize_top
+from dist_ft.model.trunk import Trunk
 from dist_ft.optim.lr_schedules import LrSchedule
+from dist_ft.optim.param_groups import LearningRates, build_param_groups
 from dist_ft.recipe import RecipeError, load_recipe
 from dist_ft.tasks.output_regularization import OutputRegularizer
 from dist_ft.tasks.question_answering import QuestionAnswering
 from dist_ft.tasks.text_classification import TextClassification
+from tests.helpers.phases import largest_difference
+from tests.helpers.tiny import TinyBatch
 from tests.helpers.tiny_models import tiny_config
 from tests.helpers.tiny_run import write_recipe
 
@@ -185,3 +195,56 @@ def test_wsd_is_constant_until_it_decays() -> None:
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert factors[10:81] == [1.0] * 71
     assert factors[80:] == pytest.approx([1.0 - 0.9 * i / 20 for i in range(21)])
+
+
+def _with_prefix(folder: Path | None) -> tuple[dict[str, torch.Tensor], int]:
+    """Train with R-Drop over a frozen prefix; return the weights and its lowest block's runs."""
+    model = _model()
+    groups = find_layer_groups(model)
+    trunk = Trunk.find(model, groups=groups)
+    assert not trunk.check()
+    trunk.flat = True
+    passes = TrunkPasses(
+        trunk=trunk,
+        order=tuple(g.name for g in groups if g.kind != "head"),
+        parameters={g.name: g.parameters for g in groups},
+    )
+    if folder is not None:
+        passes.cache = ActivationCache(
+            folder, lengths={"a": np.array([7, 4, 2])}, width=trunk.width,
+            dtype=torch.float32, budget_bytes=10**6,
+        )  # fmt: skip
+    special = OutputRegularizer(TASK.loss, TASK.choices, r_drop=2.0)
+    engine = ReferenceEngine(
+        LossModule(model, {"a": TASK.loss}, in_training=InTraining({"a": special})),
+        param_groups=build_param_groups(
+            groups,
+            dimensions={n: p.dim() for n, p in model.named_parameters()},
+            rates=LearningRates(1e-2),
+            weight_decay=0.1,
+        ),
+        options=EngineOptions(seed=1),
+        modes=LayerModes.of(
+            model, groups=groups, checkpointing="none", prefix_dropout=False, passes=passes
+        ),
+    )
+    engine.set_trainable([g.name for g in groups[3:]])
+    runs: list[None] = []
+    trunk.blocks[0].register_forward_hook(lambda *_: runs.append(None))
+    for step in range(4):
+        engine.train_step(
+            step,
+            task="a",
+            micro_batches=[TinyBatch(INPUTS, {"labels": LABELS}, 0, rows=np.arange(3))],
+            global_count=3,
+            learning_rates={g.name: 1e-2 for g in groups},
+        )
+    passes.discard()
+    return engine.full_weights(), len(runs)
+
+
+def test_both_forwards_of_r_drop_start_from_the_same_cached_prefix(tmp_path: Path) -> None:
+    plain, plain_runs = _with_prefix(None)
+    cached, cached_runs = _with_prefix(tmp_path)
+    assert (plain_runs, cached_runs) == (8, 1)
+    assert largest_difference(plain, cached) <= 1e-5
