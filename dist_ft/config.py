@@ -51,13 +51,19 @@ from dist_ft.config_freezing import (
     RandomBlockFreezing,
     StaticFreezing,
 )
-from dist_ft.config_regularization import DropoutConfig, L2SpConfig, RegularizationConfig
+from dist_ft.config_regularization import (
+    BalancingConfig,
+    DropoutConfig,
+    L2SpConfig,
+    RegularizationConfig,
+)
 from dist_ft.duration import Duration
 
 __all__ = [
     "AdaptiveFreezing",
     "AnnealedMixture",
     "BadNumbersConfig",
+    "BalancingConfig",
     "BottomUpFreezing",
     "CasingConfig",
     "CharacterNoiseConfig",
@@ -355,6 +361,7 @@ class Recipe(Section):
     cache: CacheConfig = CacheConfig()
     optim: OptimConfig = OptimConfig()
     regularization: RegularizationConfig = RegularizationConfig()
+    balancing: BalancingConfig = BalancingConfig()
     engine: EngineConfig = EngineConfig()
     train: TrainConfig
     evaluation: EvaluationConfig = EvaluationConfig()

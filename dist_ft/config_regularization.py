@@ -1,4 +1,4 @@
-"""The recipe's regularisation: of weights, outputs, embeddings, dropout and the start."""
+"""The recipe's regularisation and what a task's loss weighs."""
 
 from __future__ import annotations
 
@@ -26,6 +26,12 @@ class DropoutConfig(Section):
     attention: Probability | None = None
     hidden: Probability | None = None
     head: Probability | None = None
+
+
+class BalancingConfig(Section):
+    """What the loss of each task weighs while it trains; 1 for tasks that are not named."""
+
+    weights: dict[TaskName, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
 
 
 class RegularizationConfig(Section):

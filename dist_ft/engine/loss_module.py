@@ -26,11 +26,14 @@ class InTraining:
         losses: Losses by task that take the place of the task's own.
         noise: On the word embeddings.
         noisy: Tasks that get the noise.
+        weights: What a task's loss weighs, in its gradient and where it is reported; 1 for others.
+            Tuned, fixed weights match costlier balancers (Kurin et al. 2022).
     """
 
     losses: Mapping[str, OutputRegularizer] = field(default_factory=dict)
     noise: EmbeddingNoise | None = None
     noisy: frozenset[str] = frozenset()
+    weights: Mapping[str, float] = field(default_factory=dict)
 
 
 class LossModule(nn.Module):
@@ -74,8 +77,9 @@ class LossModule(nn.Module):
                 stack.enter_context(extra.noise.active(inputs))
             forwards = 1 if special is None else special.forwards
             outputs = [self.model(task, dict(inputs)) for _ in range(forwards)]
+        weight = extra.weights.get(task, 1.0) if self.training else 1.0
         if special is not None:
-            return special(outputs, targets), None
-        loss = self._losses[task](outputs[0], targets).sum
+            return weight * special(outputs, targets), None
+        loss = weight * self._losses[task](outputs[0], targets).sum
         # Outputs kept in training would keep their graph and be hooked by DeepSpeed.
         return loss, (None if self.training else outputs[0])

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from dist_ft.config import Recipe, TaskConfig, TextClassificationConfig
 from dist_ft.recipe.errors import Finding, closest, show_value
 from dist_ft.recipe.model_folder import count_blocks
+from dist_ft.recipe.reading import RawPath
 from dist_ft.recipe.validate import Draft
 
 _OF_TASKS = ("label_smoothing", "r_drop", "neftune_alpha")
 
 
 def check_regularization(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
-    """Return what makes no sense in a recipe's regularisation."""
+    """Return what makes no sense in a recipe's regularisation and weights of losses."""
+    if draft.is_sure("balancing"):
+        paths = {name: ("balancing", "weights", name) for name in recipe.balancing.weights}
+        yield from _check_names(recipe, paths)
     if not draft.is_sure("regularization"):
         return
     yield from _check_penalties(recipe)
@@ -43,12 +47,8 @@ def _check_penalties(recipe: Recipe) -> Iterator[Finding]:
 def _check_tasks(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
     rules = recipe.regularization
     names = [t.name for t in recipe.tasks]
-    for index, name in enumerate(rules.tasks or []):
-        if name not in names:
-            meant = closest(name, names)
-            remedy = f"did you mean {meant}?" if meant else f"use one of {', '.join(names)}"
-            text = f"must be the name of a task, got {show_value(name)}: {remedy}"
-            yield Finding(("regularization", "tasks", index), text)
+    chosen = enumerate(rules.tasks or [])
+    yield from _check_names(recipe, {n: ("regularization", "tasks", i) for i, n in chosen})
     if rules.tasks is not None and not any(getattr(rules, key) for key in _OF_TASKS):
         text = f"limits {', '.join(_OF_TASKS)}, and none is set: set one or remove it"
         yield Finding(("regularization", "tasks"), text)
@@ -71,6 +71,16 @@ def _check_tasks(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
             "reentrant reduces twice: set that to non_reentrant"
         )
         yield Finding(("regularization", "r_drop"), text)
+
+
+def _check_names(recipe: Recipe, paths: Mapping[str, RawPath]) -> Iterator[Finding]:
+    names = [t.name for t in recipe.tasks]
+    for name, path in paths.items():
+        if name not in names:
+            meant = closest(name, names)
+            remedy = f"did you mean {meant}?" if meant else f"use one of {', '.join(names)}"
+            text = f"must be the name of a task, got {show_value(name)}: {remedy}"
+            yield Finding(path, text)
 
 
 def _unsuited(task: TaskConfig, key: str) -> str | None:

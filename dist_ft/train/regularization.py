@@ -83,9 +83,10 @@ def in_training(recipe: Recipe, model: MultiTaskModel, *, tasks: Sequence[Task])
             for t in chosen
         }
     if config.neftune_alpha is None:
-        return InTraining(losses)
+        return InTraining(losses, weights=recipe.balancing.weights)
     noise = EmbeddingNoise(model, alpha=config.neftune_alpha)
-    return InTraining(losses, noise, frozenset(t.name for t in chosen))
+    noisy = frozenset(t.name for t in chosen)
+    return InTraining(losses, noise, noisy, recipe.balancing.weights)
 
 
 def changes_embeddings(recipe: Recipe) -> str | None:

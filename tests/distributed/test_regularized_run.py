@@ -42,7 +42,9 @@ def _engine(stage: int | None) -> Engine:
     set_dropout(model, groups=groups, probabilities={"attention": 0.2, "hidden": 0.05})
     task = TextClassification(name="a", labels=("x", "y", "z"))
     special = OutputRegularizer(task.loss, task.choices, label_smoothing=0.1, r_drop=2.0)
-    extra = InTraining({"a": special}, EmbeddingNoise(model, alpha=5.0), frozenset({"a"}))
+    extra = InTraining(
+        {"a": special}, EmbeddingNoise(model, alpha=5.0), frozenset({"a"}), {"a": 0.5}
+    )
     module = LossModule(model, {"a": task.loss}, in_training=extra)
     param_groups = build_param_groups(
         groups,
@@ -118,6 +120,7 @@ def test_a_regularised_run_resumes_to_the_bit(tmp_path: Path) -> None:
         tmp_path,
         tasks=[task],
         regularization=rules,
+        balancing={"weights": {"text": 0.5}},
         train={"max_duration": "6step"},
         checkpoint={"every": "2step"},
         optim={"weight_decay": 0},
