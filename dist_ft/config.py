@@ -52,18 +52,26 @@ from dist_ft.config_freezing import (
     RandomBlockFreezing,
     StaticFreezing,
 )
+from dist_ft.config_regularization import (
+    BalancingConfig,
+    DropoutConfig,
+    L2SpConfig,
+    RegularizationConfig,
+)
 from dist_ft.duration import Duration
 
 __all__ = [
     "AdaptiveFreezing",
     "AnnealedMixture",
     "BadNumbersConfig",
+    "BalancingConfig",
     "BanditMixtureConfig",
     "BottomUpFreezing",
     "CasingConfig",
     "CharacterNoiseConfig",
     "CheckpointConfig",
     "DataConfig",
+    "DropoutConfig",
     "DurationField",
     "EngineConfig",
     "EvaluationConfig",
@@ -76,6 +84,7 @@ __all__ = [
     "GenerationConfig",
     "GradualFreezing",
     "KeyboardTyposConfig",
+    "L2SpConfig",
     "LoggingConfig",
     "LrScheduleConfig",
     "MentionReplacementConfig",
@@ -91,6 +100,7 @@ __all__ = [
     "QuestionAnsweringConfig",
     "RandomBlockFreezing",
     "Recipe",
+    "RegularizationConfig",
     "RoundRobinMixture",
     "Section",
     "SentenceShufflingConfig",
@@ -207,9 +217,20 @@ TaskConfig = Annotated[
 class LrScheduleConfig(Section):
     """Shape of the learning rate over the run."""
 
-    type: Literal["constant", "linear", "cosine", "slanted_triangular"] = "linear"
+    type: Literal["constant", "linear", "cosine", "slanted_triangular", "wsd", "one_cycle"] = (
+        "linear"
+    )
     warmup: DurationField = Duration(0, "step")
     min_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    decay: Fraction = 0.1
+
+    @model_validator(mode="after")
+    def _decay_is_used(self) -> Self:
+        if self.type != "wsd" and self.decay != 0.1:
+            raise ValueError(
+                f"decay is how long wsd decays, got type {self.type}: remove it or use wsd"
+            )
+        return self
 
 
 class OptimConfig(Section):
@@ -341,6 +362,8 @@ class Recipe(Section):
     freezing: FreezingConfig = NoFreezing()
     cache: CacheConfig = CacheConfig()
     optim: OptimConfig = OptimConfig()
+    regularization: RegularizationConfig = RegularizationConfig()
+    balancing: BalancingConfig = BalancingConfig()
     engine: EngineConfig = EngineConfig()
     train: TrainConfig
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -124,6 +124,7 @@ class PhaseReport:
         gradient_bytes: Bytes that the gradients of one micro-batch have on this rank.
         cached_blocks: Blocks of the frozen prefix whose hidden states are computed once and kept.
         cache_bytes: Bytes on this host's disk that they, and those of later phases, may take.
+        anchor_bytes: Bytes of this rank's share of the starting weights, kept for L2-SP.
     """
 
     switch: Switch
@@ -135,6 +136,7 @@ class PhaseReport:
     gradient_bytes: int
     cached_blocks: int = 0
     cache_bytes: int = 0
+    anchor_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_ft.dist import all_reduce_sum
+from dist_ft.engine.anchors import anchor_bytes, take_anchors
 from dist_ft.engine.base import (
     DTYPES,
     EngineOptions,
@@ -85,6 +86,13 @@ class DeepSpeedEngine:
         self._world = dist.get_world_size()
         self._sizes = group_sizes(module, self._groups)
         self._weights = WeightAccess(module, zero_stage=deepspeed_options.zero_stage)
+        self._anchors = take_anchors(
+            self._groups,
+            weights=self._weights.parameters(),
+            zero_stage=deepspeed_options.zero_stage,
+            rank=dist.get_rank(),
+            world_size=self._world,
+        )
         self._snapshot = ModuleSnapshot(module)
         self._trainable: frozenset[str] = frozenset()
         self._states = GroupStates(
@@ -133,6 +141,8 @@ class DeepSpeedEngine:
                     "params": [parameters[n] for n in g.parameters],
                     "lr": g.lr,
                     "weight_decay": g.weight_decay,
+                    "penalty": g.penalty,
+                    "anchors": self._anchors.get(g.name, []),
                     # Some of DeepSpeed's wrappers run a step without gradients when built.
                     "active": False,
                 }
@@ -194,6 +204,7 @@ class DeepSpeedEngine:
             gradient_bytes=trainable * DTYPES[self.options.precision].itemsize,
             cached_blocks=self._modes.passes.boundary,
             cache_bytes=self._modes.passes.cached_bytes,
+            anchor_bytes=anchor_bytes(self._anchors),
         )
 
     def train_step(

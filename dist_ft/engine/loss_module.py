@@ -3,26 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from dist_ft.engine.trunk_pass import TrunkPass
 from dist_ft.model.backbone import MultiTaskModel
+from dist_ft.model.embedding_noise import EmbeddingNoise
 from dist_ft.tasks.base import LossSum
+from dist_ft.tasks.output_regularization import OutputRegularizer
 
 LossFunction = Callable[[Any, Mapping[str, Tensor]], LossSum]
+
+
+@dataclass(frozen=True)
+class InTraining:
+    """What is different while a model trains.
+
+    Attributes:
+        losses: Losses by task that take the place of the task's own.
+        noise: On the word embeddings.
+        noisy: Tasks that get the noise.
+        weights: What a task's loss weighs, in its gradient and where it is reported; 1 for others.
+            Tuned, fixed weights match costlier balancers (Kurin et al. 2022).
+    """
+
+    losses: Mapping[str, OutputRegularizer] = field(default_factory=dict)
+    noise: EmbeddingNoise | None = None
+    noisy: frozenset[str] = frozenset()
+    weights: Mapping[str, float] = field(default_factory=dict)
 
 
 class LossModule(nn.Module):
     """Backbone, heads and losses in one module, so that ZeRO-3 gathers what they need."""
 
-    def __init__(self, model: MultiTaskModel, losses: Mapping[str, LossFunction]) -> None:
+    def __init__(
+        self,
+        model: MultiTaskModel,
+        losses: Mapping[str, LossFunction],
+        *,
+        in_training: InTraining | None = None,
+    ) -> None:
         """Wrap `model`; `losses` maps each task's name to its summed loss."""
         super().__init__()
         self.model = model
         self._losses = dict(losses)
+        self._in_training = in_training or InTraining()
 
     def forward(
         self,
@@ -39,8 +67,19 @@ class LossModule(nn.Module):
             targets: What its loss needs.
             way: How the trunk is run; None as transformers made it.
         """
-        with nullcontext() if way is None else way.running(inputs):
-            outputs = self.model(task, dict(inputs))
-        loss = self._losses[task](outputs, targets).sum
+        extra = self._in_training
+        special = extra.losses.get(task) if self.training else None
+        with ExitStack() as stack:
+            if way is not None:
+                # Entered once: two forwards start from the same cached prefix.
+                stack.enter_context(way.running(inputs))
+            if self.training and extra.noise is not None and task in extra.noisy:
+                stack.enter_context(extra.noise.active(inputs))
+            forwards = 1 if special is None else special.forwards
+            outputs = [self.model(task, dict(inputs)) for _ in range(forwards)]
+        weight = extra.weights.get(task, 1.0) if self.training else 1.0
+        if special is not None:
+            return weight * special(outputs, targets), None
+        loss = weight * self._losses[task](outputs[0], targets).sum
         # Outputs kept in training would keep their graph and be hooked by DeepSpeed.
-        return loss, (None if self.training else outputs)
+        return loss, (None if self.training else outputs[0])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dist_ft.engine.anchors import anchor_bytes, take_anchors
 from dist_ft.engine.base import (
     EngineOptions,
     EngineState,
@@ -58,12 +59,17 @@ class ReferenceEngine:
         self._parameters = {n.removeprefix("model."): p for n, p in module.named_parameters()}
         self._device = next(module.parameters()).device
         self._trainable: frozenset[str] = frozenset(g.layer_group for g in self._groups)
+        self._anchors = take_anchors(
+            self._groups, weights=self._parameters, zero_stage=0, rank=0, world_size=1
+        )
         self._optimizer = GroupAdamW(
             [
                 {
                     "params": [self._parameters[n] for n in g.parameters],
                     "lr": g.lr,
                     "weight_decay": g.weight_decay,
+                    "penalty": g.penalty,
+                    "anchors": self._anchors.get(g.name, []),
                 }
                 for g in self._groups
             ],
@@ -150,6 +156,7 @@ class ReferenceEngine:
             gradient_bytes=trainable * 4,
             cached_blocks=self._modes.passes.boundary,
             cache_bytes=self._modes.passes.cached_bytes,
+            anchor_bytes=anchor_bytes(self._anchors),
         )
 
     def _moment_bytes(self, parameters: Iterable[Tensor]) -> int:

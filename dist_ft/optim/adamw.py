@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_ft.optim.penalties import add_penalty
+
 
 class GroupAdamW(torch.optim.AdamW):
     """AdamW (Loshchilov and Hutter 2019) that steps only the groups flagged as active.
@@ -26,13 +28,22 @@ class GroupAdamW(torch.optim.AdamW):
         betas: tuple[float, float],
         eps: float,
     ) -> None:
-        """Build the optimizer; every group carries its own ``lr`` and ``weight_decay``."""
+        """Build the optimizer; every group carries its own ``lr`` and ``weight_decay``.
+
+        A group may have a ``penalty`` and, if that needs them, ``anchors``: the start of each of
+        its parameters.
+        """
         super().__init__(groups, lr=0.0, betas=betas, eps=eps, fused=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update the parameters of the active groups; return what `closure` returned."""
         with self._only(group for group in self.param_groups if group.get("active", True)):
+            for group in self.param_groups:
+                penalty = group.get("penalty")
+                # ZeRO-3 steps one group at a time and empties the others.
+                if penalty is not None and not penalty.is_empty and group["params"]:
+                    add_penalty(group["params"], penalty, anchors=group.get("anchors", ()))
             return super().step(closure)
 
     @contextmanager

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from dist_ft.model.layer_groups import LayerGroup
+from dist_ft.optim.penalties import Penalty, PenaltyRules
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class ParamGroup:
         weight_decay: Decoupled weight decay per step and unit of learning rate.
         lr: Peak learning rate.
         tasks: Tasks whose loss reaches the parameters.
+        penalty: What is added to the loss for them.
     """
 
     name: str
@@ -30,6 +32,7 @@ class ParamGroup:
     weight_decay: float
     lr: float
     tasks: frozenset[str]
+    penalty: Penalty = field(default_factory=Penalty)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ def build_param_groups(
     dimensions: Mapping[str, int],
     rates: LearningRates,
     weight_decay: float,
+    penalties: PenaltyRules | None = None,
 ) -> list[ParamGroup]:
     """Return the parameter groups, bottom to top.
 
@@ -64,7 +68,9 @@ def build_param_groups(
         dimensions: Number of dimensions of each parameter, by name.
         rates: Peak learning rates.
         weight_decay: For matrices and embeddings.
+        penalties: Which penalties the groups get; none without.
     """
+    rules = penalties or PenaltyRules()
     backbone = [group.name for group in layer_groups if group.kind not in ("head", "unused")]
     below_top = {name: len(backbone) - 1 - i for i, name in enumerate(backbone)}
     result: list[ParamGroup] = []
@@ -76,7 +82,9 @@ def build_param_groups(
         for suffix, decay in (("decay", weight_decay), ("no_decay", 0.0)):
             names = tuple(n for n in group.parameters if (dimensions[n] > 1) == (suffix == "decay"))
             if names:
-                result.append(
-                    ParamGroup(f"{group.name}/{suffix}", group.name, names, decay, lr, group.tasks)
+                penalty = rules.of(
+                    group.name, is_head=group.kind == "head", decays=suffix == "decay"
                 )
+                name = f"{group.name}/{suffix}"
+                result.append(ParamGroup(name, group.name, names, decay, lr, group.tasks, penalty))
     return result

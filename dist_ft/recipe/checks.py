@@ -19,6 +19,7 @@ from dist_ft.recipe.deepspeed_json import check_deepspeed
 from dist_ft.recipe.errors import Finding, closest, show_value
 from dist_ft.recipe.model_folder import check_model, count_blocks
 from dist_ft.recipe.reading import RawPath
+from dist_ft.recipe.regularization_checks import check_regularization
 from dist_ft.recipe.source_checks import check_sources
 from dist_ft.recipe.task_checks import check_tasks, metrics_of
 from dist_ft.recipe.validate import Draft
@@ -45,6 +46,7 @@ def check(draft: Draft, *, needs_files: bool = True) -> list[Finding]:
         *_check_depth(draft, recipe),
         *_check_plateau(draft, recipe),
         *_check_durations(draft, recipe),
+        *check_regularization(draft, recipe),
         *check_deepspeed(draft, recipe),
     ]
 

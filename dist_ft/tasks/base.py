@@ -35,6 +35,19 @@ class LossSum:
     count: Tensor
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Choices among classes and what is right.
+
+    Attributes:
+        logits: [choices, classes].
+        labels: right classes, int64 [choices].
+    """
+
+    logits: Tensor
+    labels: Tensor
+
+
 class Metrics(Protocol):
     """Collects what a task's metrics need, one JSON-able record per data set row.
 
@@ -147,6 +160,10 @@ class Task(Protocol):
 
     def loss(self, outputs: Any, targets: Mapping[str, Tensor]) -> LossSum:
         """Returns the summed loss, computed in float32."""
+        ...
+
+    def choices(self, outputs: Any, targets: Mapping[str, Tensor]) -> list[Choice]:
+        """Returns the choices that the loss scores; sets of them have their mean in the loss."""
         ...
 
     def new_metrics(self) -> Metrics:
@@ -298,6 +315,12 @@ def input_padding(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | float]:
     pad = tokenizer.pad_token_id
     assert isinstance(pad, int)
     return {"input_ids": pad, "token_type_ids": tokenizer.pad_token_type_id}
+
+
+def labelled(logits: Tensor, targets: Tensor) -> Choice:
+    """Returns the labelled positions, see ``token_losses``."""
+    chosen = targets != IGNORE_INDEX
+    return Choice(logits[chosen], targets[chosen])
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import dist_ft.tasks.metrics as metrics
 from dist_ft.data.collate import CollateSpec
 from dist_ft.tasks.base import (
     IGNORE_INDEX,
+    Choice,
     LossSum,
     Record,
     RecordMetrics,
@@ -23,6 +24,7 @@ from dist_ft.tasks.base import (
     check_max_length,
     choose_metric,
     input_padding,
+    labelled,
     text_of,
     token_losses,
 )
@@ -185,6 +187,10 @@ class Generation:
         logits, labels = self._aligned(outputs, targets)
         losses = token_losses(logits, labels)
         return LossSum(losses.sum(), (labels != IGNORE_INDEX).sum())
+
+    def choices(self, outputs: Any, targets: Mapping[str, Tensor]) -> list[Choice]:
+        """Returns the choices that the loss scores."""
+        return [labelled(*self._aligned(outputs, targets))]
 
     def new_metrics(self) -> RecordMetrics:
         """Returns empty metrics."""

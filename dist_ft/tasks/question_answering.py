@@ -19,6 +19,7 @@ from torch import Tensor
 from dist_ft.data.collate import CollateSpec
 from dist_ft.tasks.answer_spans import best_span, first_sentence, score_answers
 from dist_ft.tasks.base import (
+    Choice,
     LossSum,
     NoGeneration,
     Record,
@@ -204,14 +205,24 @@ class QuestionAnswering(NoGeneration):
             targets: ``candidates`` int64 [windows, tokens], ``start_position`` and
                 ``end_position`` int64 [windows].
         """
+        losses = [
+            torch.nn.functional.cross_entropy(choice.logits, choice.labels, reduction="sum")
+            for choice in self.choices(outputs, targets)
+        ]
+        windows = targets["candidates"]
+        total = torch.stack(losses).sum() / 2
+        return LossSum(total, torch.tensor(len(windows), device=windows.device))
+
+    def choices(self, outputs: Any, targets: Mapping[str, Tensor]) -> list[Choice]:
+        """Returns the choices that the loss scores, start and end."""
         barred = targets["candidates"] == 0
-        total = torch.zeros((), device=barred.device)
-        for side in ("start", "end"):
-            logits = outputs[f"{side}_logits"].float().masked_fill(barred, -torch.inf)
-            total = total + torch.nn.functional.cross_entropy(
-                logits, targets[f"{side}_position"], reduction="sum"
+        return [
+            Choice(
+                outputs[f"{side}_logits"].float().masked_fill(barred, -torch.inf),
+                targets[f"{side}_position"],
             )
-        return LossSum(total / 2, torch.tensor(len(barred), device=barred.device))
+            for side in ("start", "end")
+        ]
 
     def new_metrics(self) -> RecordMetrics:
         """Returns empty metrics."""

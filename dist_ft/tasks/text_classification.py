@@ -15,6 +15,7 @@ from torch import Tensor
 import dist_ft.tasks.metrics as metrics
 from dist_ft.data.collate import CollateSpec
 from dist_ft.tasks.base import (
+    Choice,
     LossSum,
     NoGeneration,
     Record,
@@ -214,6 +215,12 @@ class TextClassification(NoGeneration):
         else:
             losses = (logits[:, 0] - labels.float()).square()
         return LossSum(losses.sum(), torch.tensor(len(labels), device=labels.device))
+
+    def choices(self, outputs: Any, targets: Mapping[str, Tensor]) -> list[Choice]:
+        """Returns the choices that the loss scores; none but for a single label."""
+        if self.problem != "single_label":
+            return []
+        return [Choice(outputs["logits"], targets["labels"])]
 
     def new_metrics(self) -> RecordMetrics:
         """Returns empty metrics."""

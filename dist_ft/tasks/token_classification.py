@@ -14,6 +14,7 @@ import dist_ft.tasks.metrics as metrics
 from dist_ft.data.collate import CollateSpec
 from dist_ft.tasks.base import (
     IGNORE_INDEX,
+    Choice,
     LossSum,
     NoGeneration,
     Record,
@@ -23,6 +24,7 @@ from dist_ft.tasks.base import (
     check_max_length,
     choose_metric,
     input_padding,
+    labelled,
     model_inputs,
     token_losses,
     token_types,
@@ -206,6 +208,10 @@ class TokenClassification(NoGeneration):
         labels = targets["labels"]
         losses = token_losses(outputs["logits"], labels)
         return LossSum(losses.sum(), (labels != IGNORE_INDEX).sum())
+
+    def choices(self, outputs: Any, targets: Mapping[str, Tensor]) -> list[Choice]:
+        """Returns the choices that the loss scores."""
+        return [labelled(outputs["logits"], targets["labels"])]
 
     def new_metrics(self) -> RecordMetrics:
         """Returns empty metrics."""

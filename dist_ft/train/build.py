@@ -32,6 +32,7 @@ from dist_ft.train.loop import Run, fit
 from dist_ft.train.numbers import GuardNumbers
 from dist_ft.train.parts import Parts, eval_data, make_parts, model_source
 from dist_ft.train.recorder import Recorder
+from dist_ft.train.regularization import in_training, penalty_rules
 from dist_ft.train.restoring import go_back, restore
 from dist_ft.train.retention import Retention
 from dist_ft.train.run_folder import RunFolder, environment
@@ -214,8 +215,14 @@ def make_run(
         dimensions={n: p.dim() for n, p in parts.model.named_parameters()},
         rates=LearningRates(recipe.optim.lr, recipe.optim.head_lr, recipe.optim.layer_decay),
         weight_decay=recipe.optim.weight_decay,
+        penalties=penalty_rules(recipe, parts.groups),
     )
-    module = LossModule(parts.model, {t.task.name: t.task.loss for t in parts.tasks}).to(device)
+    tasks = [t.task for t in parts.tasks]
+    module = LossModule(
+        parts.model,
+        {task.name: task.loss for task in tasks},
+        in_training=in_training(recipe, parts.model, tasks=tasks),
+    ).to(device)
     passes = make_passes(recipe, parts, folder=folder, device=device, say=console.say)
     engine = make_engine(recipe, parts, module=module, param_groups=param_groups, passes=passes)
     loader = make_loader(
@@ -250,6 +257,7 @@ def _learning_rates(
         total_steps=parts.total_steps,
         warmup_steps=parts.lengths.steps(config.warmup),
         min_ratio=config.min_ratio,
+        decay=config.decay,
     )
     thaw_steps = parts.lengths.steps(recipe.optim.unfreeze_warmup)
     peaks = {g.layer_group: g.lr for g in param_groups}

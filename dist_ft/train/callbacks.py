@@ -104,6 +104,7 @@ class LogSteps(Watcher):
             switch_s=round(report.switch_s, 4),
             cached_blocks=report.cached_blocks,
             cache_bytes=report.cache_bytes,
+            anchor_bytes_per_rank=report.anchor_bytes,
         )
         self.console.phase(run.progress.step, phase, report)
 

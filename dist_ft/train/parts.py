@@ -21,6 +21,7 @@ from dist_ft.train.evaluate import EvalData
 from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
 from dist_ft.train.loading import Lengths, plan_steps
 from dist_ft.train.policy import check_every_task_trains, make_policy
+from dist_ft.train.regularization import prepare_model
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def make_parts(
         tasks=[t.task.name for t in tasks],
         reach={g.name: g.tasks for g in groups},
     )
+    prepare_model(recipe, model, groups=groups, trains=policy.universe())
     return Parts(
         tokenizer, tasks, model, groups, policy, steps.total_steps, steps.lengths, steps.mixture
     )

@@ -16,6 +16,7 @@ from dist_ft.freezing.policies import ScheduledPolicy
 from dist_ft.freezing.schedule import frozen_prefix
 from dist_ft.model.trunk import Trunk
 from dist_ft.train.parts import Parts
+from dist_ft.train.regularization import changes_embeddings
 from dist_ft.train.run_folder import RunFolder
 
 # Settings by which transformers' models limit how far a token sees.
@@ -37,6 +38,9 @@ def make_passes(
         ValueError: If the recipe insists on what the model can't do.
     """
     wants_cache = _wants_cache(recipe, parts)
+    if wants_cache and (reason := changes_embeddings(recipe)):
+        say(f"the frozen prefix is not cached: {reason}")
+        wants_cache = False
     if recipe.model.padding == "padded" and not wants_cache:
         return TrunkPasses()
     try:
@@ -92,7 +96,9 @@ def _unsuited(recipe: Recipe, parts: Parts, *, device: torch.device) -> str | No
     windows = [w for name in _WINDOWS if isinstance(w := getattr(config, name, None), int)]
     if windows and min(windows) < longest:
         return f"its tokens see {min(windows)} others and rows may have {longest} tokens"
+    chosen = recipe.regularization.dropout.attention
     dropout = [getattr(config, name, 0.0) or 0.0 for name in _ATTENTION_DROPOUTS]
+    dropout = dropout if chosen is None else [chosen]
     if device.type == "cuda" and recipe.model.padding == "auto" and max(dropout) > 0:
         return "torch's attention for rows without padding has no dropout on GPUs"
     return None

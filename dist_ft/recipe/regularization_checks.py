@@ -1,0 +1,108 @@
+"""Regularisation that contradicts itself or other sections of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from dist_ft.config import Recipe, TaskConfig, TextClassificationConfig
+from dist_ft.recipe.errors import Finding, closest, show_value
+from dist_ft.recipe.model_folder import count_blocks
+from dist_ft.recipe.reading import RawPath
+from dist_ft.recipe.validate import Draft
+
+_OF_TASKS = ("label_smoothing", "r_drop", "neftune_alpha")
+
+
+def check_regularization(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
+    """Return what makes no sense in a recipe's regularisation and weights of losses."""
+    if draft.is_sure("balancing"):
+        paths = {name: ("balancing", "weights", name) for name in recipe.balancing.weights}
+        yield from _check_names(recipe, paths)
+    if not draft.is_sure("regularization"):
+        return
+    yield from _check_penalties(recipe)
+    yield from _check_tasks(draft, recipe)
+    yield from _check_cache(recipe)
+    blocks = count_blocks(recipe.model.path) if draft.is_sure("model", "path") else None
+    wanted = recipe.regularization.reinitialize_blocks
+    if blocks is not None and wanted is not None and wanted > blocks:
+        rule = f"must be at most {blocks}, the number of the model's blocks"
+        yield Finding(("regularization", "reinitialize_blocks"), f"{rule}, got {wanted}: lower it")
+
+
+def _check_penalties(recipe: Recipe) -> Iterator[Finding]:
+    rules, decay = recipe.regularization, recipe.optim.weight_decay
+    if rules.l2 and rules.l2_sp:
+        text = "pulls to zero what l2_sp pulls to the pre-trained weights: remove one of them"
+        yield Finding(("regularization", "l2"), text)
+    for key in ("l2", "l2_sp"):
+        if getattr(rules, key) and decay:
+            text = (
+                f"pulls at weights that optim.weight_decay ({decay}) pulls to zero already: "
+                f"set optim.weight_decay=0 or remove {key}"
+            )
+            yield Finding(("regularization", key), text)
+
+
+def _check_tasks(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
+    rules = recipe.regularization
+    names = [t.name for t in recipe.tasks]
+    chosen = enumerate(rules.tasks or [])
+    yield from _check_names(recipe, {n: ("regularization", "tasks", i) for i, n in chosen})
+    if rules.tasks is not None and not any(getattr(rules, key) for key in _OF_TASKS):
+        text = f"limits {', '.join(_OF_TASKS)}, and none is set: set one or remove it"
+        yield Finding(("regularization", "tasks"), text)
+    for key in ("label_smoothing", "r_drop"):
+        for task in recipe.tasks if getattr(rules, key) else ():
+            reason = _unsuited(task, key)
+            if (
+                reason is not None
+                and task.name in (rules.tasks or names)
+                and draft.is_sure("tasks")
+            ):
+                text = (
+                    f"can't be used with task {task.name}, {reason}: list the other tasks in "
+                    f"regularization.tasks, or remove {key}"
+                )
+                yield Finding(("regularization", key), text)
+    if rules.r_drop and recipe.model.activation_checkpointing == "reentrant":
+        text = (
+            "runs each block twice in a micro-batch, which model.activation_checkpointing: "
+            "reentrant reduces twice: set that to non_reentrant"
+        )
+        yield Finding(("regularization", "r_drop"), text)
+
+
+def _check_names(recipe: Recipe, paths: Mapping[str, RawPath]) -> Iterator[Finding]:
+    names = [t.name for t in recipe.tasks]
+    for name, path in paths.items():
+        if name not in names:
+            meant = closest(name, names)
+            remedy = f"did you mean {meant}?" if meant else f"use one of {', '.join(names)}"
+            text = f"must be the name of a task, got {show_value(name)}: {remedy}"
+            yield Finding(path, text)
+
+
+def _unsuited(task: TaskConfig, key: str) -> str | None:
+    """Return why a task has no such loss."""
+    if isinstance(task, TextClassificationConfig) and task.problem != "single_label":
+        return f"whose problem ({task.problem}) has no choice of one class"
+    if task.type == "question_answering" and key == "label_smoothing":
+        return "whose classes are the tokens of a window"
+    return None
+
+
+def _check_cache(recipe: Recipe) -> Iterator[Finding]:
+    rules = recipe.regularization
+    if recipe.cache.policy != "on":
+        return
+    for path, value in (
+        (("neftune_alpha",), rules.neftune_alpha),
+        (("dropout", "embeddings"), rules.dropout.embeddings),
+    ):
+        if value:
+            text = (
+                "changes the embeddings each time, so cache.policy: on has nothing to keep: "
+                "set cache.policy=auto, or remove it"
+            )
+            yield Finding(("regularization", *path), text)
