@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import shutil
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -34,6 +35,9 @@ def train_on_cut_data(connection: Connection, folder: Path, when: str) -> None:
             cut(shard)
         for step in loader.iterate(0):
             if step.step == 3:
+                # What is read ahead is read by then. A cut inside of one of these reads, some
+                # microseconds each, would still be a signal: a map can't be read otherwise.
+                time.sleep(0.5)
                 cut(shard)
             if step.step > 8:
                 break
