@@ -129,7 +129,8 @@ def assumptions(shape: ModelShape, schedule: Schedule, cluster: Cluster) -> list
         f"shape: {shape.source}; every row is padded to max_length, and every position that can "
         "have a label has one (real batches are shorter)",
         "activations: what autograd keeps in one micro-batch, traced on the meta device with "
-        "the kernels of the device; temporary memory of single operations is not counted",
+        "the kernels of the device; temporary memory of single operations is not counted; blocks "
+        "are counted with padding (without, a CPU in bf16 keeps more of attention, in fp32)",
         "optimizer: AdamW, fp32 masters and moments; gradients in the training precision",
         f"{FRAMEWORK_BYTES / 2**30:.0f} GiB for the CUDA context on a GPU, and {FRAGMENTATION:.0%} "
         "of the device lost to fragmentation",
