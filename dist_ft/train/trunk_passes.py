@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dist_ft.config import Recipe
+from dist_ft.data.bandit import BanditMixture
 from dist_ft.engine.base import DTYPES
 from dist_ft.engine.trunk_pass import TrunkPasses
 from dist_ft.freezing.activation_cache import ActivationCache
@@ -19,6 +20,8 @@ from dist_ft.train.parts import Parts
 from dist_ft.train.regularization import changes_embeddings
 from dist_ft.train.run_folder import RunFolder
 
+# How often a row must come, on average, while some prefix is frozen, to be worth keeping.
+_LEAST_VISITS = 1.25
 # Settings by which transformers' models limit how far a token sees.
 _WINDOWS = ("sliding_window", "local_attention", "attention_window", "attention_chunk_size")
 _ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
@@ -62,10 +65,11 @@ def make_passes(
         order=tuple(g.name for g in parts.groups if g.kind != "head"),
         parameters={g.name: g.parameters for g in parts.groups},
     )
-    if wants_cache and "boundary" not in problems:
+    tasks = tasks_that_return(recipe, parts) if wants_cache else frozenset()
+    if tasks and "boundary" not in problems:
         if isinstance(parts.policy, ScheduledPolicy):
             passes.schedule = tuple(frozenset(p.trainable) for p in parts.policy.phases)
-        passes.cache = _cache(recipe, parts, folder=folder, width=trunk.width)
+        passes.cache = _cache(recipe, parts, tasks=tasks, folder=folder, width=trunk.width)
     return passes
 
 
@@ -83,10 +87,7 @@ def _wants_cache(recipe: Recipe, parts: Parts) -> bool:
     if not isinstance(parts.policy, ScheduledPolicy):
         # A few blocks at a time in turn keep the embeddings training, as a rule.
         return "embeddings" not in parts.policy.phase_at(0).trainable
-    order = [g.name for g in parts.groups if g.kind != "head"]
-    blocks = {g.name for g in parts.groups if g.kind == "block"}
-    prefixes = (frozen_prefix(order, frozenset(p.trainable)) for p in parts.policy.phases)
-    return any(blocks.intersection(prefix) for prefix in prefixes)
+    return bool(_steps_with_prefix(parts))
 
 
 def _unsuited(recipe: Recipe, parts: Parts, *, device: torch.device) -> str | None:
@@ -125,15 +126,52 @@ def _refuse(
         say(f"{without}: {reason}")
 
 
-def _cache(recipe: Recipe, parts: Parts, *, folder: RunFolder, width: int) -> ActivationCache:
+def tasks_that_return(recipe: Recipe, parts: Parts) -> frozenset[str]:
+    """Return the tasks whose rows can be cached and, unless the recipe insists, pay for it.
+
+    A row that comes once while a prefix is frozen costs a write and is never read.
+    """
+    names = [c.name for c in recipe.tasks if not c.augmentation]
+    if recipe.cache.policy == "on":
+        return frozenset(names)
+    steps = _steps_with_prefix(parts)
+    size = recipe.train.global_batch_size
+    found: set[str] = set()
+    for index, t in enumerate(parts.tasks):
+        if isinstance(parts.mixture, BanditMixture):  # which decides as it goes
+            own = sum(end - start for start, end in steps) / len(parts.tasks)
+        else:
+            before = parts.mixture.steps_before
+            own = sum(before(end)[index] - before(start)[index] for start, end in steps)
+        if t.task.name in names and own * size >= _LEAST_VISITS * len(t.datasets["train"]):
+            found.add(t.task.name)
+    return frozenset(found)
+
+
+def _steps_with_prefix(parts: Parts) -> list[tuple[int, int]]:
+    """Return the first step and the end of each phase with frozen blocks, as far as known."""
+    if not isinstance(parts.policy, ScheduledPolicy):
+        return [(0, parts.total_steps)]
+    order = [g.name for g in parts.groups if g.kind != "head"]
+    blocks = {g.name for g in parts.groups if g.kind == "block"}
+    phases = parts.policy.phases
+    ends = [*(p.start_step for p in phases[1:]), parts.total_steps]
+    return [
+        (p.start_step, end)
+        for p, end in zip(phases, ends, strict=True)
+        if end > p.start_step and blocks.intersection(frozen_prefix(order, frozenset(p.trainable)))
+    ]
+
+
+def _cache(
+    recipe: Recipe, parts: Parts, *, tasks: frozenset[str], folder: RunFolder, width: int
+) -> ActivationCache:
     # Of one host: processes of several may not map one file of a network file system.
     root = folder.root / "cache" if recipe.cache.dir is None else recipe.cache.dir / recipe.name
     return ActivationCache(
         root / (platform.node() or "host"),
         lengths={
-            t.task.name: t.datasets["train"].lengths
-            for config, t in zip(recipe.tasks, parts.tasks, strict=True)
-            if not config.augmentation
+            t.task.name: t.datasets["train"].lengths for t in parts.tasks if t.task.name in tasks
         },
         width=width,
         dtype=DTYPES[recipe.engine.precision],
