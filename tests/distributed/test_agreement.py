@@ -66,8 +66,8 @@ def _plant(kind: str) -> None:
     original, built = ScheduledPolicy.phase_at, []
 
     class Remembered(build.LossModule):
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
             built.append(self)
 
     def other_phase(self: ScheduledPolicy, step: int) -> Phase:
