@@ -163,12 +163,6 @@ class ActivationCache:
         for row, start, end in zip(rows.tolist(), ends - sizes, ends, strict=True):
             store.put(row, values[start:end], step=step)
 
-    def warm_up(self, task: str, boundary: int, *, rows: Int64Array) -> None:
-        """Read rows from the disk into the system's page cache; safe in another thread."""
-        store = self._stores.get((task, boundary))
-        if store is not None:
-            store.warm_up(rows)
-
     def close(self) -> None:
         """Forget and delete everything."""
         self._stores = {}
@@ -234,10 +228,3 @@ class _Store:
         self._data[start : start + len(values)] = values
         self._index["hash"][row] = xxhash.xxh3_64_intdigest(values.data)
         self._index["step"][row] = step + 1  # last: now the row is there
-
-    def warm_up(self, rows: Int64Array) -> None:
-        if self._data is None:
-            return
-        for row in rows[rows < len(self.sizes)].tolist():
-            start = int(self.starts[row])
-            self._data[start : start + int(self.sizes[row]) : 4096].max(initial=0)
