@@ -81,7 +81,7 @@ def check_vocabulary(tasks: Sequence[PreparedTask], *, model: torch.nn.Module) -
     """
     try:
         embedding = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
-    except NotImplementedError:
+    except NotImplementedError:  # transformers' answer for models of sound, which take no tokens
         return
     if not isinstance(embedding, torch.nn.Embedding):
         return

@@ -10,6 +10,7 @@ from dist_ft.data.sampling import RoundRobin
 from tests.helpers.datasets import SPEC, make_dataset
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_batches_are_pinned(tmp_path: Path) -> None:
     loader = StepLoader(
