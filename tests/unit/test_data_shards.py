@@ -1,6 +1,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from dist_ft.data.manifest import canonical_json, fingerprint
 from dist_ft.data.schema import shard_schema
+from dist_ft.data.shard_file import ShardFile
 from dist_ft.data.shards import ShardedDataset, ShardWriter, read_manifest, verify
 from tests.helpers.datasets import TASK_SCHEMA, feature, make_dataset, write_folder
 
@@ -37,11 +39,10 @@ def test_rows_read_back_as_written(folder: Path) -> None:
             assert (found.tolist() if isinstance(found, np.ndarray) else found) == value, name
 
 
-def test_views_are_not_copied_and_not_writable(folder: Path) -> None:
-    view = ShardedDataset(folder, verify="size").take(np.array([3]))["input_ids"][0]
-    assert isinstance(view, np.ndarray)
-    assert view.base is not None
-    assert not view.flags.writeable
+def test_rows_are_not_writable(folder: Path) -> None:
+    row = ShardedDataset(folder, verify="size").take(np.array([3]))["input_ids"][0]
+    assert isinstance(row, np.ndarray)
+    assert not row.flags.writeable
 
 
 def test_manifest_counts(folder: Path) -> None:
@@ -61,16 +62,33 @@ def test_manifest_counts(folder: Path) -> None:
     assert manifest.dataset_id == json.loads((folder / "manifest.json").read_text())["dataset_id"]
 
 
-def test_shard_is_one_uncompressed_batch_and_opens_elsewhere(folder: Path) -> None:
+def test_shards_open_as_a_hugging_face_dataset(folder: Path, tmp_path: Path) -> None:
     import datasets
 
-    tables = []
+    files = [str(folder / shard.file) for shard in read_manifest(folder).shards]
+    opened = datasets.load_dataset(
+        "arrow", data_files=files, split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert isinstance(opened, datasets.Dataset)
+    assert len(opened) == len(LENGTHS)
+    for row in (0, 5, len(LENGTHS) - 1):
+        assert opened[row] == feature(row, length=LENGTHS[row])
+
+
+def test_a_shard_is_one_uncompressed_batch(folder: Path) -> None:
     for shard in read_manifest(folder).shards:
-        reader = pa.ipc.open_file(pa.memory_map(str(folder / shard.file)))
+        reader = pa.ipc.open_file(folder / shard.file)
         assert reader.num_record_batches == 1
-        tables.append(reader.read_all())
-    opened = datasets.Dataset(pa.concat_tables(tables))
-    assert opened[5]["input_ids"] == feature(5, length=LENGTHS[5])["input_ids"]
+        # Values are read from their places in the file, so compressed ones are refused.
+        batch = reader.get_batch(0)
+        small = folder / "compressed.arrow"
+        with pa.ipc.new_file(
+            small, batch.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")
+        ) as writer:
+            writer.write_batch(batch)
+        info = replace(shard, bytes=small.stat().st_size)
+        with pytest.raises(ValueError, match=r"compressed\.arrow can't be read as an Arrow file"):
+            ShardFile(small, info=info, schema=batch.schema)
 
 
 def test_same_rows_give_the_same_dataset_id(tmp_path: Path, folder: Path) -> None:
@@ -176,6 +194,20 @@ def test_manifest_is_checked(folder: Path) -> None:
     path.unlink()
     with pytest.raises(ValueError, match="prepare the data first"):
         read_manifest(folder)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.sha256"])
+def test_every_flipped_byte_of_a_manifest_is_detected(tmp_path: Path, name: str) -> None:
+    write_folder(tmp_path / "t", lengths=[3, 4], target_bytes=10**9)
+    path = tmp_path / "t" / name
+    content = path.read_bytes()
+    # The line's end behind the hash means nothing.
+    for place in range(len(content.rstrip())):
+        changed = bytearray(content)
+        changed[place] ^= 0x01
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match="was changed after it was written"):
+            read_manifest(tmp_path / "t")
 
 
 def test_full_verify(folder: Path) -> None:
