@@ -16,7 +16,7 @@ from dist_ft.data.sampling import RoundRobin
 from dist_ft.data.shards import ShardedDataset, verify
 from tests.helpers.datasets import SPEC, make_dataset, write_folder
 
-ROUNDS = 200
+ROUNDS = 120
 LENGTHS = [400, 900, 100, 700] * 16
 
 
