@@ -7,9 +7,11 @@ back short is an error with shard and row.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import mmap
 import os
+import resource
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,6 +55,24 @@ def _unreadable(path: Path, *, reason: object) -> ValueError:
     return ValueError(f"shard {path} can't be read as an Arrow file ({reason}): {PREPARE_AGAIN}")
 
 
+def _open(path: Path) -> int:
+    """Returns an open file, raising this process's limit of open files if it is reached."""
+    try:
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            # Often 1,024 by default, which is not many shards; up to the hard limit is allowed.
+            _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        many = error.errno in (errno.EMFILE, errno.ENFILE)
+        remedy = "raise the limit of open files (ulimit -Hn)" if many else PREPARE_AGAIN
+        raise ValueError(f"shard {path} can't be opened ({error}): {remedy}") from error
+
+
 @dataclass(frozen=True)
 class _Array:
     """An array in the file: its first byte, its length and the type of its elements."""
@@ -88,10 +108,7 @@ class ShardFile:
 
     def __init__(self, path: Path, *, info: ShardInfo, schema: pa.Schema) -> None:
         self.path = path
-        try:
-            self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise ValueError(f"shard {path} can't be opened ({error}): {PREPARE_AGAIN}") from error
+        self.descriptor = _open(path)
         weakref.finalize(self, os.close, self.descriptor)
         self._bytes = info.bytes
         self._numbers: dict[str, _Array] = {}

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -259,6 +260,39 @@ def test_schema_refuses_clashes_and_unknown_types() -> None:
         shard_schema(pa.schema([pa.field("flag", pa.bool_())]))
     with pytest.raises(ValueError, match="'nested' has type list<item: list"):
         shard_schema(pa.schema([pa.field("nested", pa.list_(pa.list_(pa.int32())))]))
+
+
+def open_files() -> list[int]:
+    return [int(path.name) for path in Path("/proc/self/fd").iterdir()]
+
+
+def test_shards_are_closed_with_their_data_set(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "t", lengths=[5] * 70, target_bytes=1)
+    shards = len(dataset.manifest.shards)
+    before = len(open_files())
+    del dataset
+    assert len(open_files()) == before - shards
+
+
+def test_more_shards_than_the_limit_of_open_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "t", lengths=[5] * 70, target_bytes=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Room for five of the ten shards; a limit is a number that no new file may reach.
+    used = set(open_files())
+    few = ([number for number in range(len(used) + 6) if number not in used][5], hard)
+    raised = resource.setrlimit
+    try:
+        raised(resource.RLIMIT_NOFILE, few)
+        assert len(ShardedDataset(tmp_path / "t", verify="size")) == 70
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+        raised(resource.RLIMIT_NOFILE, few)
+        monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
+        with pytest.raises(ValueError, match=r"can't be opened .* raise the limit of open files"):
+            ShardedDataset(tmp_path / "t", verify="size")
+    finally:
+        raised(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_rows_out_of_range(tmp_path: Path) -> None:
