@@ -8,7 +8,6 @@ back short is an error with shard and row.
 from __future__ import annotations
 
 import errno
-import itertools
 import mmap
 import os
 import resource
@@ -294,13 +293,6 @@ class RowReader:
                 numbers.tolist(), firsts.tolist(), sizes.tolist(), rows.tolist(), strict=True
             )
         ]
-
-
-def split_values(content: Sequence[bytes], *, dtype: np.dtype) -> list[np.ndarray]:
-    """Returns a read-only array for each row; they follow each other in memory."""
-    values = np.frombuffer(b"".join(content), dtype=dtype)
-    ends = list(itertools.accumulate(len(row) // dtype.itemsize for row in content))
-    return [values[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def length_stats(lengths: np.ndarray) -> tuple[int, int, int]:
