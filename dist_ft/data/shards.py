@@ -1,8 +1,8 @@
 """Shards: uncompressed Arrow IPC files with one record batch each, and their reader.
 
 Rows are read straight from the values buffers in the files, by one `pread` a row and column that is
-called from C. `pyarrow.Table.take` on list columns is about fifty times slower, and worker processes
-cost more than they save.
+called from C. `pyarrow.Table.take` on list columns is about fifty times slower, and worker
+processes cost more than they save.
 """
 
 from __future__ import annotations
