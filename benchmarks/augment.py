@@ -233,16 +233,17 @@ def augmenters(kind: str) -> list[Augmenter]:
 
 
 def fuzz(count: int, *, seed: int) -> tuple[list[str], dict[str, AugmentStatistics]]:
-    """Augments `count` random samples, as many of each kind.
+    """Augments exactly `count` random samples, about as many of each kind.
 
     Returns:
         The violations, and by kind what was changed.
     """
     violations: list[str] = []
     statistics = {kind: AugmentStatistics() for kind in KINDS}
-    for kind in KINDS:
+    for number, kind in enumerate(KINDS):
         choices = augmenters(kind)
-        for row, sample in enumerate(make_cases(kind, count // len(KINDS), seed=seed)):
+        own = (count + number) // len(KINDS)
+        for row, sample in enumerate(make_cases(kind, own, seed=seed)):
             before = repr(sample)
             augmenter = choices[row % len(choices)]
             after, changes = augmenter.apply(sample, seed=seed, epoch=row % 7, row=row)

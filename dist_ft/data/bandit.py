@@ -26,6 +26,9 @@ MOST_READ_AHEAD = 4
 LEAST_BLOCK = 2 * MOST_READ_AHEAD
 # Of the steps of a block, which share is dealt out equally.
 _EXPLORATION = 0.2
+# A loss this many times the first one wins in any case. Where the first was next to nothing, the
+# quotient may be infinite, and the shares that follow from it no numbers.
+_MOST_REWARD = 100.0
 
 
 class BanditMixture:
@@ -148,13 +151,13 @@ class BanditMixture:
 
     def _reward(self) -> None:
         for task, (total, count) in enumerate(zip(self._sums, self._counts, strict=True)):
-            if not count:
+            if not count or not math.isfinite(total):
                 continue
             mean = total / count
             first = self._first[task]
             if first is None:
                 first = self._first[task] = mean
-            relative = mean / first if first > 0 else 1.0
+            relative = min(mean / first, _MOST_REWARD) if first > 0 else 1.0
             kept = self._smoothing * self._rewards[task]
             self._rewards[task] = kept + (1 - self._smoothing) * relative
         self._sums = [0.0] * self._tasks

@@ -129,7 +129,7 @@ def prepare_split(
     Raises:
         ValueError: a source, column or row is bad; no rows are left; or the folder was prepared
             differently and `rebuild` is False.
-        RuntimeError: an encoding process died.
+        RuntimeError: an encoding process died, or the file system can't lock files.
     """
     if processes < 1:
         raise ValueError(f"processes must be at least 1, got {processes}")
@@ -359,7 +359,14 @@ def _check_totals(manifest: Manifest) -> None:
 def _lock(path: Path) -> Iterator[None]:
     """Holds a lock between processes, on one machine or a shared file system; it dies with them."""
     with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            # Some clusters mount Lustre without locks: two nodes would write into one folder.
+            raise RuntimeError(
+                f"the file system of {path.parent} can't lock files ({error}): choose a data "
+                "folder on another one, or mount it with locks (Lustre: -o flock)"
+            ) from error
         yield
 
 

@@ -1,7 +1,8 @@
 """Shards: uncompressed Arrow IPC files with one record batch each, and their reader.
 
-Rows are read as views on the memory-mapped values and offsets buffers. `pyarrow.Table.take` on list
-columns is about fifty times slower, and worker processes cost more than they save.
+Rows are read straight from the values buffers in the files, by one `pread` a row and column that is
+called from C. `pyarrow.Table.take` on list columns is about fifty times slower, and worker
+processes cost more than they save.
 """
 
 from __future__ import annotations
@@ -26,8 +27,14 @@ from dist_ft.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from dist_ft.data.mapped import PREPARE_AGAIN, MappedShard, length_stats, open_batch
 from dist_ft.data.schema import column_kind
+from dist_ft.data.shard_file import (
+    PREPARE_AGAIN,
+    RowReader,
+    ShardFile,
+    length_stats,
+    open_batch,
+)
 from dist_ft.data.verification import VerifyLevel, check_files, hash_file, is_intact
 
 __all__ = [
@@ -44,6 +51,8 @@ __all__ = [
 
 # ragged column -> one view a row; scalar column -> array [rows]; string column -> one str a row
 Columns = dict[str, list[np.ndarray] | np.ndarray | list[str]]
+
+_Int64Array = npt.NDArray[np.int64]
 
 TARGET_BYTES = 64 * 2**20
 _HISTOGRAM_WIDTH = 8
@@ -148,7 +157,7 @@ class ShardWriter:
 
 
 class ShardedDataset:
-    """The rows of a prepared folder, memory-mapped.
+    """The rows of a prepared folder.
 
     Args:
         folder: a folder which `prepare_split` wrote.
@@ -171,15 +180,17 @@ class ShardedDataset:
         self.manifest = read_manifest(self.folder)
         check_files(self.folder, manifest=self.manifest, level=verify)
         self._shards = [
-            MappedShard(self.folder / info.file, info=info, schema=self.manifest.schema)
+            ShardFile(self.folder / info.file, info=info, schema=self.manifest.schema)
             for info in self.manifest.shards
         ]
         counts = np.array([info.rows for info in self.manifest.shards], dtype=np.int64)
         self._ends = np.cumsum(counts)
         self._starts = self._ends - counts
+        self._rows = RowReader(self._shards)
         self._kinds = {field.name: column_kind(field) for field in self.manifest.schema}
         # Whole columns of numbers and offsets, joined when they are first used: looking rows up
         # shard by shard would cost more than reading them.
+        self._dtypes = self._shards[0].dtypes
         self._joined: dict[str, np.ndarray] = {}
         self.lengths = self._whole("length")
         self.loss_counts = self._whole("loss_count")
@@ -197,12 +208,12 @@ class ShardedDataset:
             columns: the columns to read, all by default.
 
         Returns:
-            By column name: for a list column one read-only numpy view a row, for a number column an
-            array [n], for a string column a list of str.
+            By column name: for a list column one read-only numpy array a row, for a number column
+            an array [n], for a string column a list of str.
 
         Raises:
-            ValueError: a row number is out of range, a string isn't UTF-8, or a shard was cut since
-                it was opened.
+            ValueError: a row number is out of range, a string isn't UTF-8, a shard was cut since it
+                was opened, or the disk fails.
         """
         rows = np.asarray(rows, dtype=np.int64)
         if rows.size and (int(rows.min()) < 0 or int(rows.max()) >= len(self)):
@@ -211,45 +222,55 @@ class ShardedDataset:
                 f"for {self.folder}"
             )
         numbers = np.searchsorted(self._ends, rows, side="right")
-        for number in set(numbers.tolist()):
-            self._shards[number].check_size()
         taken: Columns = {}
         for name, kind in self._kinds.items():
             if columns is not None and name not in columns:
                 continue
             if kind == "ragged":
-                taken[name] = self._views(name, rows=rows, numbers=numbers)
+                content = self._content(name, rows=rows, numbers=numbers)
+                dtype = self._dtypes[name]
+                taken[name] = [np.frombuffer(row, dtype) for row in content]
             elif kind == "string":
-                local = (rows - self._starts[numbers]).tolist()
-                shards = [self._shards[number] for number in numbers.tolist()]
-                taken[name] = [s.text(name, row=n) for s, n in zip(shards, local, strict=True)]
+                content = self._content(name, rows=rows, numbers=numbers)
+                taken[name] = self._texts(name, content=content, rows=rows, numbers=numbers)
             else:
                 taken[name] = self._whole(name)[rows]
         return taken
 
     def _whole(self, name: str) -> np.ndarray:
-        """Returns a number column, [rows], or the offsets of a list column, [rows + shards]."""
+        """Returns a number column, [rows], or the offsets of another, [rows + shards]."""
         if name not in self._joined:
-            for shard in self._shards:
-                shard.check_size()
-            is_list = self._kinds[name] == "ragged"
-            parts = [s.ragged[name][0] if is_list else s.scalars[name] for s in self._shards]
-            joined = np.concatenate(parts)
+            joined = np.concatenate([shard.numbers(name) for shard in self._shards])
             joined.flags.writeable = False
             self._joined[name] = joined
         return self._joined[name]
 
-    def _views(
-        self, name: str, *, rows: npt.NDArray[np.int64], numbers: npt.NDArray[np.int64]
-    ) -> list[np.ndarray]:
-        """Returns rows of a list column, given the number of each row's shard."""
+    def _content(self, name: str, *, rows: _Int64Array, numbers: _Int64Array) -> list[bytes]:
+        """Returns rows of a list or string column, given the number of each row's shard."""
         offsets = self._whole(name)
         # Each shard has one offset more than rows.
         firsts = rows + numbers
-        values = [shard.ragged[name][1] for shard in self._shards]
-        # Plain integers: slicing by numpy's costs three times as much.
-        places = (numbers.tolist(), offsets[firsts].tolist(), offsets[firsts + 1].tolist())
-        return [values[number][start:end] for number, start, end in zip(*places, strict=True)]
+        size = self._dtypes[name].itemsize
+        spans = (
+            offsets[firsts].astype(np.int64) * size,
+            offsets[firsts + 1].astype(np.int64) * size,
+        )
+        return self._rows.read(name, rows=rows, numbers=numbers, spans=spans)
+
+    def _texts(
+        self, name: str, *, content: Sequence[bytes], rows: _Int64Array, numbers: _Int64Array
+    ) -> list[str]:
+        texts = []
+        for place, text in enumerate(content):
+            try:
+                texts.append(text.decode())
+            except UnicodeDecodeError as error:
+                number = int(numbers[place])
+                raise ValueError(
+                    f"{self._shards[number].path}, row {rows[place] - self._starts[number]} of the "
+                    f"shard: column {name!r} is not UTF-8 ({error}): {PREPARE_AGAIN}"
+                ) from error
+        return texts
 
     def scalar(self, name: str) -> np.ndarray:
         """Returns a whole number column, [rows].
@@ -263,7 +284,8 @@ class ShardedDataset:
 
     def row_of_largest_token(self, shard: int) -> int:
         """Returns the first row that holds the largest token id of a shard, given its number."""
-        offsets, ids = self._shards[shard].ragged["input_ids"]
+        file = self._shards[shard]
+        offsets, ids = file.numbers("input_ids"), file.all_values("input_ids")
         place = int(ids[offsets[0] : offsets[-1]].argmax()) + int(offsets[0])
         local = int(np.searchsorted(offsets, place, side="right")) - 1
         return int(self._starts[shard]) + local

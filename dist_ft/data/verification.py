@@ -42,8 +42,7 @@ def check_files(folder: Path, *, manifest: Manifest, level: VerifyLevel) -> None
     """
     if level not in ("size", "cached", "hash"):
         raise ValueError(f"verify must be 'size', 'cached' or 'hash', got {level!r}")
-    # All sizes come before the first hash, and all hashes before the first map: a file cut short
-    # under a memory map kills the process (SIGBUS) instead of raising.
+    # All sizes come before the first hash: a missing or cut file is found at once.
     for info in manifest.shards:
         _check_size(folder / info.file, expected=info.bytes)
     if level == "hash":

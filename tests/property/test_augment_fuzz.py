@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,20 +27,17 @@ CASES = 200_000
 
 @pytest.mark.slow
 def test_fuzzed_samples_are_right() -> None:
-    started = time.process_time()
     violations, statistics = fuzz(CASES, seed=20_24)
-    seconds = time.process_time() - started
     assert violations == []
+    assert sum(counts.samples for counts in statistics.values()) == CASES
     # A fuzz test in which nothing happens would pass, too.
     for kind, counts in statistics.items():
-        assert counts.samples == CASES // 3
+        assert counts.samples >= CASES // 3
         assert counts.changed > 0.6 * counts.samples
         assert set(counts.edits) == {t.name for t in transforms(kind)}
         assert min(counts.samples_by_transform.values()) > 1000
     assert statistics["tagged"].skipped["invalid_bio"] > 500
     assert statistics["context"].skipped["answer_not_at_its_place"] > 500
-    # About 16 s on one quiet core.
-    assert seconds < 60
 
 
 class Careless:

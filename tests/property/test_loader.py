@@ -1,4 +1,5 @@
 import itertools
+import json
 import tempfile
 import threading
 import time
@@ -11,7 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dist_ft.data.loader import BatchPlan, MicroBatch, StepBatch, StepLoader, eval_batches
+from dist_ft.data.loader import (
+    BatchPlan,
+    LengthPlan,
+    MicroBatch,
+    StepBatch,
+    StepLoader,
+    eval_batches,
+)
 from dist_ft.data.sampling import RoundRobin
 from dist_ft.data.shards import ShardedDataset
 from tests.helpers.datasets import SPEC, make_dataset
@@ -36,11 +44,12 @@ def make_loader(
     micro: int = 3,
     rank: int = 0,
     world_size: int = 1,
+    layout: LengthPlan | None = None,
 ) -> StepLoader:
     return StepLoader(
         datasets,
         specs=dict.fromkeys(datasets, SPEC),
-        plan=BatchPlan(size, micro, seed=7, rank=rank, world_size=world_size),
+        plan=BatchPlan(size, micro, seed=7, rank=rank, world_size=world_size, layout=layout),
         mixture=RoundRobin(len(datasets)),
     )
 
@@ -129,6 +138,42 @@ def test_resume_anywhere_is_exact(datasets: dict[str, ShardedDataset], starts: l
             )
             assert batch.data_wait_s >= 0
         steps.close()
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    legs=st.lists(
+        st.tuples(st.integers(1, 3), st.integers(1, 32), st.sampled_from([1, 2, 3, 4, 6, 12])),
+        min_size=4,
+        max_size=5,
+    ),
+    first=st.integers(0, 300),
+    layout=st.sampled_from([None, LengthPlan(), LengthPlan(packed=True)]),
+)
+def test_resumed_again_and_again_with_other_worlds(
+    datasets: dict[str, ShardedDataset],
+    legs: list[tuple[int, int, int]],
+    first: int,
+    layout: LengthPlan | None,
+) -> None:
+    whole = make_loader(datasets)
+    state = json.dumps(whole.state_dict(first))
+    used: list[tuple[str, list[int]]] = []
+    for steps, world_size, micro in legs:
+        ranks = [
+            make_loader(datasets, micro=micro, rank=rank, world_size=world_size, layout=layout)
+            for rank in range(world_size)
+        ]
+        # What the ranks of the leg before saved is all that these know.
+        (start,) = {rank.check_state(json.loads(state)) for rank in ranks}
+        for step in range(start, start + steps):
+            batches = [rank.batch(step) for rank in ranks]
+            (task,) = {batch.task for batch in batches}
+            real = [m.rows for b in batches for m in b.micro_batches if m.loss_weight == 1]
+            used.append((task, sorted(np.concatenate(real).tolist())))
+        state = json.dumps(ranks[-1].state_dict(start + steps))
+    expected = [whole.rows_of(step) for step in range(first, first + len(used))]
+    assert used == [(e.task, sorted(e.rows.tolist())) for e in expected]
 
 
 def prefetch_threads() -> list[threading.Thread]:

@@ -186,7 +186,7 @@ def same(one: MicroBatch, other: MicroBatch) -> bool:
 @settings(max_examples=40, deadline=None)
 @given(
     step=st.integers(0, 500),
-    world_size=st.integers(1, 16),
+    world_size=st.integers(1, 32),
     micro=st.sampled_from([1, 2, 4, 24]),
     layout=st.builds(
         LengthPlan,

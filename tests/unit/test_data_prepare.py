@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -309,6 +311,18 @@ def test_one_of_many_callers_works(tmp_path: Path) -> None:
             for _ in range(4)
         ]
     assert sorted(call.result().reused for call in calls) == [False, True, True, True]
+
+
+def test_a_file_system_without_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    spec = make_spec(tmp_path, {"train": write_rows(tmp_path / "a.jsonl", make_rows(0, 5))})
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(RuntimeError, match=r"d/demo can't lock files .*not implemented.*-o flock"):
+        prepare_split(spec, split="train", data_dir=tmp_path / "d")
 
 
 KILLED = """

@@ -1,6 +1,8 @@
 import hashlib
 import json
+import resource
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 
 from dist_ft.data.manifest import canonical_json, fingerprint
 from dist_ft.data.schema import shard_schema
+from dist_ft.data.shard_file import ShardFile
 from dist_ft.data.shards import ShardedDataset, ShardWriter, read_manifest, verify
 from tests.helpers.datasets import TASK_SCHEMA, feature, make_dataset, write_folder
 
@@ -37,11 +40,10 @@ def test_rows_read_back_as_written(folder: Path) -> None:
             assert (found.tolist() if isinstance(found, np.ndarray) else found) == value, name
 
 
-def test_views_are_not_copied_and_not_writable(folder: Path) -> None:
-    view = ShardedDataset(folder, verify="size").take(np.array([3]))["input_ids"][0]
-    assert isinstance(view, np.ndarray)
-    assert view.base is not None
-    assert not view.flags.writeable
+def test_rows_are_not_writable(folder: Path) -> None:
+    row = ShardedDataset(folder, verify="size").take(np.array([3]))["input_ids"][0]
+    assert isinstance(row, np.ndarray)
+    assert not row.flags.writeable
 
 
 def test_manifest_counts(folder: Path) -> None:
@@ -61,16 +63,33 @@ def test_manifest_counts(folder: Path) -> None:
     assert manifest.dataset_id == json.loads((folder / "manifest.json").read_text())["dataset_id"]
 
 
-def test_shard_is_one_uncompressed_batch_and_opens_elsewhere(folder: Path) -> None:
+def test_shards_open_as_a_hugging_face_dataset(folder: Path, tmp_path: Path) -> None:
     import datasets
 
-    tables = []
+    files = [str(folder / shard.file) for shard in read_manifest(folder).shards]
+    opened = datasets.load_dataset(
+        "arrow", data_files=files, split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert isinstance(opened, datasets.Dataset)
+    assert len(opened) == len(LENGTHS)
+    for row in (0, 5, len(LENGTHS) - 1):
+        assert opened[row] == feature(row, length=LENGTHS[row])
+
+
+def test_a_shard_is_one_uncompressed_batch(folder: Path) -> None:
     for shard in read_manifest(folder).shards:
-        reader = pa.ipc.open_file(pa.memory_map(str(folder / shard.file)))
+        reader = pa.ipc.open_file(folder / shard.file)
         assert reader.num_record_batches == 1
-        tables.append(reader.read_all())
-    opened = datasets.Dataset(pa.concat_tables(tables))
-    assert opened[5]["input_ids"] == feature(5, length=LENGTHS[5])["input_ids"]
+        # Values are read from their places in the file, so compressed ones are refused.
+        batch = reader.get_batch(0)
+        small = folder / "compressed.arrow"
+        with pa.ipc.new_file(
+            small, batch.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")
+        ) as writer:
+            writer.write_batch(batch)
+        info = replace(shard, bytes=small.stat().st_size)
+        with pytest.raises(ValueError, match=r"compressed\.arrow can't be read as an Arrow file"):
+            ShardFile(small, info=info, schema=batch.schema)
 
 
 def test_same_rows_give_the_same_dataset_id(tmp_path: Path, folder: Path) -> None:
@@ -80,8 +99,17 @@ def test_same_rows_give_the_same_dataset_id(tmp_path: Path, folder: Path) -> Non
     assert other.dataset_id != again.dataset_id
 
 
-def test_every_flipped_byte_of_a_shard_is_detected(tmp_path: Path) -> None:
+def read_manifest_once(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Keep thousands of openings of one folder from reading its manifest thousands of times."""
+    manifest = read_manifest(folder)
+    monkeypatch.setattr("dist_ft.data.shards.read_manifest", lambda _: manifest)
+
+
+def test_every_flipped_byte_of_a_shard_is_detected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_folder(tmp_path / "t", lengths=[3, 4], target_bytes=10**9)
+    read_manifest_once(monkeypatch, tmp_path / "t")
     (shard,) = (tmp_path / "t").glob("*.arrow")
     content = shard.read_bytes()
     for place in range(len(content)):
@@ -92,9 +120,12 @@ def test_every_flipped_byte_of_a_shard_is_detected(tmp_path: Path) -> None:
             ShardedDataset(tmp_path / "t", verify="hash")
 
 
-def test_size_check_refuses_or_reads_flipped_bytes(tmp_path: Path) -> None:
+def test_size_check_refuses_or_reads_flipped_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Without the hash a changed token id passes, but a damaged header must not kill the process.
-    write_folder(tmp_path / "t", lengths=[3, 4, 60], target_bytes=10**9)
+    write_folder(tmp_path / "t", lengths=[3, 4, 6], target_bytes=10**9)
+    read_manifest_once(monkeypatch, tmp_path / "t")
     (shard,) = (tmp_path / "t").glob("*.arrow")
     content = shard.read_bytes()
     refused = 0
@@ -178,6 +209,20 @@ def test_manifest_is_checked(folder: Path) -> None:
         read_manifest(folder)
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "manifest.sha256"])
+def test_every_flipped_byte_of_a_manifest_is_detected(tmp_path: Path, name: str) -> None:
+    write_folder(tmp_path / "t", lengths=[3, 4], target_bytes=10**9)
+    path = tmp_path / "t" / name
+    content = path.read_bytes()
+    # The line's end behind the hash means nothing.
+    for place in range(len(content.rstrip())):
+        changed = bytearray(content)
+        changed[place] ^= 0x01
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match="was changed after it was written"):
+            read_manifest(tmp_path / "t")
+
+
 def test_full_verify(folder: Path) -> None:
     largest = read_manifest(folder).max_token_id
     assert verify(folder, vocab_size=largest + 1).rows == len(LENGTHS)
@@ -215,6 +260,39 @@ def test_schema_refuses_clashes_and_unknown_types() -> None:
         shard_schema(pa.schema([pa.field("flag", pa.bool_())]))
     with pytest.raises(ValueError, match="'nested' has type list<item: list"):
         shard_schema(pa.schema([pa.field("nested", pa.list_(pa.list_(pa.int32())))]))
+
+
+def open_files() -> list[int]:
+    return [int(path.name) for path in Path("/proc/self/fd").iterdir()]
+
+
+def test_shards_are_closed_with_their_data_set(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "t", lengths=[5] * 70, target_bytes=1)
+    shards = len(dataset.manifest.shards)
+    before = len(open_files())
+    del dataset
+    assert len(open_files()) == before - shards
+
+
+def test_more_shards_than_the_limit_of_open_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "t", lengths=[5] * 70, target_bytes=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Room for five of the ten shards; a limit is a number that no new file may reach.
+    used = set(open_files())
+    few = ([number for number in range(len(used) + 6) if number not in used][5], hard)
+    raised = resource.setrlimit
+    try:
+        raised(resource.RLIMIT_NOFILE, few)
+        assert len(ShardedDataset(tmp_path / "t", verify="size")) == 70
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+        raised(resource.RLIMIT_NOFILE, few)
+        monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
+        with pytest.raises(ValueError, match=r"can't be opened .* raise the limit of open files"):
+            ShardedDataset(tmp_path / "t", verify="size")
+    finally:
+        raised(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_rows_out_of_range(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ class Draws:
     def places(self, count: int, *, chance: float) -> list[int]:
         """Returns those of `count` places which a coin with this chance picks, in order."""
         bound = int(chance * _WORD)
-        return [place for place in range(count) if self._word() < bound]
+        return [place for place, word in enumerate(self._take(count)) if word < bound]
 
     def permutation(self, count: int) -> list[int]:
         """Returns a permutation of range(count) by Fisher and Yates."""
@@ -55,6 +55,17 @@ class Draws:
         word = self._words[self._next]
         self._next += 1
         return word
+
+    def _take(self, count: int) -> tuple[int, ...]:
+        """Returns the next words, the same as one after the other, but quicker."""
+        taken = self._words[self._next : self._next + count]
+        self._next += len(taken)
+        while len(taken) < count:
+            self._refill()
+            more = self._words[: count - len(taken)]
+            self._next = len(more)
+            taken += more
+        return taken
 
     def _refill(self) -> None:
         # The block's number has a fixed length, so that no key can imitate another block.
