@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +45,11 @@ class GroupAdamW(torch.optim.AdamW):
                 if penalty is not None and not penalty.is_empty and group["params"]:
                     add_penalty(group["params"], penalty, anchors=group.get("anchors", ()))
             return super().step(closure)
+
+    def step_groups(self, indices: Sequence[int]) -> None:
+        """Update those of the parameter groups `indices` that are active."""
+        with self._only([self.param_groups[i] for i in indices]):
+            self.step()
 
     @contextmanager
     def _only(self, groups: Iterable[dict[str, Any]]) -> Iterator[None]:
