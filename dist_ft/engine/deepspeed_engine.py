@@ -27,6 +27,7 @@ from dist_ft.engine.base import (
     loss_problem,
     micro_batch_seed,
     on_device,
+    seed_random_numbers,
 )
 from dist_ft.engine.ds_config import DeepSpeedOptions, averages, build_ds_config, clips_itself
 from dist_ft.engine.ds_detach import (
@@ -40,6 +41,7 @@ from dist_ft.engine.ds_loss_scale import read_loss_scale, write_loss_scale
 from dist_ft.engine.ds_setup import set_up_deepspeed
 from dist_ft.engine.ds_step import PartitionedStep, hand_norm, square_sum
 from dist_ft.engine.ds_weights import FloatBuffers, WeightAccess, group_sizes
+from dist_ft.engine.held_rows import HeldRows, held_elements, row_widths
 from dist_ft.engine.layer_modes import LayerModes
 from dist_ft.engine.trunk_pass import TrunkPass, prefix_counts
 from dist_ft.optim.adamw import GroupAdamW
@@ -94,6 +96,8 @@ class DeepSpeedEngine:
             rank=dist.get_rank(),
             world_size=self._world,
         )
+        self._held_rows = HeldRows.of(self._groups)
+        self._row_widths = row_widths(self._groups, self._weights.parameters())
         self._snapshot = ModuleSnapshot(module)
         self._trainable: frozenset[str] = frozenset()
         self._states = GroupStates(
@@ -146,6 +150,9 @@ class DeepSpeedEngine:
                     "weight_decay": g.weight_decay,
                     "penalty": g.penalty,
                     "anchors": self._anchors.get(g.name, []),
+                    "held": held_elements(
+                        g, self._states.layouts(g.name), widths=self._row_widths
+                    ),
                     # Some of DeepSpeed's wrappers run a step without gradients when built.
                     "active": False,
                 }
@@ -165,6 +172,7 @@ class DeepSpeedEngine:
         self._step = PartitionedStep.of(self._engine, inner=self._inner)
         self._buffers.restore()
         self._states.attach(self._engine, inner=self._inner, held=groups)
+        self._held_rows.watch(parameters)
         self._set_requires_grad(wanted)
 
     def _take_down(self) -> None:
@@ -234,7 +242,8 @@ class DeepSpeedEngine:
         )
         for position, (batch, way) in enumerate(zip(micro_batches, ways, strict=True)):
             engine.set_gradient_accumulation_boundary(position == last)
-            torch.manual_seed(micro_batch_seed(self.options.seed, step=step, index=batch.index))
+            seed = micro_batch_seed(self.options.seed, step=step, index=batch.index)
+            seed_random_numbers(seed, engine.device)
             loss_sum, _ = self._run(task, batch, way)
             share = loss_sum * (batch.loss_weight / global_count)
             engine.backward(share * self._factor, scale_wrt_gas=False)

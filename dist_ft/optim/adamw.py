@@ -31,7 +31,8 @@ class GroupAdamW(torch.optim.AdamW):
         """Build the optimizer; every group carries its own ``lr`` and ``weight_decay``.
 
         A group may have a ``penalty`` and, if that needs them, ``anchors``: the start of each of
-        its parameters.
+        its parameters. It may have ``held``: for each parameter the runs of its elements that have
+        no gradient and are not decayed either.
         """
         super().__init__(groups, lr=0.0, betas=betas, eps=eps, fused=True)
 
@@ -44,7 +45,20 @@ class GroupAdamW(torch.optim.AdamW):
                 # ZeRO-3 steps one group at a time and empties the others.
                 if penalty is not None and not penalty.is_empty and group["params"]:
                     add_penalty(group["params"], penalty, anchors=group.get("anchors", ()))
-            return super().step(closure)
+            held = list(self._held())
+            result = super().step(closure)
+            for run, value in held:
+                run.copy_(value)
+            return result
+
+    def _held(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each run of elements that is to stay, with what it holds now."""
+        for group in self.param_groups:
+            # ZeRO-3 empties the groups that it does not step.
+            for parameter, runs in zip(group["params"], group.get("held", ()), strict=False):
+                for first, end in runs:
+                    run = parameter.view(-1)[first:end]
+                    yield run, run.clone()
 
     def step_groups(self, indices: Sequence[int]) -> None:
         """Update those of the parameter groups `indices` that are active."""

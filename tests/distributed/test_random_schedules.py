@@ -127,7 +127,7 @@ def _check(drawn: Sequence[Case], plain: Sequence[Mapping[str, Tensor]] = ()) ->
 # orders: all within 1.2e-6 at this learning rate, 3 beyond 1e-5 at 1e-2. That nothing but the
 # order is at work is what the bits say: here, and below for schedules that are drawn anew.
 @pytest.mark.slow
-@pytest.mark.parametrize(("world_size", "rounds"), [(1, 2), (2, 2), (4, 1)])
+@pytest.mark.parametrize(("world_size", "rounds"), [(1, 1), (2, 2), (4, 1)])
 def test_random_schedules_follow_the_reference(world_size: int, rounds: int) -> None:
     @settings(max_examples=1, deadline=None, derandomize=True)
     @given(drawn=st.tuples(*(of_every_stage(lr=1e-3) for _ in range(rounds))))
