@@ -150,9 +150,7 @@ class DeepSpeedEngine:
                     "weight_decay": g.weight_decay,
                     "penalty": g.penalty,
                     "anchors": self._anchors.get(g.name, []),
-                    "held": held_elements(
-                        g, self._states.layouts(g.name), widths=self._row_widths
-                    ),
+                    "held": held_elements(g, self._states.layouts(g.name), widths=self._row_widths),
                     # Some of DeepSpeed's wrappers run a step without gradients when built.
                     "active": False,
                 }

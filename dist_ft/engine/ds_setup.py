@@ -29,6 +29,9 @@ def set_up_deepspeed() -> None:
     logger.setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # ZeRO-3 asks in every backward how many devices there are, for which `numactl` is started.
+        if "LOCAL_SIZE" not in os.environ:
+            os.environ["LOCAL_SIZE"] = str(deepspeed.get_accelerator().device_count())
 
 
 @contextmanager
