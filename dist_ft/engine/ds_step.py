@@ -116,9 +116,8 @@ class PartitionedStep:
         """Return this rank's share of a group's gradient in the type of its master."""
         pieces: Sequence[Tensor] = self.zero.averaged_gradients[index]
         flat = torch.empty_like(self._master(index))
-        torch._foreach_copy_(
-            list(flat.split([p.numel() for p in pieces])), [p.reshape(-1) for p in pieces]
-        )
+        for part, piece in zip(flat.split([p.numel() for p in pieces]), pieces, strict=True):
+            part.copy_(piece.reshape(-1))
         self.zero.averaged_gradients[index] = None
         return flat
 
@@ -142,8 +141,8 @@ class PartitionedStep:
             if len(bundle) > 1:
                 sizes = [w.numel() for w in own]
                 for rank, received in enumerate(gathered.chunk(world_size)):
-                    targets = [self._weights(index)[rank] for index in bundle]
-                    torch._foreach_copy_(targets, list(received.split(sizes)))
+                    for index, part in zip(bundle, received.split(sizes), strict=True):
+                        self._weights(index)[rank].copy_(part)
 
         return finish
 
@@ -163,7 +162,6 @@ def hand_norm(zero: Any, norm: float) -> None:
 def square_sum(values: Sequence[Tensor]) -> Tensor:
     """Return the sum of squares of tensors of any shapes: fp64 scalar, in an order of its own."""
     norms: list[Tensor] = []
-    rest: list[Tensor] = []
     for value in values:
         flat = value.detach().reshape(-1)
         whole = flat.numel() - flat.numel() % _ROW
@@ -172,7 +170,5 @@ def square_sum(values: Sequence[Tensor]) -> Tensor:
             norms.append(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32))
             flat = flat[whole:]
         if flat.numel():
-            rest.append(flat)
-    if rest:
-        norms.append(torch.stack(torch._foreach_norm(rest, 2, dtype=torch.float32)))
+            norms.append(torch.linalg.vector_norm(flat, dtype=torch.float32).view(1))
     return torch.cat(norms).double().square().sum()
