@@ -30,6 +30,7 @@ from torch.multiprocessing.spawn import start_processes
 from benchmarks.common import Claim, claim, markdown_table, parse_arguments, report, say
 from dist_ft.data.loader import StepBatch
 from dist_ft.dist import World
+from dist_ft.engine.heap import keep_freed_memory
 from dist_ft.freezing.schedule import LayerOrder
 from dist_ft.recipe import load_recipe
 from dist_ft.train.build import make_run
@@ -141,6 +142,7 @@ class Bench:
 
 def _rank(rank: int, folder: str, rounds: int, steps: int) -> None:
     torch.set_num_threads(1)
+    keep_freed_memory()  # as `dist-ft train` does
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)

@@ -78,8 +78,13 @@ def train(
 ) -> None:
     """Train on this process, or on all ranks when torchrun starts it (launch/torchrun.sh)."""
     loaded = _load(recipe, overrides)
+    import torch
+
+    from dist_ft.engine.heap import keep_freed_memory
     from dist_ft.train import build
 
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     raise typer.Exit(build.train(loaded, resume=resume))
 
 

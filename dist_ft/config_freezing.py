@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from dist_ft.config_base import DurationField, Positive, Section
 
+NonNegative = Annotated[int, Field(ge=0)]
+
 
 class FreezingBase(Section):
     """What every freezing policy has."""
@@ -16,6 +18,7 @@ class FreezingBase(Section):
     returning: Literal["keep", "reset"] = "keep"
     prefix_dropout: bool | None = None
     layer_groups: dict[str, str] = Field(default_factory=dict)
+    frozen_embedding_rows: list[tuple[NonNegative, NonNegative]] = Field(default_factory=list)
 
 
 class NoFreezing(FreezingBase):

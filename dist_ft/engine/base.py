@@ -276,6 +276,17 @@ def on_device(values: Mapping[str, Tensor], device: torch.device) -> dict[str, T
     return {name: value.to(device, non_blocking=True) for name, value in values.items()}
 
 
+def seed_random_numbers(seed: int, device: torch.device) -> None:
+    """Seed the random numbers of the CPU and of `device`.
+
+    As ``torch.manual_seed`` does, which also tells every kind of device that is not there and
+    keeps a stack trace for each: most of a millisecond.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
 def micro_batch_seed(seed: int, *, step: int, index: int) -> int:
     """Return the seed of a micro-batch's random numbers, a pure function of its position.
 

@@ -27,8 +27,9 @@ from dist_ft.engine.base import (
     loss_problem,
     micro_batch_seed,
     on_device,
+    seed_random_numbers,
 )
-from dist_ft.engine.ds_config import DeepSpeedOptions, build_ds_config, clips_itself
+from dist_ft.engine.ds_config import DeepSpeedOptions, averages, build_ds_config, clips_itself
 from dist_ft.engine.ds_detach import (
     ModuleSnapshot,
     collect_garbage,
@@ -38,7 +39,9 @@ from dist_ft.engine.ds_detach import (
 from dist_ft.engine.ds_groups import GroupStates, Partitioning
 from dist_ft.engine.ds_loss_scale import read_loss_scale, write_loss_scale
 from dist_ft.engine.ds_setup import set_up_deepspeed
+from dist_ft.engine.ds_step import PartitionedStep, hand_norm, square_sum
 from dist_ft.engine.ds_weights import FloatBuffers, WeightAccess, group_sizes
+from dist_ft.engine.held_rows import HeldRows, held_elements, row_widths
 from dist_ft.engine.layer_modes import LayerModes
 from dist_ft.engine.trunk_pass import TrunkPass, prefix_counts
 from dist_ft.optim.adamw import GroupAdamW
@@ -93,6 +96,8 @@ class DeepSpeedEngine:
             rank=dist.get_rank(),
             world_size=self._world,
         )
+        self._held_rows = HeldRows.of(self._groups)
+        self._row_widths = row_widths(self._groups, self._weights.parameters())
         self._snapshot = ModuleSnapshot(module)
         self._trainable: frozenset[str] = frozenset()
         self._states = GroupStates(
@@ -104,6 +109,8 @@ class DeepSpeedEngine:
         self._loss_scale: dict[str, float] = {}  # of the engine that was taken down last
         self._engine: Any = None
         self._inner: GroupAdamW | None = None
+        self._step: PartitionedStep | None = None
+        self._factor = self._world if averages(deepspeed_options) else 1
         self._universe: frozenset[str] = frozenset(g.layer_group for g in self._groups)
 
     def limit_universe(self, groups: Iterable[str]) -> None:
@@ -143,6 +150,7 @@ class DeepSpeedEngine:
                     "weight_decay": g.weight_decay,
                     "penalty": g.penalty,
                     "anchors": self._anchors.get(g.name, []),
+                    "held": held_elements(g, self._states.layouts(g.name), widths=self._row_widths),
                     # Some of DeepSpeed's wrappers run a step without gradients when built.
                     "active": False,
                 }
@@ -159,8 +167,10 @@ class DeepSpeedEngine:
             model=self.module, optimizer=self._inner, config=config, dist_init_required=False
         )
         write_loss_scale(self._engine, precision=self.options.precision, state=self._loss_scale)
+        self._step = PartitionedStep.of(self._engine, inner=self._inner)
         self._buffers.restore()
         self._states.attach(self._engine, inner=self._inner, held=groups)
+        self._held_rows.watch(parameters)
         self._set_requires_grad(wanted)
 
     def _take_down(self) -> None:
@@ -177,8 +187,7 @@ class DeepSpeedEngine:
             self._engine.optimizer._partition_all_parameters()
             self._engine.empty_partition_cache()
         self._engine.destroy()
-        self._engine = None
-        self._inner = None
+        self._engine = self._inner = self._step = None
         self._snapshot.restore(fresh_parameters=not stage3)
         self._weights.refresh()
         collect_garbage()
@@ -219,8 +228,7 @@ class DeepSpeedEngine:
     ) -> StepResult:
         """Run one optimizer step; see `Engine.train_step`."""
         engine = self._engine
-        engine.train()
-        self._modes.enter_train()
+        self._modes.enter_train(self.module)
         loss = torch.zeros((), dtype=torch.float32, device=engine.device)
         last = len(micro_batches) - 1
         ways = self._modes.passes.of_step(
@@ -232,14 +240,43 @@ class DeepSpeedEngine:
         )
         for position, (batch, way) in enumerate(zip(micro_batches, ways, strict=True)):
             engine.set_gradient_accumulation_boundary(position == last)
-            torch.manual_seed(micro_batch_seed(self.options.seed, step=step, index=batch.index))
+            seed = micro_batch_seed(self.options.seed, step=step, index=batch.index)
+            seed_random_numbers(seed, engine.device)
             loss_sum, _ = self._run(task, batch, way)
-            # DeepSpeed averages over ranks; the loss is a mean over the global batch.
             share = loss_sum * (batch.loss_weight / global_count)
-            engine.backward(share * self._world, scale_wrt_gas=False)
+            engine.backward(share * self._factor, scale_wrt_gas=False)
             loss += share.detach()
-        # Every rank must know before any updates.
-        (total,) = all_reduce_sum([float(loss)])
+        limits = {"loss_limit": loss_limit, "learning_rates": learning_rates}
+        update = self._update_by_deepspeed if self._step is None else self._update
+        norm, refused = update(task, loss, **limits)
+        return StepResult(loss, norm, refused, **prefix_counts(ways))
+
+    def _update(
+        self, task: str, loss: Tensor, *, learning_rates: Mapping[str, float], loss_limit: float
+    ) -> tuple[float, str | None]:
+        """Update what trains; return the gradient's norm, and why nothing was updated or None."""
+        assert self._step is not None
+        reached = self._reached(task)
+        total, square = self._total(loss, self._step.square(reached))
+        norm = math.sqrt(square)
+        refused = loss_problem(total, limit=loss_limit) or gradient_problem(norm)
+        self._activate(task, learning_rates)
+        limit = self.options.max_grad_norm
+        factor = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
+        self._step.apply(reached if refused is None else (), factor=factor)
+        return norm, refused
+
+    def _update_by_deepspeed(
+        self, task: str, loss: Tensor, *, learning_rates: Mapping[str, float], loss_limit: float
+    ) -> tuple[float | None, str | None]:
+        """Do as `_update` with DeepSpeed's own step."""
+        engine = self._engine
+        square = None
+        if finds_norm := self._ds.zero_stage == 3 and not self._ds.offload_optimizer:
+            square = self._square_of_partitions(self._reached(task))
+        total, squares = self._total(loss, square)
+        if finds_norm:
+            hand_norm(engine.optimizer, math.sqrt(squares))
         refused = loss_problem(total, limit=loss_limit)
         norm = self._clip_whole_gradients()
         refused = refused or gradient_problem(norm)
@@ -253,8 +290,25 @@ class DeepSpeedEngine:
             # A gradient too large for fp16 is no fault: DeepSpeed lowers its scale and goes on.
             if not engine.was_step_applied() and self.options.precision != "fp16":
                 refused = refused or gradient_problem(math.nan)
-        norm = None if norm is None else float(norm)
-        return StepResult(loss, norm, refused, **prefix_counts(ways))
+        return (None if norm is None else float(norm)), refused
+
+    def _square_of_partitions(self, indices: Sequence[int]) -> Tensor:
+        gradients = self._engine.optimizer.averaged_gradients
+        return torch.stack([square_sum(gradients[i]) for i in indices]).sum()
+
+    def _total(self, loss: Tensor, square: Tensor | None) -> tuple[float, float]:
+        """Return the sums over ranks: every rank must know before any updates."""
+        shares = [loss.double(), torch.zeros_like(loss) if square is None else square]
+        total, squares = all_reduce_sum(torch.stack([s.double() for s in shares]).tolist())
+        return total, squares
+
+    def _reached(self, task: str) -> list[int]:
+        """Return the held parameter groups that train and that the task's loss reaches."""
+        return [
+            index
+            for index, group in enumerate(self._states.held)
+            if group.layer_group in self._trainable and task in group.tasks
+        ]
 
     def _skipped(self) -> bool:
         """Return whether fp16 gradients overflowed: the step moved nothing but the loss scale."""
@@ -270,11 +324,11 @@ class DeepSpeedEngine:
 
     def _activate(self, task: str, learning_rates: Mapping[str, float]) -> None:
         assert self._inner is not None
-        for group, settings in zip(self._states.held, self._inner.param_groups, strict=True):
+        reached = set(self._reached(task))
+        for index, group in enumerate(self._states.held):
             rate = learning_rates.get(group.layer_group)  # none: the update is left out
-            settings["lr"] = rate or 0.0
-            trains = group.layer_group in self._trainable and task in group.tasks
-            settings["active"] = trains and rate is not None
+            settings = self._inner.param_groups[index]
+            settings.update(lr=rate or 0.0, active=index in reached and rate is not None)
 
     def _clip_whole_gradients(self) -> float | None:
         if not clips_itself(self.options, self._ds):

@@ -57,6 +57,11 @@ def build_ds_config(
     }
     if deepspeed.zero_stage == 3:
         zero["sub_group_size"] = ONE_SUB_GROUP
+    else:
+        # What DeepSpeed calls so is an all-reduce between two more copies of every gradient.
+        zero.setdefault("reduce_scatter", False)
+        # The loss is a mean over the global batch already: one pass over the gradients less.
+        config["gradient_allreduce_op"] = "sum"
     if deepspeed.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", **zero.get("offload_optimizer", {})}
     config |= {
@@ -67,6 +72,8 @@ def build_ds_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
+        # It waits for the device twice a step.
+        "timers": {"throughput": {"enabled": False}},
     }
     # It follows, and where micro-batches differ in rows it has no other two numbers to agree with.
     config.pop("train_batch_size", None)
@@ -76,6 +83,11 @@ def build_ds_config(
             "enabled": True,
         }
     return config
+
+
+def averages(deepspeed: DeepSpeedOptions) -> bool:
+    """Return whether DeepSpeed takes the mean of the ranks' gradients, and not their sum."""
+    return deepspeed.zero_stage == 3
 
 
 def clips_itself(options: EngineOptions, deepspeed: DeepSpeedOptions) -> bool:

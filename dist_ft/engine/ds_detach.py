@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import sys
 from collections import OrderedDict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dist_ft.engine.heap import trim_heap
 
 
 class ModuleSnapshot:
@@ -87,21 +87,9 @@ def include_in_collection() -> None:
 def collect_garbage() -> None:
     """Free the old engine's reference cycles now, not at some later allocation."""
     gc.collect()
-    _trim_heap()
+    trim_heap()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _trim_heap() -> None:
-    """Give freed heap pages back to the system.
-
-    glibc keeps the old engine's buffers as holes between live ones; over many phase changes of a
-    CPU run resident memory would creep up although nothing is held.
-    """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
 
 
 def _own_storage(tensor: Tensor) -> Tensor:

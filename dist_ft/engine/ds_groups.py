@@ -163,7 +163,8 @@ class GroupStates:
                 steps=self._steps.get(name, 0),
             )
 
-    def _layouts(self, name: str) -> list[OwnerLayout]:
+    def layouts(self, name: str) -> list[OwnerLayout]:
+        """Return what each tensor holds that the optimizer updates for the group `name`."""
         return owner_layouts(
             self.sizes[name],
             zero_stage=self.partitioning.zero_stage,
@@ -173,7 +174,7 @@ class GroupStates:
 
     def _capture(self, index: int) -> list[Owner]:
         attached = self._engine
-        layouts = self._layouts(attached.held[index].name)
+        layouts = self.layouts(attached.held[index].name)
         return capture(attached.masters(index), layouts=layouts, inner=attached.inner)
 
     def _whole(self, index: int) -> list[Owner]:
@@ -229,7 +230,7 @@ class GroupStates:
                 continue
             self._parked[name] = [
                 read_owner(layout, source=source, stepped=steps > 0)
-                for layout in self._layouts(name)
+                for layout in self.layouts(name)
             ]
             if name in index_of:
                 self._install(index_of[name])

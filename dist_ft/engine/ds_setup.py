@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -29,6 +30,10 @@ def set_up_deepspeed() -> None:
     logger.setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # ZeRO-3 asks in every backward how many devices there are, for which `numactl` is started.
+        accelerator: Any = deepspeed.get_accelerator()
+        if "LOCAL_SIZE" not in os.environ:
+            os.environ["LOCAL_SIZE"] = str(accelerator.device_count())
 
 
 @contextmanager

@@ -122,8 +122,9 @@ def install(
         if not owner.moments:
             inner.state.pop(master, None)
             continue
-        state = inner.ensure_state(master)
-        state["step"].fill_(steps)
+        # Not `ensure_state`: zeros for all moments, only to be replaced, are most of a change.
+        state = inner.state[master]
+        state["step"] = torch.tensor(float(steps), dtype=torch.float32, device=master.device)
         for key in MOMENTS:
             state[key] = owner.moments[key].to(master.device).view_as(master)
 

@@ -40,6 +40,7 @@ class LayerModes:
     prefix_dropout: bool = True
     passes: TrunkPasses = field(default_factory=TrunkPasses)
     _prefix: list[str] = field(default_factory=list)
+    _trains: nn.Module | None = None
 
     @classmethod
     def none(cls) -> LayerModes:
@@ -85,6 +86,7 @@ class LayerModes:
             trainable: The layer groups.
             weight: Returns a whole parameter by name; every rank calls it for the same ones.
         """
+        self._trains = None
         self.passes.enter_phase(trainable, weight=weight)
         self._prefix = frozen_prefix(self.order, trainable)
         if self.checkpointing == "none":
@@ -100,10 +102,17 @@ class LayerModes:
                         vars(layer)["gradient_checkpointing"] = recompute
             below = below or name in trainable
 
-    def enter_train(self) -> None:
-        """Switch the frozen prefix's dropout off again after ``module.train()``."""
+    def enter_train(self, module: nn.Module) -> None:
+        """Put `module` into train mode and the frozen prefix's dropout off, unless it is so.
+
+        Going through all modules takes longer than the step of a head.
+        """
+        if module is self._trains and module.training:
+            return
+        module.train()
+        self._trains = module
         if self.prefix_dropout:
             return
         for name in self._prefix:
-            for module in self.modules[name]:
-                module.eval()
+            for part in self.modules[name]:
+                part.eval()

@@ -24,7 +24,9 @@ from dist_ft.engine.base import (
     loss_problem,
     micro_batch_seed,
     on_device,
+    seed_random_numbers,
 )
+from dist_ft.engine.held_rows import HeldRows
 from dist_ft.engine.layer_modes import LayerModes
 from dist_ft.engine.trunk_pass import TrunkPass, prefix_counts
 from dist_ft.optim.adamw import GroupAdamW
@@ -62,6 +64,8 @@ class ReferenceEngine:
         self._anchors = take_anchors(
             self._groups, weights=self._parameters, zero_stage=0, rank=0, world_size=1
         )
+        self._held_rows = HeldRows.of(self._groups)
+        self._held_rows.watch(self._parameters)
         self._optimizer = GroupAdamW(
             [
                 {
@@ -70,12 +74,17 @@ class ReferenceEngine:
                     "weight_decay": g.weight_decay,
                     "penalty": g.penalty,
                     "anchors": self._anchors.get(g.name, []),
+                    "held": [self._held_elements(g, n) for n in g.parameters],
                 }
                 for g in self._groups
             ],
             betas=options.betas,
             eps=options.eps,
         )
+
+    def _held_elements(self, group: ParamGroup, name: str) -> list[tuple[int, int]]:
+        width = self._parameters[name][0].numel() if name in group.held_rows else 0
+        return [(first * width, end * width) for first, end in group.held_rows.get(name, ())]
 
     def train_step(
         self,
@@ -88,15 +97,14 @@ class ReferenceEngine:
         loss_limit: float = math.inf,
     ) -> StepResult:
         """Run one optimizer step; see `Engine.train_step`."""
-        self.module.train()
-        self._modes.enter_train()
+        self._modes.enter_train(self.module)
         loss = torch.zeros((), dtype=torch.float32, device=self._device)
         ways = self._modes.passes.of_step(
             step, task=task, micro_batches=micro_batches, device=self._device, in_step=False
         )
         for batch, way in zip(micro_batches, ways, strict=True):
             seed = micro_batch_seed(self.options.seed, step=step, index=batch.index)
-            torch.manual_seed(seed)
+            seed_random_numbers(seed, self._device)
             loss_sum, _ = self._run(task, batch, way)
             scaled = loss_sum * (batch.loss_weight / global_count)
             scaled.backward()
@@ -138,6 +146,7 @@ class ReferenceEngine:
                 if returns and self.options.returning == "reset":
                     self._optimizer.state.pop(parameter, None)
         self._trainable = wanted
+        self._held_rows.watch(self._parameters)
         self._modes.apply(wanted, weight=self._parameters.__getitem__)
         return self._report(time.monotonic() - began)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,19 +57,28 @@ class NoEmbedding(_StandIn):
         return vars(self)["like"].new_zeros(1).expand(rows, length, vars(self)["width"])
 
 
+Places = Mapping[nn.Module, Sequence[tuple[nn.Module, str]]]
+
+
+def places_below(root: nn.Module) -> Places:
+    """Return where the modules below `root` are: their owners, and their names there."""
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for owner in root.modules():
+        for name, child in owner._modules.items():
+            if child is not None:
+                places.setdefault(child, []).append((owner, name))
+    return places
+
+
 @contextmanager
-def swapped(root: nn.Module, stand_ins: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
-    """Put stand-ins in the places of modules below `root` inside the context."""
-    places = [
-        (owner, name, child)
-        for owner in root.modules()
-        for name, child in owner._modules.items()
-        if child is not None and child in stand_ins
-    ]
-    for owner, name, child in places:
-        owner._modules[name] = stand_ins[child]
+def swapped(places: Places, stand_ins: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
+    """Put stand-ins in the places of modules inside the context."""
+    for module, stand_in in stand_ins.items():
+        for owner, name in places.get(module, ()):
+            owner._modules[name] = stand_in
     try:
         yield
     finally:
-        for owner, name, child in places:
-            owner._modules[name] = child
+        for module in stand_ins:
+            for owner, name in places.get(module, ()):
+                owner._modules[name] = module

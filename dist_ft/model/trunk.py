@@ -27,7 +27,7 @@ from dist_ft.kernels import unpadded_attention
 from dist_ft.model.backbone import MultiTaskModel
 from dist_ft.model.flat_rows import FlatRows
 from dist_ft.model.layer_groups import LayerGroup
-from dist_ft.model.stand_ins import NoEmbedding, SkippedBlock, swapped
+from dist_ft.model.stand_ins import NoEmbedding, Places, SkippedBlock, places_below, swapped
 
 
 @dataclass
@@ -59,6 +59,7 @@ class Trunk:
     _capture: frozenset[int] = frozenset()
     _returns_tuple: bool = False
     _attention: dict[int, tuple[Any, str | None]] = field(default_factory=dict)
+    _places: Places = field(default_factory=dict)
 
     @classmethod
     def find(cls, model: MultiTaskModel, *, groups: Sequence[LayerGroup]) -> Trunk:
@@ -84,6 +85,7 @@ class Trunk:
 
     def _install(self) -> None:
         unpadded_attention.register()
+        self._places = places_below(self.root)
         for index, block in enumerate(self.blocks):
             block.register_forward_pre_hook(self._before, with_kwargs=True)
             block.register_forward_hook(self._after_block(index))
@@ -143,7 +145,7 @@ class Trunk:
         stand_ins = self._skipped(self.blocks[:boundary], change=lambda _: given)
         for module, width in self.widths.items():
             stand_ins[module] = NoEmbedding(module, like=given, width=width)
-        with swapped(self.root, stand_ins):
+        with swapped(self._places, stand_ins):
             yield
 
     @torch.no_grad()
@@ -166,7 +168,7 @@ class Trunk:
         self.prepare(rows)
         self._capture, self.captured = frozenset(boundaries), {}
         try:
-            with swapped(self.root, stand_ins):
+            with swapped(self._places, stand_ins):
                 self._run_root(inputs)
             return self.captured
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,7 +31,8 @@ class GroupAdamW(torch.optim.AdamW):
         """Build the optimizer; every group carries its own ``lr`` and ``weight_decay``.
 
         A group may have a ``penalty`` and, if that needs them, ``anchors``: the start of each of
-        its parameters.
+        its parameters. It may have ``held``: for each parameter the runs of its elements that have
+        no gradient and are not decayed either.
         """
         super().__init__(groups, lr=0.0, betas=betas, eps=eps, fused=True)
 
@@ -44,7 +45,25 @@ class GroupAdamW(torch.optim.AdamW):
                 # ZeRO-3 steps one group at a time and empties the others.
                 if penalty is not None and not penalty.is_empty and group["params"]:
                     add_penalty(group["params"], penalty, anchors=group.get("anchors", ()))
-            return super().step(closure)
+            held = list(self._held())
+            result = super().step(closure)
+            for run, value in held:
+                run.copy_(value)
+            return result
+
+    def _held(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each run of elements that is to stay, with what it holds now."""
+        for group in self.param_groups:
+            # ZeRO-3 empties the groups that it does not step.
+            for parameter, runs in zip(group["params"], group.get("held", ()), strict=False):
+                for first, end in runs:
+                    run = parameter.view(-1)[first:end]
+                    yield run, run.clone()
+
+    def step_groups(self, indices: Sequence[int]) -> None:
+        """Update those of the parameter groups `indices` that are active."""
+        with self._only([self.param_groups[i] for i in indices]):
+            self.step()
 
     @contextmanager
     def _only(self, groups: Iterable[dict[str, Any]]) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from dist_ft.model.layer_groups import LayerGroup
 from dist_ft.optim.penalties import Penalty, PenaltyRules
@@ -24,6 +24,7 @@ class ParamGroup:
         lr: Peak learning rate.
         tasks: Tasks whose loss reaches the parameters.
         penalty: What is added to the loss for them.
+        held_rows: Rows that never move, by parameter: first row and end of each range.
     """
 
     name: str
@@ -33,6 +34,7 @@ class ParamGroup:
     lr: float
     tasks: frozenset[str]
     penalty: Penalty = field(default_factory=Penalty)
+    held_rows: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -88,3 +90,13 @@ def build_param_groups(
                 name = f"{group.name}/{suffix}"
                 result.append(ParamGroup(name, group.name, names, decay, lr, group.tasks, penalty))
     return result
+
+
+def hold_rows(
+    groups: Sequence[ParamGroup], parameter: str, *, rows: Sequence[tuple[int, int]]
+) -> list[ParamGroup]:
+    """Return the groups with ranges of rows of a parameter held where they are."""
+    return [
+        replace(g, held_rows={parameter: tuple(rows)}) if parameter in g.parameters else g
+        for g in groups
+    ]

@@ -27,6 +27,7 @@ from dist_ft.train.data import prepare_tasks
 from dist_ft.train.deciders import deciders
 from dist_ft.train.engines import make_engine
 from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
+from dist_ft.train.held_rows import with_frozen_rows
 from dist_ft.train.loading import make_loader
 from dist_ft.train.loop import Run, fit
 from dist_ft.train.numbers import GuardNumbers
@@ -217,6 +218,7 @@ def make_run(
         weight_decay=recipe.optim.weight_decay,
         penalties=penalty_rules(recipe, parts.groups),
     )
+    param_groups = with_frozen_rows(param_groups, recipe, model=parts.model)
     tasks = [t.task for t in parts.tasks]
     module = LossModule(
         parts.model,

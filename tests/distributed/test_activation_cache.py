@@ -51,20 +51,23 @@ def test_cached_equals_uncached_bit_for_bit(stage: int, precision: str, tmp_path
 
 def test_a_stopped_run_goes_on_with_what_is_kept_and_with_other_ranks(tmp_path: Path) -> None:
     recipe = _recipe(tmp_path)
-    train(recipe, ["name=straight", "cache.policy=on"])
-    train(recipe, ["name=stopped", "cache.policy=on"], stop_at=21, exit_code=75)
+    # The bias of the spans' head has no true gradient (a softmax over positions does not see it):
+    # with AdamW's usual eps it follows the rounding noise of the number of ranks, by the rate.
+    noise = "optim.eps=1e-5"
+    train(recipe, ["name=straight", "cache.policy=on", noise])
+    train(recipe, ["name=stopped", "cache.policy=on", noise], stop_at=21, exit_code=75)
     folder = tmp_path / "runs/stopped"
     kept = sorted(p.name for p in (folder / "cache" / platform.node()).glob("*.data"))
     assert len(kept) == 3  # a boundary of three tasks
     _damage(folder / "cache" / platform.node() / kept[0])
-    train(recipe, ["name=stopped", "cache.policy=on"], resume=True)
+    train(recipe, ["name=stopped", "cache.policy=on", noise], resume=True)
     assert state_hash(folder) == state_hash(tmp_path / "runs/straight")
     assert "damaged" in "".join(p.read_text() for p in (folder / "logs").glob("rank*.log"))
 
-    train(recipe, ["name=elastic", "cache.policy=on"], stop_at=12, exit_code=75)
-    train(recipe, ["name=elastic", "cache.policy=on"], world_size=1, resume=True, stop_at=26,
+    train(recipe, ["name=elastic", "cache.policy=on", noise], stop_at=12, exit_code=75)
+    train(recipe, ["name=elastic", "cache.policy=on", noise], world_size=1, resume=True, stop_at=26,
           exit_code=75)  # fmt: skip
-    train(recipe, ["name=elastic", "cache.policy=on"], resume=True)
+    train(recipe, ["name=elastic", "cache.policy=on", noise], resume=True)
     assert _largest_difference(tmp_path / "runs/elastic", tmp_path / "runs/straight") <= 1e-5
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dist_ft.engine.base import EngineOptions
 from tests.helpers.phases import (
@@ -43,44 +46,55 @@ ANY_SUBSET = {
 FP32_TOLERANCE = 1e-5
 
 
-def _compare(stage: int, switch: str, schedule: Any, accumulation: int, expected: Any) -> None:
+# Every test forks its ranks once, for all that it compares.
+SCHEDULES = {"gradual": GRADUAL, "any subset": ANY_SUBSET}
+
+
+@functools.cache
+def _expected(name: str) -> dict[str, Tensor]:
+    reference = make_reference(EngineOptions(max_grad_norm=1.0))
+    run(reference, SCHEDULES[name], steps=range(30), micro_batches=4)
+    return reference.full_weights()
+
+
+def _compare(stage: int, cases: Any, accumulation: int, expected: Any) -> None:
     world = dist.get_world_size()
-    engine = make_deepspeed(
-        EngineOptions(max_grad_norm=1.0), zero_stage=stage, switch=switch, accumulation=accumulation
-    )
-    run(
-        engine,
-        schedule,
-        steps=range(30),
-        micro_batches=4,
-        share=(dist.get_rank(), world),
-    )
-    weights = engine.full_weights()
-    if dist.get_rank() == 0:
-        difference = largest_difference(weights, expected)
-        assert difference <= FP32_TOLERANCE, (stage, switch, difference)
+    for name, switch in cases:
+        engine = make_deepspeed(
+            EngineOptions(max_grad_norm=1.0),
+            zero_stage=stage,
+            switch=switch,
+            accumulation=accumulation,
+        )
+        run(
+            engine,
+            SCHEDULES[name],
+            steps=range(30),
+            micro_batches=4,
+            share=(dist.get_rank(), world),
+        )
+        weights = engine.full_weights()
+        if dist.get_rank() == 0:
+            difference = largest_difference(weights, expected[name])
+            assert difference <= FP32_TOLERANCE, (stage, name, switch, difference)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("switch", ["rebuild", "in_place"])
-@pytest.mark.parametrize("schedule", [GRADUAL, ANY_SUBSET], ids=["gradual", "any_subset"])
-def test_zero_follows_the_reference(stage: int, switch: str, schedule: Any) -> None:
-    reference = make_reference(EngineOptions(max_grad_norm=1.0))
-    run(reference, schedule, steps=range(30), micro_batches=4)
-    run_distributed(_compare, stage, switch, schedule, 2, reference.full_weights())
+def test_zero_follows_the_reference(stage: int) -> None:
+    cases = list(itertools.product(SCHEDULES, ("rebuild", "in_place")))
+    run_distributed(_compare, stage, cases, 2, {name: _expected(name) for name in SCHEDULES})
 
 
 def test_four_ranks_follow_the_reference() -> None:
-    reference = make_reference(EngineOptions(max_grad_norm=1.0))
-    run(reference, ANY_SUBSET, steps=range(30), micro_batches=4)
-    run_distributed(_compare, 2, "rebuild", ANY_SUBSET, 1, reference.full_weights(), world_size=4)
+    name = "any subset"
+    run_distributed(_compare, 2, [(name, "rebuild")], 1, {name: _expected(name)}, world_size=4)
 
 
-def _frozen_stay(stage: int, precision: Any) -> None:
-    for accumulation, clip in ((1, 0.0), (1, 0.5), (4, 0.0), (4, 0.5)):
-        _check_frozen(stage, precision, accumulation, clip, "rebuild")
-    _check_frozen(stage, precision, 1, 0.5, "in_place")
-    _check_frozen(stage, precision, 4, 0.0, "in_place")
+def _frozen_stay(stage: int) -> None:
+    for precision, clip in itertools.product(("fp32", "bf16"), (0.0, 0.5)):
+        for accumulation in (1, 4):
+            _check_frozen(stage, precision, accumulation, clip, "rebuild")
+        _check_frozen(stage, precision, 4 if clip else 1, clip, "in_place")
 
 
 def _check_frozen(stage: int, precision: Any, accumulation: int, clip: float, switch: str) -> None:
@@ -105,13 +119,17 @@ def _check_frozen(stage: int, precision: Any, accumulation: int, clip: float, sw
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_frozen_layers_do_not_move_by_a_bit(stage: int, precision: str) -> None:
-    run_distributed(_frozen_stay, stage, precision)
+def test_frozen_layers_do_not_move_by_a_bit(stage: int) -> None:
+    run_distributed(_frozen_stay, stage)
 
 
-def _inactive_head(stage: int, switch: str) -> None:
+def _inactive_head(stage: int) -> None:
+    for switch in ("rebuild", "in_place"):
+        _check_inactive_head(stage, switch)
+
+
+def _check_inactive_head(stage: int, switch: str) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     engine = make_deepspeed(EngineOptions(), zero_stage=stage, switch=switch)
     run(engine, {0: ALL}, steps=range(4), micro_batches=world, share=(rank, world))
@@ -134,11 +152,15 @@ def _inactive_head(stage: int, switch: str) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_the_head_of_another_task_does_not_move(stage: int) -> None:
-    run_distributed(_inactive_head, stage, "rebuild")
-    run_distributed(_inactive_head, stage, "in_place")
+    run_distributed(_inactive_head, stage)
 
 
-def _no_change(stage: int, precision: Any) -> None:
+def _no_change(stage: int) -> None:
+    for precision in ("fp32", "bf16"):
+        _check_no_change(stage, precision)
+
+
+def _check_no_change(stage: int, precision: Any) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     options = EngineOptions(precision=precision)
     weights = []
@@ -153,13 +175,12 @@ def _no_change(stage: int, precision: Any) -> None:
         run(engine, {}, steps=range(7, 12), micro_batches=world, share=(rank, world))
         weights.append(engine.full_weights())
     if rank == 0:
-        assert bitwise_equal(*weights)
+        assert bitwise_equal(*weights), (stage, precision)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_rebuilding_changes_nothing_by_itself(stage: int, precision: str) -> None:
-    run_distributed(_no_change, stage, precision)
+def test_rebuilding_changes_nothing_by_itself(stage: int) -> None:
+    run_distributed(_no_change, stage)
 
 
 def _both_ways(stage: int, precision: Any, offload: bool) -> None:
@@ -214,7 +235,12 @@ def test_reset_forgets_the_moments_of_groups_that_return(stage: int) -> None:
     run_distributed(_reset, stage, reference.full_weights())
 
 
-def _bytes(stage: int, precision: Any) -> None:
+def _bytes(stage: int) -> None:
+    for precision in ("fp32", "bf16"):
+        _check_bytes(stage, precision)
+
+
+def _check_bytes(stage: int, precision: Any) -> None:
     engine = make_deepspeed(EngineOptions(precision=precision), zero_stage=stage, width=64)
     world = dist.get_world_size() if stage else 1
     # Two moments and a master; without ZeRO an fp32 weight is its own master.
@@ -232,5 +258,4 @@ def _bytes(stage: int, precision: Any) -> None:
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_optimizer_bytes_follow_what_trains(stage: int) -> None:
-    run_distributed(_bytes, stage, "fp32")
-    run_distributed(_bytes, stage, "bf16")
+    run_distributed(_bytes, stage)

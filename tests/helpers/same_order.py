@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Sequence
 from functools import reduce
 from typing import Any
@@ -12,26 +13,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dist_ft.engine.ds_state import OwnerLayout, owner_layouts
+from dist_ft.engine.ds_step import square_sum
 from dist_ft.engine.ds_weights import group_sizes
 from dist_ft.optim.adamw import GroupAdamW
-from dist_ft.optim.param_groups import ParamGroup
 from tests.helpers.phases import Schedule
 from tests.helpers.tiny import TASKS, TinyModel, global_batch, learning_rates, param_groups
 
 
 class SameOrder:
-    """Plain torch without clipping, with the sums in the order of `stage` on `world_size` ranks.
+    """Plain torch with the sums in the order of `stage` on `world_size` ranks, the norm's too.
 
     Micro-batch j is rank j modulo the world size's. AdamW runs over the vectors that the stage
     has it run over, because its vectorised kernel rounds the last elements of a vector otherwise.
+    The gradient is clipped to `max_grad_norm`, unless that is 0.
     """
 
-    def __init__(self, *, stage: int, world_size: int) -> None:
+    def __init__(
+        self, *, stage: int, world_size: int, max_grad_norm: float = 0.0, lr: float = 1e-2
+    ) -> None:
         self.model = TinyModel()
-        self._stage, self._world = stage, world_size
-        self._groups = param_groups(self.model)
+        self._stage, self._world, self._limit = stage, world_size, max_grad_norm
+        self._groups = param_groups(self.model, lr=lr)
         self._parameters = dict(self.model.named_parameters())
-        sizes = group_sizes(self.model, self._groups)
+        self._sizes = sizes = group_sizes(self.model, self._groups)
         self._owners = [
             [
                 (layout, torch.zeros(layout.numel))
@@ -42,6 +46,7 @@ class SameOrder:
             ]
             for g in self._groups
         ]
+        self._layer_group_of = {n: g.layer_group for g in self._groups for n in g.parameters}
         for layout, master in self._all_owners():
             for mine, its in self._pieces(layout, master, self._parameters):
                 mine.copy_(its)
@@ -66,15 +71,17 @@ class SameOrder:
                 self._groups, self._optimizer.param_groups, active, strict=True
             ):
                 settings.update(lr=rates[group.layer_group], active=is_active)
+            for name, parameter in self._parameters.items():
+                parameter.requires_grad_(self._layer_group_of[name] in trainable)
             self._step(
-                [g for g, a in zip(self._groups, active, strict=True) if a],
+                [i for i, is_active in enumerate(active) if is_active],
                 task=task,
                 batches=global_batch(step, micro_batches=micro_batches),
             )
         return {n: p.detach().clone() for n, p in self._parameters.items()}
 
-    def _step(self, groups: Sequence[ParamGroup], *, task: str, batches: Sequence[Any]) -> None:
-        names = [n for g in groups for n in g.parameters]
+    def _step(self, indices: Sequence[int], *, task: str, batches: Sequence[Any]) -> None:
+        names = [n for i in indices for n in self._groups[i].parameters]
         count = sum(len(b.targets["y"]) for b in batches)
         parts = []
         for batch in batches:
@@ -82,17 +89,57 @@ class SameOrder:
             loss = loss_sum * (batch.loss_weight / count)
             parts.append(torch.autograd.grad(loss, [self._parameters[n] for n in names]))
         gradients = {n: self._total([p[i] for p in parts]) for i, n in enumerate(names)}
-        for layout, master in self._all_owners():
-            if layout.pieces and layout.pieces[0].parameter not in gradients:
-                continue
-            master.grad = torch.zeros_like(master)
-            for mine, its in self._pieces(layout, master.grad, gradients):
-                mine.copy_(its)
+        if self._limit and self._stage == 0:
+            self._clip_whole(gradients)
+        for i in indices:
+            for layout, master in self._owners[i]:
+                master.grad = torch.zeros_like(master)
+                for mine, its in self._pieces(layout, master.grad, gradients):
+                    mine.copy_(its)
+        if self._limit and self._stage:
+            self._clip_partitions(indices)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         for layout, master in self._all_owners():
             for mine, its in self._pieces(layout, master, self._parameters):
                 its.copy_(mine)
+
+    def _clip_whole(self, gradients: dict[str, Tensor]) -> None:
+        """Clip as torch does; what the task's loss does not reach counts as zeros in its place."""
+        training = {n: p for n, p in self._parameters.items() if p.requires_grad}
+        for name, parameter in training.items():
+            parameter.grad = gradients.get(name, torch.zeros_like(parameter))
+        torch.nn.utils.clip_grad_norm_(list(training.values()), self._limit)
+        for parameter in training.values():
+            parameter.grad = None
+
+    def _clip_partitions(self, indices: Sequence[int]) -> None:
+        """Clip by the norm that the ranks find: of their parts, then of the ranks in order."""
+        squares = [
+            float(torch.stack([self._square(i, rank) for i in indices]).sum())
+            for rank in range(self._world)
+        ]
+        norm = math.sqrt(sum(squares[1:], squares[0]))
+        if self._stage == 3:  # by DeepSpeed, with a norm in fp32
+            clip = ((torch.tensor(norm) + 1e-6) / self._limit).clamp(min=1.0)
+            factor: Any = 1.0 / clip
+        else:
+            factor = min(1.0, self._limit / (norm + 1e-6))
+        for i in indices:
+            for _, master in self._owners[i]:
+                assert master.grad is not None
+                master.grad.mul_(factor)
+
+    def _square(self, index: int, rank: int) -> Tensor:
+        layout, master = self._owners[index][rank]
+        assert master.grad is not None
+        if self._stage == 3:
+            lengths = [-(-n // self._world) for _, n in self._sizes[self._groups[index].name]]
+        else:
+            lengths = [p.length for p in layout.pieces]
+            padding = layout.numel - sum(lengths)
+            lengths += [padding] if padding else []
+        return square_sum(master.grad.split(lengths))
 
     def _all_owners(self) -> list[tuple[OwnerLayout, Tensor]]:
         return [owner for owners in self._owners for owner in owners]
