@@ -6,6 +6,7 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
+from dist_ft.report.raster import can_draw, png_of
 from dist_ft.report.record import read_run
 from dist_ft.report.sections import all_plots, comparison, run_section
 from dist_ft.report.svg import STYLE
@@ -37,7 +38,8 @@ figcaption a{display:none}}
 def write_report(runs: Sequence[Path]) -> Path:
     """Write the page into the first run's ``report`` folder and return its path.
 
-    The page needs no other file and no network; each plot is also written beside it as SVG.
+    The page needs no other file and no network; each plot is also written beside it as SVG and,
+    with the extra ``[report]``, as PNG.
 
     Raises:
         ValueError: If a folder holds no record of a run.
@@ -46,8 +48,12 @@ def write_report(runs: Sequence[Path]) -> Path:
     folder = runs[0] / "report"
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     shared, own = all_plots(records)
+    draws = can_draw()
     for plot in (plot for plots in (shared, *own) for plot in plots):
-        (folder / "plots" / f"{plot.slug}.svg").write_text(plot.standalone(), encoding="utf-8")
+        path = folder / "plots" / f"{plot.slug}.svg"
+        path.write_text(plot.standalone(), encoding="utf-8")
+        if draws:
+            path.with_suffix(".png").write_bytes(png_of(plot))
     names = ", ".join(record.name for record in records)
     sections = "".join(
         run_section(record, plots, is_open=len(records) == 1 or number == 0)

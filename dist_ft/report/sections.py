@@ -11,10 +11,12 @@ from typing import Any
 import yaml
 
 from dist_ft.report.plots import plots_of
+from dist_ft.report.raster import can_draw
 from dist_ft.report.record import Event, RunRecord, flatten, thinned
 from dist_ft.report.svg import Axes, Line, Plot, line_plot, tick
 
-_FAULTS = ("resume", "stop")
+_FAULTS = ("failure", "resume", "stop", "bad_numbers", "roll_back", "checkpoint_failed",
+           "out_of_memory", "straggler")  # fmt: skip
 
 
 def run_section(run: RunRecord, plots: Sequence[Plot], *, is_open: bool) -> str:
@@ -64,10 +66,12 @@ def _e(text: object) -> str:
 
 
 def _figure(plot: Plot) -> str:
-    file = f"plots/{plot.slug}.svg"
+    kinds = ("svg", "png") if can_draw() else ("svg",)
+    links = " ".join(
+        f"<a href='{_e(f'plots/{plot.slug}.{kind}')}' download>{kind.upper()}</a>" for kind in kinds
+    )
     return (
-        f"<figure id='{_e(plot.slug)}'><figcaption>{_e(plot.title)} "
-        f"<a href='{_e(file)}' download>SVG</a></figcaption>"
+        f"<figure id='{_e(plot.slug)}'><figcaption>{_e(plot.title)} {links}</figcaption>"
         f"<div class='plot'>{plot.body}</div></figure>"
     )
 
@@ -166,7 +170,12 @@ def _faults(run: RunRecord) -> str:
 def _detail(event: Event) -> str:
     if event["event"] == "stop":
         return f"signal {event.get('signal')}, after saving"
-    return f"from {event['path']}" if event.get("path") else "from the beginning"
+    if event["event"] == "resume":
+        return f"from {event['path']}" if event.get("path") else "from the beginning"
+    known = {"event", "step", "time_s"}
+    return ", ".join(
+        f"{k.replace('_', ' ')} {_value(v)}" for k, v in event.items() if k not in known
+    )
 
 
 def _checkpoints(run: RunRecord) -> str:
