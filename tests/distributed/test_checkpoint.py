@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from dist_ft.engine.base import EngineOptions
+from dist_ft.engine.base import EngineOptions, EngineState, StateSlice
 from dist_ft.train.checkpoint import (
     CheckpointError,
     CheckpointReader,
     find_checkpoint,
     put_back,
+    verify_checkpoint,
 )
 from dist_ft.train.retention import Retention
 from dist_ft.train.saving import save_checkpoint
@@ -247,3 +251,34 @@ def _cut_between_renames(root: Path) -> None:
 
 def test_a_replacement_that_was_cut_short_loses_nothing(tmp_path: Path) -> None:
     run_distributed(_cut_between_renames, tmp_path, world_size=1)
+
+
+def _changes_of(text: bytes) -> Iterator[bytes]:
+    for place in range(len(text)):
+        yield text[:place] + bytes([text[place] ^ 1 << place % 8]) + text[place + 1 :]
+        yield text[:place]
+
+
+def test_any_change_of_a_manifest_is_found_and_it_leads_nowhere_else(tmp_path: Path) -> None:
+    state = EngineState([StateSlice("p", 0, {"weight": torch.ones(3)})], {}, ())
+    save_checkpoint(tmp_path, step=1, state=state, trainer={})
+    folder, damage = find_checkpoint(tmp_path)
+    assert folder is not None
+    assert damage == []
+    manifest = folder / "manifest.json"
+    whole = manifest.read_bytes()
+    said = json.loads(whole)
+    for changed in _changes_of(whole):
+        manifest.write_bytes(changed)
+        try:
+            same = {**json.loads(changed), "xxh3": said["xxh3"]} == said
+        except ValueError:
+            same = False
+        # White space may differ, and a manifest without its digest is an old one.
+        assert same or verify_checkpoint(folder) is not None, changed
+    # Whoever can write the digest anew still reaches no file outside.
+    (tmp_path / "outside.safetensors").write_bytes((folder / said["files"][0]["file"]).read_bytes())
+    said["files"][0]["file"] = "../outside.safetensors"
+    del said["xxh3"]
+    manifest.write_text(json.dumps(said))
+    assert "elsewhere" in str(verify_checkpoint(folder))
