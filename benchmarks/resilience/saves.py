@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.resilience import trainer_worker
 from dist_ft.engine.base import EngineState, StateSlice
 from dist_ft.train.checkpoint import find_checkpoint
 from dist_ft.train.retention import Retention
@@ -24,6 +26,7 @@ from dist_ft.train.saving import CheckpointWriter, save_checkpoint
 
 # Half of MiniLM's 22.7 million parameters: what one of two ranks holds.
 _TENSORS, _ELEMENTS = 60, 190_000
+_PRODUCTS = 24
 
 
 def state(*, elements: int = _ELEMENTS) -> EngineState:
@@ -83,6 +86,30 @@ def deepspeed_is_usable(root: Path) -> bool:
     return len(files) == 2
 
 
+def trainer_saves(root: Path) -> None:
+    """Let transformers' Trainer save after every step, without end."""
+    trainer_worker.work(root, save_every=1, pause_s=0.0)
+
+
+def trainer_is_usable(root: Path) -> bool:
+    """Return whether all files of the checkpoint that the Trainer would resume from can be read."""
+    from safetensors.torch import load_file
+    from transformers.trainer_utils import get_last_checkpoint
+
+    newest = get_last_checkpoint(str(root / "trainer")) if (root / "trainer").is_dir() else None
+    if newest is None:
+        return False
+    folder = Path(newest)
+    try:
+        load_file(folder / "model.safetensors")
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.load(folder / name, weights_only=False)
+        json.loads((folder / "trainer_state.json").read_text())
+    except Exception:  # noqa: BLE001 - whatever a damaged file raises
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class Kills:
     """Of `kills`, how many left nothing that can be resumed from."""
@@ -127,42 +154,73 @@ def _newest(root: Path) -> Any:
 
 @dataclass(frozen=True)
 class Stall:
-    """Medians over saves, seconds."""
+    """Medians over saves, seconds.
+
+    Attributes:
+        synchronous_s: A save that training waits for.
+        stall_s: What training waits for a save in the background.
+        slowdown_s: What the steps that run beside it take longer, that wait included: a save takes
+            cores and memory bandwidth from a training on CPUs.
+        save_s: From the call until the checkpoint exists.
+        step_s: A step without a save.
+        bytes: Size of the checkpoint.
+    """
 
     synchronous_s: float
     stall_s: float
+    slowdown_s: float
     save_s: float
+    step_s: float
     bytes: int
 
 
 def measure_stall(*, saves: int) -> Stall:
-    """Return how long training waits for a save in the background, and for a synchronous one."""
+    """Return how long training waits for a save in the background, and for a synchronous one.
+
+    A step is matrix products of 1.6e10 operations, a quarter of those of the model whose state is
+    saved (MiniLM's blocks, 8 rows of 128 tokens a rank: 6 x 10.6e6 x 1024); at its end the state
+    changes, as an update does.
+    """
     held = state()
+    changed = held.slices[0].values["weight"]
+    factor = torch.randn(700, 700)
+    steps: list[float] = []
     whole: list[float] = []
-    stalls: list[float] = []
-    lasted: list[float] = []
+    background: list[tuple[float, float, float]] = []
     size = 0
     root = Path(tempfile.mkdtemp())
     try:
         writer = CheckpointWriter(root, retention=Retention())
         writer.prepare(held)
-        work = torch.randn(400, 400)
+
+        def take_step() -> float:
+            began = time.monotonic()
+            for _ in range(_PRODUCTS):
+                _ = factor @ factor
+            writer.copied()
+            changed.add_(1e-3)
+            return time.monotonic() - began
+
         for step in range(1, 2 * saves + 1):
+            steps.append(take_step())
             if step % 2:
                 began = time.monotonic()
                 save_checkpoint(root, step=step, state=held, trainer={})
                 whole.append(time.monotonic() - began)
                 continue
+            began, done = time.monotonic(), 0
             writer.begin(step=step, state=held, trainer={})
             saved = None
             while saved is None:
-                _ = work @ work
+                take_step()
+                done += 1
                 saved = writer.poll()
-            stalls.append(saved.stall_s)
-            lasted.append(saved.save_s)
+            slower = time.monotonic() - began - done * statistics.median(steps)
+            background.append((saved.stall_s, slower, saved.save_s))
             size = saved.bytes
     finally:
         shutil.rmtree(root)
+    stall_s, slowdown_s, save_s = (statistics.median(v) for v in zip(*background, strict=True))
     return Stall(
-        statistics.median(whole), statistics.median(stalls), statistics.median(lasted), size
+        statistics.median(whole), stall_s, slowdown_s, save_s, statistics.median(steps), size
     )

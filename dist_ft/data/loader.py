@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -146,6 +146,20 @@ class StepLoader:
         }
         if unknown := [task for task in augmentation or {} if task not in datasets]:
             raise ValueError(f"augmentation names the tasks {unknown}, which there are no data for")
+
+    def replan(self, micro_batch_size: int, *, max_tokens: int | None) -> None:
+        """Divides later steps into other micro-batches; which rows they use stays.
+
+        An iteration that runs has read ahead in the old ones: begin another.
+
+        Args:
+            micro_batch_size: rows of one micro-batch; divides the global batch size.
+            max_tokens: budget of one micro-batch, where the layout has one.
+        """
+        layout = self._plan.layout
+        if layout is not None and max_tokens is not None:
+            layout = replace(layout, max_tokens=max_tokens)
+        self._plan = replace(self._plan, micro_batch_size=micro_batch_size, layout=layout)
 
     def rows_of(self, step: int) -> StepRows:
         """Returns which rows a step uses, over all ranks; a pure function of the step."""

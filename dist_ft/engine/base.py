@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -101,11 +101,13 @@ class StepResult:
         prefix_rows: Rows of this rank that start from a cached frozen prefix.
         prefix_found: Those of them for which the cache had the hidden states.
         refused: Why the update was left out, the same on every rank; None if it was made.
+        lacked_memory: What this rank's device had no room for; the step is then refused.
     """
 
     loss: Tensor
     grad_norm: float | None
     refused: str | None = None
+    lacked_memory: str | None = None
     prefix_rows: int = 0
     prefix_found: int = 0
 
@@ -191,9 +193,16 @@ class StateSource(Protocol):
 
 
 class Engine(Protocol):
-    """Executes steps and phase changes."""
+    """Executes steps and phase changes.
+
+    Attributes:
+        module: What is trained.
+        before_change: Called before anything in `state` changes or moves; who copies the state
+            beside the training waits here until it has it.
+    """
 
     module: nn.Module
+    before_change: Callable[[], None]
 
     def train_step(
         self,
@@ -228,12 +237,16 @@ class Engine(Protocol):
         """Return summed loss and outputs without gradients, dropout off."""
         ...
 
+    def own_seconds(self) -> float:
+        """Return this rank's seconds in forward passes since the last call, without waiting."""
+        ...
+
     def moment_norms(self) -> dict[str, float]:
         """Return the L2 norm of Adam's first moment by layer group that trains; on every rank."""
         ...
 
     def state(self) -> EngineState:
-        """Return this rank's share of the state, as views: copy before the next step."""
+        """Return this rank's share of the state, as views: good until `before_change` returns."""
         ...
 
     def load_state(self, source: StateSource) -> None:
@@ -247,6 +260,10 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free weights and optimizer state; neither the engine nor its module is of use then."""
         ...
+
+
+def nothing() -> None:
+    """Do nothing: nobody waits for a change of the state."""
 
 
 def free_weights(module: nn.Module) -> None:

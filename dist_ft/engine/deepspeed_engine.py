@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from dist_ft.engine.base import (
     gradient_problem,
     loss_problem,
     micro_batch_seed,
+    nothing,
     on_device,
     seed_random_numbers,
 )
@@ -43,6 +44,8 @@ from dist_ft.engine.ds_step import PartitionedStep, hand_norm, square_sum
 from dist_ft.engine.ds_weights import FloatBuffers, WeightAccess, group_sizes
 from dist_ft.engine.held_rows import HeldRows, held_elements, row_widths
 from dist_ft.engine.layer_modes import LayerModes
+from dist_ft.engine.out_of_memory import MemoryGuard, OneRow
+from dist_ft.engine.own_time import OwnTime
 from dist_ft.engine.trunk_pass import TrunkPass, prefix_counts
 from dist_ft.optim.adamw import GroupAdamW
 from dist_ft.optim.param_groups import ParamGroup
@@ -79,6 +82,7 @@ class DeepSpeedEngine:
                 "engine.precision: fp16 needs zero_stage 1 or more, got 0: raise it, or use bf16"
             )
         self._buffers = FloatBuffers(module)
+        self.before_change: Callable[[], None] = nothing
         self.module = module.to(DTYPES[options.precision])
         self._buffers.restore()
         self.options = options
@@ -107,6 +111,7 @@ class DeepSpeedEngine:
             ),
         )
         self._loss_scale: dict[str, float] = {}  # of the engine that was taken down last
+        self._own_time = OwnTime()
         self._engine: Any = None
         self._inner: GroupAdamW | None = None
         self._step: PartitionedStep | None = None
@@ -119,6 +124,7 @@ class DeepSpeedEngine:
 
     def set_trainable(self, groups: Iterable[str]) -> PhaseReport:
         """Train exactly these layer groups from the next step on; see `Engine.set_trainable`."""
+        self.before_change()
         began = time.monotonic()
         wanted = frozenset(groups)
         returning = wanted - self._trainable
@@ -168,6 +174,9 @@ class DeepSpeedEngine:
         )
         write_loss_scale(self._engine, precision=self.options.precision, state=self._loss_scale)
         self._step = PartitionedStep.of(self._engine, inner=self._inner)
+        if self._ds.zero_stage == 3:
+            coordinator = self._engine.optimizer.parameter_offload.get_param_coordinator()
+            self._own_time.leave_out(coordinator, "fetch_sub_module")
         self._buffers.restore()
         self._states.attach(self._engine, inner=self._inner, held=groups)
         self._held_rows.watch(parameters)
@@ -238,18 +247,21 @@ class DeepSpeedEngine:
             device=engine.device,
             in_step=self._ds.zero_stage == 3,
         )
+        guard = self._guard()
         for position, (batch, way) in enumerate(zip(micro_batches, ways, strict=True)):
             engine.set_gradient_accumulation_boundary(position == last)
             seed = micro_batch_seed(self.options.seed, step=step, index=batch.index)
             seed_random_numbers(seed, engine.device)
-            loss_sum, _ = self._run(task, batch, way)
-            share = loss_sum * (batch.loss_weight / global_count)
-            engine.backward(share * self._factor, scale_wrt_gas=False)
-            loss += share.detach()
+            loss += guard.run(
+                batch,
+                forward=self._share_of_loss(task, way=way, step=step, global_count=global_count),
+                backward=self._backward,
+            )
+        self.before_change()
         limits = {"loss_limit": loss_limit, "learning_rates": learning_rates}
         update = self._update_by_deepspeed if self._step is None else self._update
         norm, refused = update(task, loss, **limits)
-        return StepResult(loss, norm, refused, **prefix_counts(ways))
+        return StepResult(loss, norm, refused, lacked_memory=guard.lacked, **prefix_counts(ways))
 
     def _update(
         self, task: str, loss: Tensor, *, learning_rates: Mapping[str, float], loss_limit: float
@@ -310,6 +322,34 @@ class DeepSpeedEngine:
             if group.layer_group in self._trainable and task in group.tasks
         ]
 
+    def _guard(self) -> MemoryGuard:
+        overlaps = bool(self._engine.zero_optimization() and self._engine.zero_overlap_comm())
+        return MemoryGuard(self._ds.zero_stage, overlaps=overlaps)
+
+    def _share_of_loss(
+        self, task: str, *, way: TrunkPass | None, step: int, global_count: int
+    ) -> Callable[[MicroBatchLike], Tensor]:
+        """Return what runs a micro-batch forward, `way`, to its share of the global mean loss."""
+
+        def forward(batch: MicroBatchLike) -> Tensor:
+            own = way
+            if isinstance(batch, OneRow):
+                (own,) = self._modes.passes.of_step(
+                    step, task=task, micro_batches=[batch], device=self._engine.device,
+                    in_step=False,
+                )  # fmt: skip
+            with self._own_time.forward():
+                loss_sum, _ = self._run(task, batch, own)
+            return loss_sum * (batch.loss_weight / global_count)
+
+        return forward
+
+    def _backward(self, share: Tensor) -> None:
+        if self._ds.zero_stage == 1 and self._engine.optimizer._backward_active_depth:
+            # Left by a backward pass that memory ended; nothing of it was reduced.
+            self._engine.optimizer._backward_active_depth = 0
+        self._engine.backward(share * self._factor, scale_wrt_gas=False)
+
     def _skipped(self) -> bool:
         """Return whether fp16 gradients overflowed: the step moved nothing but the loss scale."""
         # Asked for its norm then, DeepSpeed answers with the one of an earlier step.
@@ -344,6 +384,10 @@ class DeepSpeedEngine:
         self._modes.passes.none()
         return self._run(task, micro_batch)
 
+    def own_seconds(self) -> float:
+        """Return this rank's seconds in forward passes since the last call; see `OwnTime`."""
+        return self._own_time.take()
+
     def moment_norms(self) -> dict[str, float]:
         """Return the L2 norm of Adam's first moment by layer group that trains."""
         squares = self._states.moment_squares(self._trainable)
@@ -361,6 +405,7 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def load_state(self, source: StateSource) -> None:
         """Take over saved state; the phase that it was saved in, or another, must be set."""
+        self.before_change()
         self._weights.load(source)
         self._states.load(source)
         self._states.settle(self._trainable)
@@ -377,6 +422,7 @@ class DeepSpeedEngine:
         Letting go of the object is not enough: DeepSpeed's hooks and attributes keep engine and
         parameters alive through references that no collection sees (0.2 GiB for MiniLM).
         """
+        self.before_change()
         if self._engine is not None:
             self._take_down()
         self._states.clear()

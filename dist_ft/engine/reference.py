@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from dist_ft.engine.base import (
     gradient_problem,
     loss_problem,
     micro_batch_seed,
+    nothing,
     on_device,
     seed_random_numbers,
 )
@@ -54,6 +55,7 @@ class ReferenceEngine:
                 f"the reference engine computes in fp32, got engine.precision {options.precision}: "
                 "set engine.precision to fp32 or engine.type to deepspeed"
             )
+        self.before_change: Callable[[], None] = nothing
         self.module = module
         self.options = options
         self._groups = list(param_groups)
@@ -102,22 +104,29 @@ class ReferenceEngine:
         ways = self._modes.passes.of_step(
             step, task=task, micro_batches=micro_batches, device=self._device, in_step=False
         )
+        lacked: str | None = None
         for batch, way in zip(micro_batches, ways, strict=True):
             seed = micro_batch_seed(self.options.seed, step=step, index=batch.index)
             seed_random_numbers(seed, self._device)
-            loss_sum, _ = self._run(task, batch, way)
-            scaled = loss_sum * (batch.loss_weight / global_count)
-            scaled.backward()
+            try:
+                loss_sum, _ = self._run(task, batch, way)
+                scaled = loss_sum * (batch.loss_weight / global_count)
+                scaled.backward()
+            except torch.OutOfMemoryError as error:
+                lacked = f"{len(batch.rows)} rows: {str(error).splitlines()[0]}"
+                loss += float("nan")
+                break
             loss += scaled.detach()
         norm = self._clip()
         refused = loss_problem(float(loss), limit=loss_limit) or gradient_problem(norm)
         for group, param_group in zip(self._groups, self._optimizer.param_groups, strict=True):
             param_group["lr"] = learning_rates[group.layer_group]
             param_group["active"] = group.layer_group in self._trainable and task in group.tasks
+        self.before_change()
         if refused is None:
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, norm, refused, **prefix_counts(ways))
+        return StepResult(loss, norm, refused, lacked_memory=lacked, **prefix_counts(ways))
 
     def _run(
         self, task: str, batch: MicroBatchLike, way: TrunkPass | None = None
@@ -135,6 +144,7 @@ class ReferenceEngine:
 
     def set_trainable(self, groups: Iterable[str]) -> PhaseReport:
         """Train exactly these layer groups from the next step on; see `Engine.set_trainable`."""
+        self.before_change()
         began = time.monotonic()
         wanted = frozenset(groups)
         for group in self._groups:
@@ -183,6 +193,10 @@ class ReferenceEngine:
         self._modes.passes.none()
         return self._run(task, micro_batch)
 
+    def own_seconds(self) -> float:
+        """Return 0: the only rank waits for nobody, and nobody for it."""
+        return 0.0
+
     def moment_norms(self) -> dict[str, float]:
         """Return the L2 norm of Adam's first moment by layer group that trains."""
         squares: dict[str, float] = {}
@@ -213,6 +227,7 @@ class ReferenceEngine:
     @torch.no_grad()
     def load_state(self, source: StateSource) -> None:
         """Take over saved weights, moments and step counts."""
+        self.before_change()
         for group in self._groups:
             for name in group.parameters:
                 parameter = self._parameters[name]
@@ -246,5 +261,6 @@ class ReferenceEngine:
 
     def close(self) -> None:
         """Free weights and optimizer state; neither the engine nor its module is of use then."""
+        self.before_change()
         self._optimizer.state.clear()
         free_weights(self.module)

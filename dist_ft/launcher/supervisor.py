@@ -15,11 +15,12 @@ from pathlib import Path
 from types import FrameType
 
 from dist_ft.heartbeat import FOLDER, error_file, read_error, stacks_file
+from dist_ft.launcher.host_memory import ADVICE, memory_limit, oom_kills
 from dist_ft.launcher.processes import Process, StartRank
 from dist_ft.launcher.settings import LaunchSettings
 from dist_ft.launcher.watching import Watch
 
-DONE, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
+DONE, FAILED, BAD_INPUT, PREEMPTED, REPLANNED = 0, 1, 2, 75, 76
 ATTEMPT, FAILURE = "DIST_FT_ATTEMPT", "DIST_FT_FAILURE"
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _POLL_S = 0.02
@@ -40,6 +41,7 @@ class Failure:
         section: What it was doing.
         step: Optimizer steps that it had done.
         signalled: Whether a signal ended it; otherwise it ended by itself.
+        replanned: Whether it asked for another start, with less in memory at once.
     """
 
     rank: int
@@ -47,6 +49,7 @@ class Failure:
     section: str
     step: int
     signalled: bool
+    replanned: bool = False
 
 
 @dataclass
@@ -57,6 +60,7 @@ class _Attempt:
     processes: list[Process]
     watch: Watch
     folder: Path
+    oom_kills: int | None = field(default_factory=oom_kills)
     codes: list[int | None] = field(default_factory=list)
     hang: Failure | None = None
 
@@ -200,12 +204,21 @@ class Supervisor:
     def _describe(self, attempt: _Attempt, rank: int) -> Failure:
         code, beat = attempt.codes[rank] or 0, attempt.watch.beats()[rank]
         text = self._error(attempt, rank)[1]
-        reason = f"ended with exit code {code}{f' ({text[:200]})' if text else ''}"
+        reason = f"ended with exit code {code}{f' ({text[:300]})' if text else ''}"
         if code < 0:
             reason = f"was killed by {signal.Signals(-code).name}"
         if code == -signal.SIGKILL:
-            reason += " (if nobody did it, memory ran out: lower train.micro_batch_size)"
-        return Failure(self._global(rank), reason, beat.section, beat.step, signalled=code < 0)
+            reason += f" ({self._why_killed(attempt)})"
+        return Failure(
+            self._global(rank), reason, beat.section, beat.step,
+            signalled=code < 0, replanned=code == REPLANNED,
+        )  # fmt: skip
+
+    def _why_killed(self, attempt: _Attempt) -> str:
+        """Return who sends SIGKILL, as far as the kernel's own count of it says so."""
+        if (oom_kills() or 0) > (attempt.oom_kills or 0):
+            return f"by the kernel: host memory ran out{memory_limit()}; {ADVICE}"
+        return f"if nobody did it, host memory ran out: {ADVICE}"
 
     def _find_hang(self, attempt: _Attempt, running: Sequence[bool]) -> Failure | None:
         overdue = attempt.watch.overdue(running)
@@ -279,5 +292,6 @@ def _same_way(one: Failure, other: Failure | None) -> bool:
         other is not None
         and not one.signalled
         and not other.signalled
+        and not one.replanned
         and (one.rank, one.step, one.section) == (other.rank, other.step, other.section)
     )

@@ -30,6 +30,7 @@ from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
 from dist_ft.train.held_rows import with_frozen_rows
 from dist_ft.train.loading import make_loader
 from dist_ft.train.loop import Run, fit
+from dist_ft.train.memory import fit_memory
 from dist_ft.train.numbers import GuardNumbers
 from dist_ft.train.parts import Parts, eval_data, make_parts, model_source
 from dist_ft.train.recorder import Recorder
@@ -40,6 +41,7 @@ from dist_ft.train.run_folder import RunFolder, environment
 from dist_ft.train.run_lock import RunLock
 from dist_ft.train.saving import CheckpointWriter
 from dist_ft.train.signals import StopRequest
+from dist_ft.train.stragglers import slow_ranks
 from dist_ft.train.trackers import make_trackers
 from dist_ft.train.trunk_passes import make_passes
 
@@ -98,8 +100,12 @@ def _train(recipe: Recipe, *, resume: bool, stop: StopRequest, extensions: Exten
         _open_folder(folder, recipe, lock=lock, resume=resume, device=device)
         folder.log_to_file(world)
         recorder = _recorder(recipe, folder=folder, world=world)
+        memory = fit_memory(recipe, parts, folder=folder, recorder=recorder, console=console)
+        if resume:
+            recipe = memory.resume(recipe)
         run = make_run(recipe, parts, folder=folder, world=world, device=device,
                        console=console, recorder=recorder)  # fmt: skip
+        run.replan = memory.replan
         beat = make_beat(recipe, run, heartbeat)
         beat("start")
         _record_failure(recorder)
@@ -107,7 +113,8 @@ def _train(recipe: Recipe, *, resume: bool, stop: StopRequest, extensions: Exten
             restore(run, folder=folder, recorder=recorder, console=console)
         run.stop_signal = lambda: stop.signal
         run.beat = beat
-        fit(run)
+        with memory.watching(run):
+            fit(run)
         exit_code = finish(run, recorder=recorder, console=console)
         if exit_code == DONE:  # who is asked to stop leaves no time for it, and the process ends
             run.engine.close()
@@ -326,6 +333,7 @@ def _callbacks(
         console=console,
         world=world,
         every=recipe.logging.every,
+        slow_ranks=slow_ranks(recipe.supervision, recorder=recorder, console=console),
         about=_about(parts, world),
     )
     groups = WatchGroups(

@@ -19,6 +19,7 @@ from dist_ft.train.evaluate import EvalData, Scores, evaluate_task
 from dist_ft.train.loop import Run
 from dist_ft.train.recorder import Recorder
 from dist_ft.train.saving import CheckpointWriter, Saved
+from dist_ft.train.stragglers import SlowRanks
 
 
 class Watcher:
@@ -61,6 +62,7 @@ class LogSteps(Watcher):
         console: What a person sees.
         world: This rank's place.
         every: Steps of an interval.
+        slow_ranks: Looks at how long each rank takes.
         about: What the ``start`` event says of the run.
     """
 
@@ -68,9 +70,11 @@ class LogSteps(Watcher):
     console: Console
     world: dist.World
     every: int
+    slow_ranks: SlowRanks
     about: Mapping[str, Any] = field(default_factory=dict)
     _intervals: dict[str, _Interval] = field(default_factory=dict)
     _busy_before_s: float = 0.0
+    _wait_s: float = 0.0
     _trainable_params: int = 0
 
     def on_fit_start(self, run: Run) -> None:
@@ -112,6 +116,7 @@ class LogSteps(Watcher):
         """Add the step to its task's interval; write the events when the interval ends."""
         if result.refused is None:  # otherwise it has an event of its own
             self._count(batch, result)
+        self._wait_s += batch.data_wait_s
         step = run.progress.step
         if self._intervals and (step % self.every == 0 or step == run.total_steps):
             self._write(run)
@@ -135,7 +140,10 @@ class LogSteps(Watcher):
         # Time in steps alone: evaluations and checkpoints have figures of their own.
         seconds = max(1e-9, run.busy_s - self._busy_before_s)
         tasks = sorted(self._intervals)
-        sums = _sums_over_ranks([self._intervals[t] for t in tasks])
+        own_s = self._wait_s + run.engine.own_seconds()
+        sums, own_by_rank = _over_all_ranks([self._intervals[t] for t in tasks], own_s=own_s)
+        if run.busy_s > seconds:  # the first interval of a process builds what later ones find
+            self.slow_ranks.see(run.progress.step, own_by_rank)
         changes = _over_ranks({t: self._intervals[t].changes for t in tasks})
         tokens = sum(i.tokens for i in self._intervals.values())
         rates = run.learning_rates(run.progress.step - 1, run.progress.thawed_at)
@@ -164,6 +172,7 @@ class LogSteps(Watcher):
             self.console.losses[task] = loss
         self.console.tokens_per_s = tokens / seconds
         self._intervals.clear()
+        self._wait_s = 0.0
         self._busy_before_s = run.busy_s
 
     def on_fit_end(self, run: Run) -> None:
@@ -173,8 +182,13 @@ class LogSteps(Watcher):
         self.console.stop()
 
 
-def _sums_over_ranks(intervals: Sequence[_Interval]) -> list[tuple[float, ...]]:
-    """Return each interval's loss, positions, rows with a cached prefix, and such as were found."""
+def _over_all_ranks(
+    intervals: Sequence[_Interval], *, own_s: float
+) -> tuple[list[tuple[float, ...]], list[float]]:
+    """Return sums of each interval's numbers, and `own_s` of every rank, by one all-reduce.
+
+    The numbers are loss, positions, rows with a cached prefix, and such as were found.
+    """
     width = 4
     values = [
         value
@@ -186,8 +200,13 @@ def _sums_over_ranks(intervals: Sequence[_Interval]) -> list[tuple[float, ...]]:
             float(i.prefix_found),
         )
     ]
-    sums = dist.all_reduce_sum(values)
-    return [tuple(sums[start : start + width]) for start in range(0, len(sums), width)]
+    own = [own_s if rank == dist.rank() else 0.0 for rank in range(dist.world_size())]
+    sums = dist.all_reduce_sum([*values, *own])
+    of_tasks = sums[: len(values)]
+    return (
+        [tuple(of_tasks[start : start + width]) for start in range(0, len(of_tasks), width)],
+        sums[len(values) :],
+    )
 
 
 def _over_ranks(changes: dict[str, AugmentStatistics | None]) -> dict[str, AugmentStatistics]:
@@ -296,7 +315,8 @@ class Checkpoint(Watcher):
     is_due: bool = False
 
     def on_fit_start(self, run: Run) -> None:
-        """Make room for what a save of a resumed run copies."""
+        """Let updates wait for a copy, and make room for what a resumed run's save copies."""
+        run.engine.before_change = self.writer.copied
         if run.progress.phase >= 0:
             self._prepare(run)
 

@@ -32,6 +32,7 @@ MANIFEST = "manifest.json"
 TRAINER = "trainer.json"
 _NAME = re.compile(r"step-(\d{8,})")
 _REPLACED = ".old-"
+_DIGEST = "xxh3"
 
 
 class CheckpointError(RuntimeError):
@@ -75,7 +76,7 @@ def commit(
         _write_json(temporary / TRAINER, trainer)
         files = [*files, {"file": TRAINER, **_fingerprint(temporary / TRAINER)}]
         manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
-        _write_json(temporary / MANIFEST, manifest)
+        _write_json(temporary / MANIFEST, {**manifest, _DIGEST: _digest(manifest)})
         _fsync(temporary)
         replaced = final.with_name(f"{_REPLACED}{final.name}")
         if final.exists():  # left by a run that went back to an earlier checkpoint
@@ -170,14 +171,29 @@ def verify_checkpoint(folder: Path) -> str | None:
         return "it has no manifest: writing it was cut short"
     except (OSError, ValueError) as error:
         return f"its manifest cannot be read ({error})"
-    if manifest.get("format_version") != FORMAT_VERSION:
-        return f"format version {manifest.get('format_version')}, expected {FORMAT_VERSION}"
-    damage = (_file_damage(folder, entry) for entry in manifest["files"])
-    return next((d for d in damage if d is not None), None)
+    try:
+        return _manifest_damage(manifest) or next(
+            (d for entry in manifest["files"] if (d := _file_damage(folder, entry))), None
+        )
+    except (AttributeError, KeyError, TypeError) as error:
+        return f"its manifest is damaged ({type(error).__name__}: {error})"
+
+
+def _manifest_damage(manifest: dict[str, Any]) -> str | None:
+    # Checkpoints of the first runs have no digest.
+    if manifest.pop(_DIGEST, None) not in (None, _digest(manifest)):
+        return "its manifest was changed: its digest is another"
+    if manifest["format_version"] != FORMAT_VERSION:
+        return f"format version {manifest['format_version']}, expected {FORMAT_VERSION}"
+    if unknown := set(manifest) - {"format_version", "step", "files"}:
+        return f"its manifest is damaged: it says {', '.join(sorted(unknown))}"
+    return None
 
 
 def _file_damage(folder: Path, entry: Mapping[str, Any]) -> str | None:
-    path = folder / Path(entry["file"]).name
+    path = folder / entry["file"]
+    if path.parent != folder:
+        return f"its manifest names a file elsewhere: {entry['file']}"
     if not path.is_file():
         return f"{path.name} is missing"
     size = path.stat().st_size
@@ -204,6 +220,7 @@ class CheckpointReader:
         self.folder = folder
         self.trainer: dict[str, Any] = json.loads((folder / TRAINER).read_text())
         manifest = json.loads((folder / MANIFEST).read_text())
+        # Verified: none of the names leads out of the folder.
         names = [f["file"] for f in manifest["files"] if f["file"].endswith(".safetensors")]
         self._files = [safe_open(folder / name, framework="pt") for name in names]
         self._runs: dict[tuple[str, str], list[_Run]] = defaultdict(list)
@@ -256,6 +273,10 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         while block := file.read(1 << 22):
             digest.update(block)
     return {"bytes": path.stat().st_size, "xxh3": digest.hexdigest()}
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
 
 
 def _write_json(path: Path, body: Mapping[str, Any]) -> None:

@@ -74,6 +74,7 @@ class Run:
         stop_signal: Returns the signal that asked this rank to stop, or 0.
         beat: Tells who watches this rank which section it enters.
         loss_limit: Returns the largest loss of a task that is believed.
+        replan: Returns whether a refused step is done again, in smaller micro-batches.
         progress: How far the run has come.
         discard: Deletes what only this run has a use for, once it is over.
         stopped_by: The signal that ended the loop before its time, or 0.
@@ -90,6 +91,7 @@ class Run:
     stop_signal: Callable[[], int] = lambda: 0
     beat: Callable[[str], None] = lambda section: None  # noqa: ARG005 - nobody watches
     loss_limit: Callable[[str], float] = lambda task: math.inf  # noqa: ARG005 - any
+    replan: Callable[[Run, StepResult], bool] = lambda run, result: False  # noqa: ARG005 - no
     progress: Progress = field(default_factory=Progress)
     discard: Callable[[], None] = lambda: None
     stopped_by: int = 0
@@ -108,6 +110,15 @@ def fit(run: Run) -> Run:
     """Train until the last step or until a rank is asked to stop; return the run."""
     for callback in run.callbacks:
         callback.on_fit_start(run)
+    while not take_steps(run):
+        pass  # the loader reads the next step in other micro-batches
+    for callback in run.callbacks:
+        callback.on_fit_end(run)
+    return run
+
+
+def take_steps(run: Run) -> bool:
+    """Train until the run ends or is stopped; return False if a step is to be planned anew."""
     with closing(run.loader.iterate(run.progress.step)) as batches:
         while run.progress.step < run.total_steps:
             run.beat("data")
@@ -130,14 +141,14 @@ def fit(run: Run) -> Run:
                 learning_rates=run.learning_rates(batch.step, run.progress.thawed_at),
                 loss_limit=run.loss_limit(batch.task),
             )
+            if result.refused is not None and run.replan(run, result):
+                return False
             run.busy_s += time.monotonic() - began + batch.data_wait_s
             run.progress.step += 1
             run.progress.tokens += batch.global_tokens
             for callback in run.callbacks:
                 callback.on_step_end(run, batch, result)
-    for callback in run.callbacks:
-        callback.on_fit_end(run)
-    return run
+    return True
 
 
 def plan_of(run: Run, batch: StepBatch, phase: Phase) -> StepPlan:

@@ -1,9 +1,11 @@
-"""Saves beside the training: copy, write in a thread, commit when every rank has written.
+"""Saves beside the training: copy and write in a thread, commit when every rank has written.
 
-Training waits only for the copy into host memory. The files are written and hashed by a thread on
-every rank; at the first step at which all are done, rank 0 commits, again in its thread. The copy
-is kept for the next save, so that it costs no fresh pages: one more share of the state in host
-memory.
+Weights and moments stand still from one update to the next, so they are copied into host memory
+while the next step runs forward and backward (CheckFreq: Mohan et al. 2021, section 4.1); training
+waits for what is not copied when the step comes to its update. The files are written and hashed by
+the same thread, on every rank; at the first step at which all are done, rank 0 commits, again in
+its thread. The copy is kept for the next save, so that it costs no fresh pages: one more share of
+the state in host memory.
 """
 
 from __future__ import annotations
@@ -79,6 +81,7 @@ class CheckpointWriter:
         self._trainer: Mapping[str, Any] = {}
         self._began = 0.0
         self._saving: Saved | None = None
+        self._copying: Future[None] | None = None
         self._write: Future[tuple[dict[str, Any], str | None]] | None = None
         self._commit: Future[Saved] | None = None
 
@@ -88,7 +91,7 @@ class CheckpointWriter:
         Fresh pages cost several times what copying into them does.
         """
         shapes = {name: (value.shape, value.dtype) for name, value in _named(state)}
-        self._room = self._thread.submit(_room_for, shapes, pinned=torch.cuda.is_available())
+        self._room = self._thread.submit(_room_for, shapes, pinned=_on_gpu())
 
     @property
     def writing(self) -> bool:
@@ -96,11 +99,11 @@ class CheckpointWriter:
         return self._write is not None
 
     def begin(self, *, step: int, state: EngineState, trainer: Mapping[str, Any]) -> Saved | None:
-        """Copy the state and start to write; return how the save before went, as `wait` does.
+        """Start to copy the state and to write; return how the save before went, as `wait` does.
 
         Args:
             step: Optimizer steps done.
-            state: This rank's share; it may change as soon as this returns.
+            state: This rank's share; it may change once `copied` has returned.
             trainer: What else the run needs to go on, as JSON; the same on every rank.
         """
         before = self.wait()
@@ -117,10 +120,11 @@ class CheckpointWriter:
         self._saving = replace(self._saving, bytes=int(total))
         problem = self._lacks_space(int(total))
         if problem is None:
-            self._take_copy(state)
-            self._write = self._thread.submit(
-                write_rank_file, self._temporary, rank=dist.rank(), tensors=self._copy
-            )
+            ready = torch.cuda.Event() if _on_gpu() else None
+            if ready is not None:
+                ready.record()
+            self._copying = self._thread.submit(self._take_copy, state, ready=ready)
+            self._write = self._thread.submit(self._write_copy, self._temporary)
         else:
             self._write = Future()
             self._write.set_result(({}, problem))
@@ -139,20 +143,39 @@ class CheckpointWriter:
             return f"{total} bytes are needed and {free} are free"
         return None
 
-    def _take_copy(self, state: EngineState) -> None:
+    def copied(self) -> None:
+        """Wait until nothing of the state is still to be copied; called before it changes."""
+        if self._copying is not None:
+            began = time.monotonic()
+            self._copying.result()
+            self._copying = None
+            self._stalled_since(began)
+
+    def _take_copy(self, state: EngineState, *, ready: torch.cuda.Event | None) -> None:
         """Copy this rank's share into host memory that is used again and again."""
         if self._room is not None:
             self._copy = self._room.result()
             self._room = None
+        if ready is None:
+            self._copy_from(state)
+            return
+        # Beside what the training computes, but behind the update that made the state.
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda.current_stream().wait_event(ready)
+            self._copy_from(state)
+            torch.cuda.current_stream().synchronize()
+
+    def _copy_from(self, state: EngineState) -> None:
         copy: dict[str, Tensor] = {}
         for name, value in _named(state):
             kept = self._copy.get(name)
             if kept is None or kept.shape != value.shape or kept.dtype != value.dtype:
                 kept = torch.empty(value.shape, dtype=value.dtype)
             copy[name] = kept.copy_(value.detach(), non_blocking=True)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
         self._copy = copy
+
+    def _write_copy(self, temporary: Path) -> tuple[dict[str, Any], str | None]:
+        return write_rank_file(temporary, rank=dist.rank(), tensors=self._copy)
 
     def poll(self) -> Saved | None:
         """Commit if all ranks have written; return on rank 0 how the save went, once it is over."""
@@ -173,6 +196,7 @@ class CheckpointWriter:
         """
         if self._saving is None:
             return None
+        self.copied()
         began = time.monotonic()
         if self._write is not None:
             self._start_commit()
@@ -223,6 +247,10 @@ class CheckpointWriter:
         assert self._saving is not None
         stall = self._saving.stall_s + time.monotonic() - began
         self._saving = replace(self._saving, stall_s=stall)
+
+
+def _on_gpu() -> bool:
+    return torch.cuda.is_available()
 
 
 def _named(state: EngineState) -> Iterator[tuple[str, Tensor]]:

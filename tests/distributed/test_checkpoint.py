@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from dist_ft.engine.base import EngineOptions
+from dist_ft.engine.base import EngineOptions, EngineState, StateSlice
 from dist_ft.train.checkpoint import (
     CheckpointError,
     CheckpointReader,
     find_checkpoint,
     put_back,
+    verify_checkpoint,
 )
 from dist_ft.train.retention import Retention
-from dist_ft.train.saving import save_checkpoint
+from dist_ft.train.saving import CheckpointWriter, save_checkpoint
 from tests.helpers.phases import (
     ALL,
     bitwise_equal,
@@ -247,3 +252,87 @@ def _cut_between_renames(root: Path) -> None:
 
 def test_a_replacement_that_was_cut_short_loses_nothing(tmp_path: Path) -> None:
     run_distributed(_cut_between_renames, tmp_path, world_size=1)
+
+
+def _changes_of(text: bytes) -> Iterator[bytes]:
+    for place in range(len(text)):
+        yield text[:place] + bytes([text[place] ^ 1 << place % 8]) + text[place + 1 :]
+        yield text[:place]
+
+
+def test_any_change_of_a_manifest_is_found_and_it_leads_nowhere_else(tmp_path: Path) -> None:
+    state = EngineState([StateSlice("p", 0, {"weight": torch.ones(3)})], {}, ())
+    save_checkpoint(tmp_path, step=1, state=state, trainer={})
+    folder, damage = find_checkpoint(tmp_path)
+    assert folder is not None
+    assert damage == []
+    manifest = folder / "manifest.json"
+    whole = manifest.read_bytes()
+    said = json.loads(whole)
+    for changed in _changes_of(whole):
+        manifest.write_bytes(changed)
+        try:
+            same = {**json.loads(changed), "xxh3": said["xxh3"]} == said
+        except ValueError:
+            same = False
+        # White space may differ, and a manifest without its digest is an old one.
+        assert same or verify_checkpoint(folder) is not None, changed
+    # Whoever can write the digest anew still reaches no file outside.
+    (tmp_path / "outside.safetensors").write_bytes((folder / said["files"][0]["file"]).read_bytes())
+    said["files"][0]["file"] = "../outside.safetensors"
+    del said["xxh3"]
+    manifest.write_text(json.dumps(said))
+    assert "elsewhere" in str(verify_checkpoint(folder))
+
+
+def _copy(engine: Any) -> dict[tuple[str, int, str], torch.Tensor]:
+    return {
+        (s.parameter, s.start, kind): value.clone()
+        for s in engine.state().slices
+        for kind, value in s.values.items()
+    }
+
+
+def _asks_before_a_change() -> None:
+    for stage in (0, 2, 3):
+        engine = _engine(stage, "bf16", "rebuild")
+        _train(engine, range(2), {0: ALL})
+        kept, same = _copy(engine), list[bool]()
+
+        def look(engine: Any = engine, kept: Any = kept, same: Any = same) -> None:
+            same.append(all(torch.equal(kept[k], v) for k, v in _copy(engine).items()))
+
+        engine.before_change = look
+        # Forward and backward passes are behind it then; the update is not.
+        _train(engine, range(2, 3), {})
+        assert same == [True]
+        engine.set_trainable(ALL[:3])
+        assert same == [True, False]
+
+
+def test_an_engine_asks_before_its_state_changes() -> None:
+    run_distributed(_asks_before_a_change)
+
+
+def test_a_save_keeps_what_was_there_when_it_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy_from = CheckpointWriter._copy_from
+
+    def slowly(self: CheckpointWriter, state: EngineState) -> None:
+        time.sleep(0.2)
+        copy_from(self, state)
+
+    monkeypatch.setattr(CheckpointWriter, "_copy_from", slowly)
+    weight = torch.ones(3)
+    state = EngineState([StateSlice("p", 0, {"weight": weight})], {}, ())
+    writer = CheckpointWriter(tmp_path, retention=Retention())
+    writer.begin(step=1, state=state, trainer={})
+    writer.copied()
+    weight.zero_()
+    saved = writer.wait()
+    assert saved is not None
+    assert saved.stall_s > 0.1  # what an update waits for it counts
+    read = CheckpointReader(saved.path).read("weight", "p", start=0, length=3)
+    assert read is not None
+    assert read.tolist() == [1.0, 1.0, 1.0]

@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
 from dist_ft.optim.adamw import GroupAdamW
 from dist_ft.train import loop, saving
 from tests.faults.test_disk_full import limit_files
+from tests.helpers.cluster import in_own_network, set_loopback, why_not
 from tests.helpers.supervised import before, die, die_before, fingerprint, supervise
 from tests.helpers.tiny_run import events, newest_checkpoint, write_recipe
 
+CAN_CUT = why_not(slurm=False)
 PLACES = [
     (DeepSpeedEngine, "_run", 30),
     (deepspeed.DeepSpeedEngine, "backward", 30),
@@ -43,6 +46,20 @@ def _stop(draw: random.Random, _run: Path) -> None:
         "_run",
         lambda call: os.kill(os.getpid(), signal.SIGSTOP) if call == at else None,
     )
+
+
+def _cut_link(draw: random.Random, _run: Path) -> None:
+    """Nothing that the ranks send arrives any more, and nobody is told; mended before they meet."""
+    if CAN_CUT is not None:
+        _stop(draw, _run)
+        return
+    at = draw.randint(1, 16)
+    before(DeepSpeedEngine, "_run", lambda call: set_loopback("down") if call == at else None)
+
+
+def _mend(_attempt: int) -> None:
+    if CAN_CUT is None:
+        set_loopback("up")
 
 
 def _full_disk(draw: random.Random, _run: Path) -> None:
@@ -81,12 +98,22 @@ def _clock_jump(draw: random.Random, _run: Path) -> None:
 
 
 FAULTS: list[Callable[[random.Random, Path], None]] = [
-    _kill, _full_disk, _stop, _flipped_byte, _clock_jump, _kill, _kill,
+    _kill, _full_disk, _stop, _flipped_byte, _cut_link, _clock_jump, _kill, _kill,
 ]  # fmt: skip
 
 
 @pytest.mark.slow
-def test_kills_hangs_full_disk_flipped_bytes_and_clock_jumps_change_nothing(tmp_path: Path) -> None:
+def test_kills_hangs_cut_links_a_full_disk_flipped_bytes_and_clock_jumps_change_nothing(
+    tmp_path: Path,
+) -> None:
+    if CAN_CUT is not None:
+        warnings.warn(f"the link is not cut, a rank is stopped instead: {CAN_CUT}", stacklevel=1)
+        _goes_through_everything(tmp_path)
+        return
+    in_own_network(lambda: _goes_through_everything(tmp_path))
+
+
+def _goes_through_everything(tmp_path: Path) -> None:
     recipe = write_recipe(
         tmp_path,
         train={"max_duration": "48step"},
@@ -106,7 +133,7 @@ def test_kills_hangs_full_disk_flipped_bytes_and_clock_jumps_change_nothing(tmp_
             if rank == victim:
                 FAULTS[attempt](draw, run)
 
-    outcome = supervise(recipe, fault=fault, max_restarts=len(FAULTS))
+    outcome = supervise(recipe, fault=fault, max_restarts=len(FAULTS), between=_mend)
     assert outcome.code == 0, outcome.said
     assert len(outcome.said) == len(FAULTS), outcome.said
     assert fingerprint(run) == fingerprint(tmp_path / "runs/oracle")

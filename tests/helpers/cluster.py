@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+_CLONE_NEWNET = 0x40000000
 CLUSTER = ROOT / "tests/slurm/cluster.sh"
 
 
@@ -26,6 +29,31 @@ def why_not(*, slurm: bool) -> str | None:
         ["unshare", "--net", "--mount", "--pid", "--fork", "true"], check=False, capture_output=True
     )
     return "namespaces are not allowed here" if allowed.returncode else None
+
+
+def in_own_network(action: Callable[[], None]) -> None:
+    """Run `action` in a fork with a network of its own, which has the loopback device only."""
+    child = os.fork()
+    if child:
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "see its output above"
+        return
+    code = 1
+    try:
+        assert ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET) == 0
+        set_loopback("up")
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        action()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+        raise
+    finally:
+        os._exit(code)
+
+
+def set_loopback(state: str) -> None:
+    """Pull the cable of this network ("down") or put it back ("up")."""
+    subprocess.run(["ip", "link", "set", "lo", state], check=True)
 
 
 class Cluster:
@@ -72,11 +100,11 @@ class Cluster:
 
 
 @contextmanager
-def running_cluster(folder: Path, *, slurm: bool) -> Iterator[Cluster]:
-    """Start two nodes, and end everything on them afterwards."""
+def running_cluster(folder: Path, *, slurm: bool, nodes: int = 2) -> Iterator[Cluster]:
+    """Start some nodes, and end everything on them afterwards."""
     environment = {**os.environ, "BARE": "0" if slurm else "1"}
     subprocess.run(
-        ["bash", str(CLUSTER), "up", folder, "2"], check=True, timeout=60, env=environment
+        ["bash", str(CLUSTER), "up", folder, str(nodes)], check=True, timeout=60, env=environment
     )
     try:
         yield Cluster(folder)

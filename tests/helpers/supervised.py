@@ -45,11 +45,16 @@ def supervise(
     resume: bool = False,
     ranks: int = 2,
     max_restarts: int = 3,
+    between: Callable[[int], None] = lambda attempt: None,  # noqa: ARG005 - nothing
 ) -> Outcome:
-    """Train under the supervisor; `fault(attempt, rank)` runs in every rank before it begins."""
+    """Train under the supervisor; `fault(attempt, rank)` runs in every rank before it begins.
+
+    `between(attempt)` runs before an attempt, in this process.
+    """
     said: list[str] = []
 
     def start(attempt: int) -> Any:
+        between(attempt)
         words = ["train", str(recipe), *overrides, *(["--resume"] if attempt or resume else [])]
 
         def rank_main() -> int:
