@@ -86,7 +86,7 @@ def linear_cross_entropy(device: torch.device, dtype: torch.dtype) -> None:
     results: list[tuple[Tensor, ...]] = []
     for function, kind in ((chunked, dtype), (reference_linear_cross_entropy, _wide(dtype))):
         given = [t.to(kind).requires_grad_() for t in (hidden, weight)]
-        loss = function(*given, labels, label_smoothing=0.1)
+        loss = function(given[0], given[1], labels, label_smoothing=0.1)
         results.append((loss.detach(), *torch.autograd.grad(loss, given)))
     for name, found, expected in zip(("loss", "dh", "dW"), *results, strict=True):
         compare(name, found=found, expected=expected, dtype=dtype)
