@@ -81,9 +81,6 @@ TABLE: Mapping[str, tuple[Implementation, ...]] = {
             "chunked", lambda p: p.dtype != torch.float16, self_tests.linear_cross_entropy
         ),
     ),
-    # torch's fused update measured quicker than DeepSpeed's for CPUs (1 to 0.91), so offloaded
-    # state is updated by it, too.
-    "adamw": (Implementation("torch_fused", lambda _: True, self_tests.fused_adamw),),
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_ft.kernels import unpadded_attention
 from dist_ft.kernels.linear_cross_entropy import (
@@ -90,19 +90,3 @@ def linear_cross_entropy(device: torch.device, dtype: torch.dtype) -> None:
         results.append((loss.detach(), *torch.autograd.grad(loss, given)))
     for name, found, expected in zip(("loss", "dh", "dW"), *results, strict=True):
         compare(name, found=found, expected=expected, dtype=dtype)
-
-
-def fused_adamw(device: torch.device, dtype: torch.dtype) -> None:
-    """Check torch's fused AdamW against its loop over parameters."""
-    del dtype  # of the weights; masters are float32
-    results: list[Tensor] = []
-    for fused in (True, False):
-        weight = nn.Parameter(random(device, torch.float32, 33))
-        optimizer = torch.optim.AdamW(
-            [weight], lr=1e-2, weight_decay=0.1, fused=fused, foreach=False
-        )
-        for step in range(2):
-            weight.grad = random(device, torch.float32, 33, seed=step + 1)
-            optimizer.step()
-        results.append(weight.detach())
-    compare("weights", found=results[0], expected=results[1], dtype=torch.float32)

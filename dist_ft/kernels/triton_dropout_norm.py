@@ -12,6 +12,10 @@ mask is never stored: it is a function of a seed and the place (Philox, Salmon e
 draw gives the numbers of four rows.
 """
 
+# Kernels are Triton's language, of which a type checker of Python knows little.
+# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false
+# pyright: reportPossiblyUnboundVariable=false, reportArgumentType=false
+
 from __future__ import annotations
 
 from typing import Any

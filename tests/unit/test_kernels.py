@@ -34,7 +34,6 @@ def test_every_self_test_passes_here(dtype: torch.dtype) -> None:
     assert choose(Place("cpu", dtype), policy="auto", device=CPU) == {
         "attention": Choice("sdpa_by_run"),
         "linear_cross_entropy": Choice("chunked"),
-        "adamw": Choice("torch_fused"),
     }
 
 
