@@ -367,6 +367,7 @@ class Recipe(Section):
     regularization: RegularizationConfig = RegularizationConfig()
     balancing: BalancingConfig = BalancingConfig()
     engine: EngineConfig = EngineConfig()
+    kernels: Literal["auto", "reference", "strict"] = "auto"
     train: TrainConfig
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

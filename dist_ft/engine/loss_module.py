@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +12,30 @@ from torch import Tensor, nn
 from dist_ft.engine.trunk_pass import TrunkPass
 from dist_ft.model.backbone import MultiTaskModel
 from dist_ft.model.embedding_noise import EmbeddingNoise
+from dist_ft.model.scoring_head import ScoringHead
 from dist_ft.tasks.base import LossSum
 from dist_ft.tasks.output_regularization import OutputRegularizer
 
 LossFunction = Callable[[Any, Mapping[str, Tensor]], LossSum]
+
+
+@dataclass(frozen=True)
+class FusedLoss:
+    """A loss that a task's head computes itself, so that its logits never exist as a whole.
+
+    Attributes:
+        head: The head.
+        labels: Returns the class of each place of the logits, of what the loss needs.
+        label_smoothing: Share of the target that all classes get alike.
+    """
+
+    head: ScoringHead
+    labels: Callable[[Mapping[str, Tensor]], Tensor]
+    label_smoothing: float = 0.0
+
+    def scoring(self, targets: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+        """Let the model return the summed loss as its logits inside the context."""
+        return self.head.scoring(self.labels(targets), label_smoothing=self.label_smoothing)
 
 
 @dataclass(frozen=True)
@@ -28,12 +48,14 @@ class InTraining:
         noisy: Tasks that get the noise.
         weights: What a task's loss weighs, in its gradient and where it is reported; 1 for others.
             Tuned, fixed weights match costlier balancers (Kurin et al. 2022).
+        fused: Tasks whose head computes the loss, in place of the task or of `losses`.
     """
 
     losses: Mapping[str, OutputRegularizer] = field(default_factory=dict)
     noise: EmbeddingNoise | None = None
     noisy: frozenset[str] = frozenset()
     weights: Mapping[str, float] = field(default_factory=dict)
+    fused: Mapping[str, FusedLoss] = field(default_factory=dict)
 
 
 class LossModule(nn.Module):
@@ -68,16 +90,21 @@ class LossModule(nn.Module):
             way: How the trunk is run; None as transformers made it.
         """
         extra = self._in_training
-        special = extra.losses.get(task) if self.training else None
+        fused = extra.fused.get(task) if self.training else None
+        special = extra.losses.get(task) if self.training and fused is None else None
         with ExitStack() as stack:
             if way is not None:
                 # Entered once: two forwards start from the same cached prefix.
                 stack.enter_context(way.running(inputs))
             if self.training and extra.noise is not None and task in extra.noisy:
                 stack.enter_context(extra.noise.active(inputs))
+            if fused is not None:
+                stack.enter_context(fused.scoring(targets))
             forwards = 1 if special is None else special.forwards
             outputs = [self.model(task, dict(inputs)) for _ in range(forwards)]
         weight = extra.weights.get(task, 1.0) if self.training else 1.0
+        if fused is not None:
+            return weight * outputs[0]["logits"], None
         if special is not None:
             return weight * special(outputs, targets), None
         loss = weight * self._losses[task](outputs[0], targets).sum

@@ -85,6 +85,8 @@ def unpadded_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    *,
+    flash: bool = True,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Return the attention of each row of a flat stream to itself.
@@ -99,6 +101,7 @@ def unpadded_attention(
         attention_mask: must be None.
         scaling: factor of the scores; by default 1 / sqrt(head size).
         dropout: share of attention weights that are dropped.
+        flash: whether GPUs may run torch's variable-length flash attention.
         kwargs: what else transformers passes; a truth value of its own for `is_causal`.
 
     Returns:
@@ -117,7 +120,12 @@ def unpadded_attention(
     rows: RowRuns = source.rows.runs
     causal = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", False) if causal is None else causal)
-    if query.is_cuda and dropout == 0.0 and query.dtype in (torch.float16, torch.bfloat16):
+    if (
+        flash
+        and query.is_cuda
+        and dropout == 0.0
+        and query.dtype in (torch.float16, torch.bfloat16)
+    ):
         return _flash(query, key, value, rows=rows, scaling=scaling, causal=causal), None
     return _by_run(query, key, value, rows, scaling=scaling, dropout=dropout, causal=causal), None
 

@@ -65,7 +65,7 @@ def probe_task(model: MultiTaskModel, *, task: str, watched: Mapping[str, nn.Mod
     """
     probe = Probe()
     with ExitStack() as stack:
-        stack.enter_context(_undisturbed(model))
+        stack.enter_context(undisturbed(model))
         for path, module in watched.items():
             for handle in _watch(path, module, probe):
                 stack.callback(handle.remove)
@@ -145,7 +145,7 @@ def _parts(config: Any) -> list[Any]:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Eval mode and gradients for every parameter inside the context, as before after it."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]

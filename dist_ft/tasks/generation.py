@@ -188,6 +188,16 @@ class Generation:
         losses = token_losses(logits, labels)
         return LossSum(losses.sum(), (labels != IGNORE_INDEX).sum())
 
+    def logit_labels(self, targets: Mapping[str, Tensor]) -> Tensor:
+        """Returns the token that each place of the logits predicts, int64 [rows, tokens].
+
+        With it the loss can be computed where the logits are made, as ``loss`` computes it of them.
+        """
+        labels = targets["labels"]
+        if self.style == "seq2seq":
+            return labels
+        return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+
     def choices(self, outputs: Any, targets: Mapping[str, Tensor]) -> list[Choice]:
         """Returns the choices that the loss scores."""
         return [labelled(*self._aligned(outputs, targets))]

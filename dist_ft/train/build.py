@@ -28,6 +28,7 @@ from dist_ft.train.deciders import deciders
 from dist_ft.train.engines import make_engine
 from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
 from dist_ft.train.held_rows import with_frozen_rows
+from dist_ft.train.kernels import take_kernels
 from dist_ft.train.loading import make_loader
 from dist_ft.train.loop import Run, fit
 from dist_ft.train.memory import fit_memory
@@ -227,10 +228,11 @@ def make_run(
     )
     param_groups = with_frozen_rows(param_groups, recipe, model=parts.model)
     tasks = [t.task for t in parts.tasks]
+    kernels = take_kernels(recipe, parts.model, tasks=tasks, device=device, say=console.say)
     module = LossModule(
         parts.model,
         {task.name: task.loss for task in tasks},
-        in_training=in_training(recipe, parts.model, tasks=tasks),
+        in_training=kernels.used_in(in_training(recipe, parts.model, tasks=tasks)),
     ).to(device)
     passes = make_passes(recipe, parts, folder=folder, device=device, say=console.say)
     engine = make_engine(recipe, parts, module=module, param_groups=param_groups, passes=passes)
@@ -251,6 +253,9 @@ def make_run(
         total_steps=parts.total_steps,
         discard=passes.discard,
     )
+    log.info("kernels: %s", kernels.record(passes))
+    if world.is_main:
+        folder.add_to_environment({"kernels": kernels.record(passes)})
     run.callbacks = _callbacks(recipe, parts, folder, world, console, recorder)
     guard = next(c for c in run.callbacks if isinstance(c, GuardNumbers))
     run.loss_limit = lambda task: guard.loss_limit(run, task)

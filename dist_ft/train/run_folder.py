@@ -27,6 +27,7 @@ FREE_ON_RESUME = {
     "engine",
     "evaluation",
     "checkpoint",
+    "kernels",
     "logging",
     "supervision",
     "train.micro_batch_size",
@@ -101,6 +102,12 @@ class RunFolder:
     def write_json(self, name: str, body: Mapping[str, Any]) -> None:
         """Write a JSON file into the folder."""
         (self.root / name).write_text(json.dumps(body, indent=1, default=str) + "\n")
+
+    def add_to_environment(self, more: Mapping[str, Any]) -> None:
+        """Add keys to ``env.json``; without one, as when a run is only measured, do nothing."""
+        file = self.root / "env.json"
+        if file.is_file():
+            self.write_json(file.name, {**json.loads(file.read_text()), **more})
 
     def log_to_file(self, world: dist.World) -> None:
         """Send this rank's log to ``logs/rank<N>.log``."""

@@ -91,7 +91,9 @@ def _wants_cache(recipe: Recipe, parts: Parts) -> bool:
 
 
 def _unsuited(recipe: Recipe, parts: Parts, *, device: torch.device) -> str | None:
-    """Return why running without padding would be wrong or slow here."""
+    """Return why running without padding would be wrong, slow or unwanted here."""
+    if recipe.kernels == "reference" and recipe.model.padding == "auto":
+        return "kernels: reference leaves the model as transformers made it"
     config: Any = parts.model.backbone.config
     longest = max(t.max_length for t in recipe.tasks)
     windows = [w for name in _WINDOWS if isinstance(w := getattr(config, name, None), int)]
