@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dist_ft.cli_arguments import OverridesArgument, RecipeArgument
+from dist_ft.cli_arguments import BestOption, LoraOption, OverridesArgument, RecipeArgument
 from dist_ft.cli_data import data_app
 from dist_ft.cli_launch import launch_command
 from dist_ft.cli_slurm import slurm
@@ -97,12 +97,15 @@ def export(
     run: RunArgument,
     *,
     task: Annotated[str | None, typer.Option("--task", help="Only this task.")] = None,
+    best: BestOption = False,
+    lora: LoraOption = "merged",
 ) -> None:
     """Write a plain transformers folder for each task."""
     _require_run(run)
     from dist_ft.train import finished
 
-    for folder in finished.export(run, task=task):
+    how = finished.ExportOptions(best=best, lora=lora)
+    for folder in finished.export(run, task=task, how=how):
         typer.echo(f"exported {folder}")
 
 

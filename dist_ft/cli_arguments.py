@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -16,4 +16,11 @@ OverridesArgument = Annotated[
         help="Changes to the recipe: optim.lr=3e-5, tasks.trec.max_length=64. "
         "Relative paths start where the recipe's own do.",
     ),
+]
+BestOption = Annotated[
+    bool, typer.Option("--best", help="Each task's weights at its best evaluation.")
+]
+LoraOption = Annotated[
+    Literal["merged", "adapter"],
+    typer.Option("--lora", help="Adapters added to the weights, or alone for peft."),
 ]

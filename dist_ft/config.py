@@ -39,6 +39,7 @@ from dist_ft.config_data import (
     WordDropoutConfig,
     WordReplacementConfig,
 )
+from dist_ft.config_evaluation import EarlyStoppingConfig, EvaluationConfig
 from dist_ft.config_freezing import (
     AdaptiveFreezing,
     BottomUpFreezing,
@@ -52,6 +53,7 @@ from dist_ft.config_freezing import (
     RandomBlockFreezing,
     StaticFreezing,
 )
+from dist_ft.config_lora import LoraConfig
 from dist_ft.config_regularization import (
     BalancingConfig,
     DropoutConfig,
@@ -73,6 +75,7 @@ __all__ = [
     "DataConfig",
     "DropoutConfig",
     "DurationField",
+    "EarlyStoppingConfig",
     "EngineConfig",
     "EvaluationConfig",
     "ExplicitFreezing",
@@ -86,6 +89,7 @@ __all__ = [
     "KeyboardTyposConfig",
     "L2SpConfig",
     "LoggingConfig",
+    "LoraConfig",
     "LrScheduleConfig",
     "MentionReplacementConfig",
     "MixtureConfig",
@@ -135,6 +139,7 @@ class ModelConfig(Section):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     activation_checkpointing: Literal["none", "reentrant", "non_reentrant"] = "none"
     padding: Literal["auto", "padded", "unpadded"] = "auto"
+    lora: LoraConfig | None = None
 
 
 class TaskBase(Section):
@@ -305,13 +310,6 @@ class TrainConfig(Section):
                 f"got {self.global_batch_size}: use {nearest} or another micro_batch_size"
             )
         return self
-
-
-class EvaluationConfig(Section):
-    """When the validation splits are scored."""
-
-    every: DurationField | None = None
-    micro_batch_size: Positive | None = None
 
 
 class CheckpointConfig(Section):

@@ -38,7 +38,7 @@ from dist_ft.engine.ds_detach import (
 from dist_ft.engine.ds_groups import GroupStates, Partitioning
 from dist_ft.engine.ds_loss_scale import read_loss_scale, write_loss_scale
 from dist_ft.engine.ds_setup import set_up_deepspeed
-from dist_ft.engine.ds_weights import FloatBuffers, WeightAccess, group_sizes
+from dist_ft.engine.ds_weights import FloatBuffers, WeightAccess, fixed_sizes, group_sizes
 from dist_ft.engine.layer_modes import LayerModes
 from dist_ft.engine.trunk_pass import TrunkPass, prefix_counts
 from dist_ft.optim.adamw import GroupAdamW
@@ -93,6 +93,8 @@ class DeepSpeedEngine:
             rank=dist.get_rank(),
             world_size=self._world,
         )
+        # Weights of no parameter group never train: those beside an adapter.
+        self._fixed = fixed_sizes(module, self._groups)
         self._snapshot = ModuleSnapshot(module)
         self._trainable: frozenset[str] = frozenset()
         self._states = GroupStates(
@@ -185,6 +187,8 @@ class DeepSpeedEngine:
 
     def _set_requires_grad(self, groups: frozenset[str]) -> None:
         parameters = self._weights.parameters()
+        for name in self._fixed:
+            parameters[name].requires_grad_(requires_grad=False)
         for group in self._groups:
             for name in group.parameters:
                 parameters[name].requires_grad_(group.layer_group in groups)
@@ -198,7 +202,7 @@ class DeepSpeedEngine:
             switch=switch,
             switch_s=seconds,
             trainable_params=trainable,
-            frozen_params=sum(numel.values()) - trainable,
+            frozen_params=sum(numel.values()) + sum(self._fixed.values()) - trainable,
             optimizer_bytes=self._states.optimizer_bytes(),
             parked_bytes=self._states.parked_bytes(),
             gradient_bytes=trainable * DTYPES[self.options.precision].itemsize,

@@ -290,7 +290,7 @@ def _assemble(
                 setattr(head_config, key, value)
             if pad_token_id is not None:  # classifiers on decoders look for the last real token
                 head_config.get_text_config().pad_token_id = pad_token_id
-            with _seeded(seed, f"head {head.name}"):
+            with seeded(seed, f"head {head.name}"):
                 yield head.name, make(head.auto_class, head_config)
 
     for head in heads:
@@ -301,7 +301,7 @@ def _assemble(
     with quiet_transformers():
         models = task_models()
         if _has_auto_model(config):
-            with _seeded(seed, "backbone"):
+            with seeded(seed, "backbone"):
                 backbone = make("AutoModel", copy.deepcopy(config))
             return MultiTaskModel(backbone, models)
         first = next(models, None)
@@ -322,7 +322,7 @@ def _has_auto_model(config: PreTrainedConfig) -> bool:
 
 
 @contextmanager
-def _seeded(seed: int, purpose: str) -> Iterator[None]:
+def seeded(seed: int, purpose: str) -> Iterator[None]:
     """Seeds the CPU generator from (seed, purpose) inside the context; restores it after."""
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     with torch.random.fork_rng(devices=[]):

@@ -17,6 +17,7 @@ from dist_ft.duration import Duration
 from dist_ft.recipe.augmentation_checks import check_augmentation
 from dist_ft.recipe.deepspeed_json import check_deepspeed
 from dist_ft.recipe.errors import Finding, closest, show_value
+from dist_ft.recipe.evaluation_checks import check_evaluation, check_lora
 from dist_ft.recipe.model_folder import check_model, count_blocks
 from dist_ft.recipe.reading import RawPath
 from dist_ft.recipe.regularization_checks import check_regularization
@@ -47,6 +48,8 @@ def check(draft: Draft, *, needs_files: bool = True) -> list[Finding]:
         *_check_plateau(draft, recipe),
         *_check_durations(draft, recipe),
         *check_regularization(draft, recipe),
+        *check_evaluation(draft, recipe),
+        *check_lora(draft, recipe),
         *check_deepspeed(draft, recipe),
     ]
 

@@ -21,6 +21,7 @@ from dist_ft.model.layer_groups import LayerGroup
 from dist_ft.optim.lr_schedules import LrSchedule, thaw_factor
 from dist_ft.optim.param_groups import LearningRates, ParamGroup, build_param_groups
 from dist_ft.train.adapt import WatchGroups
+from dist_ft.train.best import Decision, TrackBest
 from dist_ft.train.callbacks import Checkpoint, Evaluate, LogSteps
 from dist_ft.train.console import Console
 from dist_ft.train.data import prepare_tasks
@@ -298,6 +299,11 @@ def _callbacks(
         data=eval_data(recipe, parts, split="validation"),
         every=interval(recipe.evaluation.every),
     )
+    decision = Decision(recipe.evaluation.decide_by, recipe.evaluation.weights)
+
+    def deciding(step: int) -> dict[str, float]:
+        return decision.scores(evaluate.deciding_scores(step))
+
     checkpoint = Checkpoint(
         recorder=recorder,
         console=console,
@@ -312,7 +318,7 @@ def _callbacks(
         every=interval(recipe.checkpoint.every),
         ephemeral_every=interval(recipe.checkpoint.ephemeral_every),
         in_background=recipe.checkpoint.in_background,
-        scores=evaluate.deciding_scores,
+        scores=deciding,
         describe=lambda: {
             "world_size": world.world_size,
             "zero_stage": recipe.engine.zero_stage,
@@ -337,8 +343,18 @@ def _callbacks(
         config=recipe.train.on_bad_numbers,
         go_back=lambda run: go_back(run, checkpoint=checkpoint, folder=folder),
     )
+    stopping = recipe.evaluation.early_stopping
+    best = TrackBest(
+        recorder=recorder,
+        console=console,
+        evaluate=evaluate,
+        scores=deciding,
+        checkpoint=checkpoint if recipe.checkpoint.keep_best else None,
+        patience=None if stopping is None else stopping.patience,
+        min_delta=0.0 if stopping is None else stopping.min_delta,
+    )
     # A decision is part of the checkpoint of its step.
-    return [steps, groups, guard, evaluate, *deciders(recipe, parts, evaluate), checkpoint]
+    return [steps, groups, guard, evaluate, *deciders(recipe, parts, evaluate), best, checkpoint]
 
 
 def _about(parts: Parts, world: dist.World) -> dict[str, Any]:

@@ -329,7 +329,7 @@ class Checkpoint(Watcher):
         self.settle(run)
         if run.progress.step == self.saved_at or run.progress.phase < 0:
             return  # saved already, or stopped before there was anything to save
-        self._begin(run, ephemeral=run.progress.step < run.total_steps)
+        self._begin(run, ephemeral=not run.is_over)
         saved = self.settle(run)
         assert saved is not None
         saved.check()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,9 +17,19 @@ from dist_ft.data.loader import MicroBatch
 from dist_ft.engine.base import on_device
 from dist_ft.engine.loss_module import LossModule
 from dist_ft.model.backbone import MultiTaskModel
-from dist_ft.train.checkpoint import CheckpointReader, find_checkpoint
+from dist_ft.model.lora import LoraSettings, merged_lora
+from dist_ft.model.sources import resolve_model_path
+from dist_ft.train.best import Decision
+from dist_ft.train.checkpoint import (
+    CheckpointReader,
+    checkpoint_name,
+    find_checkpoint,
+    known_checkpoints,
+    verify_checkpoint,
+)
 from dist_ft.train.evaluate import evaluate_task
 from dist_ft.train.export import export_task
+from dist_ft.train.export_adapter import export_adapter
 from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
 from dist_ft.train.parts import Parts, eval_data, make_parts
 from dist_ft.train.recorder import Recorder, surviving_events
@@ -52,6 +63,19 @@ def open_finished(
     reader = CheckpointReader(path)
     load_weights(parts.model, reader)
     return recipe, parts, folder, reader.trainer["progress"]["step"]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is exported.
+
+    Attributes:
+        best: Each task's weights at its best evaluation instead of the newest ones.
+        lora: Adapters added to the weights, or alone, for peft.
+    """
+
+    best: bool = False
+    lora: Literal["merged", "adapter"] = "merged"
 
 
 @torch.no_grad()
@@ -111,37 +135,85 @@ def _forward(parts: Parts) -> Any:
 
 
 def export(
-    run: Path, *, task: str | None = None, extensions: Extensions = NO_EXTENSIONS
+    run: Path,
+    *,
+    task: str | None = None,
+    how: ExportOptions | None = None,
+    extensions: Extensions = NO_EXTENSIONS,
 ) -> list[Path]:
     """Write a plain transformers folder for each task (or the one named); return the folders.
 
     Raises:
         ValueError: If there is no such task, or an export folder exists already.
     """
+    how = how or ExportOptions()
     recipe, parts, folder, step = open_finished(run, extensions=extensions)
     names = [t.task.name for t in parts.tasks]
     if task is not None and task not in names:
         raise ValueError(f"--task: the run has no task {task!r}; its tasks are {', '.join(names)}")
+    if how.lora == "adapter" and recipe.model.lora is None:
+        raise ValueError("--lora adapter: the run has no model.lora: leave the option out")
     wanted = names if task is None else [task]
     existing = [folder.export / name for name in wanted if (folder.export / name).exists()]
     if existing:
         raise ValueError(
             f"{', '.join(map(str, existing))} exists already: remove it, or move it away"
         )
-    scores = last_scores(folder.metrics, step=step)
-    return [
-        export_task(
+    decision = Decision(recipe.evaluation.decide_by, recipe.evaluation.weights)
+    folders: list[Path] = []
+    for name in wanted:
+        at = step
+        if how.best:
+            reader = best_checkpoint(folder.checkpoints, name=decision.name_for(name))
+            at = reader.trainer["progress"]["step"]
+            load_weights(parts.model, reader)
+        folders.append(_export_one(recipe, parts, name, folder=folder, how=how, step=at))
+    return folders
+
+
+def _export_one(
+    recipe: Recipe, parts: Parts, name: str, *, folder: RunFolder, how: ExportOptions, step: int
+) -> Path:
+    card: dict[str, Any] = {
+        "metrics": last_scores(folder.metrics, step=step).get(name, {}),
+        "recipe": recipe.model_dump(mode="json", exclude={"output_dir", "data_dir"}),
+    }
+    if how.lora == "adapter":
+        assert recipe.model.lora is not None
+        return export_adapter(
             parts.model,
             parts.tokenizer,
             task=name,
             folder=folder.export / name,
-            card={
-                "metrics": scores.get(name, {}),
-                "recipe": recipe.model_dump(mode="json", exclude={"output_dir", "data_dir"}),
-            },
+            settings=LoraSettings(**recipe.model.lora.model_dump()),
+            card={**card, "base_model": resolve_model_path(recipe.model.path)},
         )
-        for name in wanted
-    ]
+    with merged_lora(parts.model):
+        return export_task(
+            parts.model, parts.tokenizer, task=name, folder=folder.export / name, card=card
+        )
+
+
+def best_checkpoint(root: Path, *, name: str) -> CheckpointReader:
+    """Return the whole checkpoint with the best deciding score `name`, the earliest of equals.
+
+    Raises:
+        ValueError: If no whole checkpoint was saved at an evaluation.
+    """
+    scored = sorted(
+        (k for k in known_checkpoints(root) if name in k.scores),
+        key=lambda kept: (-kept.scores[name], kept.step),
+    )
+    for kept in scored:
+        folder = root / checkpoint_name(kept.step)
+        damage = verify_checkpoint(folder)
+        if damage is None:
+            return CheckpointReader(folder)
+        log.warning("checkpoint passed over: %s: %s", folder.name, damage)
+    raise ValueError(
+        f"--best: {root} has no whole checkpoint with a score of {name}: train with "
+        "evaluation.every and checkpoint.keep_best=true"
+    )
 
 
 def last_scores(metrics: Path, *, step: int) -> Mapping[str, dict[str, float]]:

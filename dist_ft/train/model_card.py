@@ -65,6 +65,28 @@ def model_card(
     return "\n".join(parts)
 
 
+def adapter_card(*, task: str, labels: Sequence[str], card: Mapping[str, Any]) -> str:
+    """Returns the card of a folder with adapters, as Markdown; `card` as in `model_card`."""
+    base = card.get("base_model") or _base_model(card.get("recipe") or {})
+    front = {"library_name": "peft", "base_model": base, "tags": ["dist_ft", "lora"]}
+    count = f", num_labels={len(labels)}" if labels else ""
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+        f"# {task}\n",
+        f"LoRA adapters for `{base}`, trained with dist_ft {__version__}. They need transformers "
+        "and peft.\n",
+        "## Use\n\nLoad the base model with the transformers class of the task"
+        f"{count and f' (`from_pretrained(base{count})`)'}, then "
+        "`peft.PeftModel.from_pretrained(model, FOLDER)`.\n",
+        f"## Metrics\n\n{_table(card.get('metrics') or {})}\n",
+    ]
+    if labels:
+        names = "\n".join(f"{index}. {name}" for index, name in enumerate(labels))
+        parts.append(f"## Labels\n\n{names}\n")
+    parts.append(f"## Recipe\n\n{_block(card.get('recipe') or {})}\n")
+    return "\n".join(parts)
+
+
 def _base_model(recipe: Mapping[str, Any]) -> str:
     model = recipe.get("model")
     return str(model.get("path", "unknown")) if isinstance(model, Mapping) else "unknown"

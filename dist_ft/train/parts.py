@@ -16,6 +16,7 @@ from dist_ft.freezing.policies import FreezePolicy
 from dist_ft.freezing.schedule import LayerOrder
 from dist_ft.model.backbone import HeadSpec, ModelSource, MultiTaskModel, load_model, load_tokenizer
 from dist_ft.model.layer_groups import LayerGroup, find_layer_groups
+from dist_ft.model.lora import LoraSettings, add_lora, fix_base
 from dist_ft.train.data import PreparedTask, prepare_tasks
 from dist_ft.train.evaluate import EvalData
 from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
@@ -48,9 +49,13 @@ def make_parts(
     heads = [HeadSpec(t.task.name, t.task.auto_class, t.task.config_updates()) for t in tasks]
     model, _ = load_model(source, heads=heads, dtype=torch.float32, seed=recipe.seed)
     check_vocabulary(tasks, model=model.backbone)
+    if recipe.model.lora is not None:
+        add_lora(model, LoraSettings(**recipe.model.lora.model_dump()), seed=recipe.seed)
     groups = find_layer_groups(model, overrides=recipe.freezing.layer_groups or None)
+    if recipe.model.lora is not None:
+        groups = fix_base(groups, auto_classes={h.name: h.auto_class for h in heads})
     steps = plan_steps(recipe, tasks)
-    order = LayerOrder.of([(g.name, g.kind) for g in groups])
+    order = LayerOrder.of([(g.name, g.freezing_kind) for g in groups])
     if extensions.policy is not None:
         policy = extensions.policy(order, steps.total_steps)
     else:
