@@ -205,6 +205,8 @@ class GenerationConfig(TaskBase):
     prompt: str = "prompt"
     response: str = "response"
     separator: str = "\n"
+    chat: bool = False
+    messages: str | None = None
     max_target_length: Positive = 64
     max_new_tokens: Annotated[int, Field(ge=0)] = 0
     metric: str | None = None

