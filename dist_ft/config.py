@@ -86,6 +86,7 @@ __all__ = [
     "FreezingConfig",
     "GenerationConfig",
     "GradualFreezing",
+    "ImageClassificationConfig",
     "KeyboardTyposConfig",
     "L2SpConfig",
     "LoggingConfig",
@@ -212,11 +213,24 @@ class GenerationConfig(TaskBase):
     metric: str | None = None
 
 
+class ImageClassificationConfig(TaskBase):
+    """Single-label classification of images of one size."""
+
+    type: Literal["image_classification"]
+    image: str = "image"
+    label: str = "label"
+    labels: list[str] | None = None
+    metric: str | None = None
+    # All images have the size of the model's; see `recipe.task_checks`.
+    max_length: Positive = Field(128, exclude=True)
+
+
 TaskConfig = Annotated[
     TextClassificationConfig
     | TokenClassificationConfig
     | QuestionAnsweringConfig
-    | GenerationConfig,
+    | GenerationConfig
+    | ImageClassificationConfig,
     Field(discriminator="type"),
 ]
 

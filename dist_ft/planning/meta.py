@@ -42,6 +42,8 @@ def read_shape(recipe: Recipe, *, on_gpu: bool) -> ModelShape:
     Raises:
         ValueError: If the model's configuration can't be read.
     """
+    if any(t.type == "image_classification" for t in recipe.tasks):
+        raise ValueError("tasks: runs on images can't be planned yet, only runs on text")
     config, source = _config(recipe)
     attention = recipe.model.attention
     if attention == "auto":

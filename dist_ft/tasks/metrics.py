@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,18 @@ Span = tuple[str, int, int]
 def accuracy(predictions: Ints, references: Ints) -> float:
     """Returns the share of equal entries."""
     return float((predictions == references).mean())
+
+
+def single_label_scores(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Returns the scores of records with a ``prediction`` and a ``label``, class indices."""
+    predicted = np.array([record["prediction"] for record in records], np.int64)
+    expected = np.array([record["label"] for record in records], np.int64)
+    return {
+        "accuracy": accuracy(predicted, expected),
+        "macro_f1": macro_f1(predicted, expected),
+        "mcc": matthews_correlation(predicted, expected),
+        "baseline_majority_accuracy": majority_share(expected),
+    }
 
 
 def majority_share(references: Ints) -> float:

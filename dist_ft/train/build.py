@@ -16,7 +16,6 @@ from dist_ft.data.bandit import BanditMixture
 from dist_ft.duration import Duration
 from dist_ft.engine.loss_module import LossModule
 from dist_ft.heartbeat import Heartbeat
-from dist_ft.model.backbone import load_tokenizer
 from dist_ft.model.layer_groups import LayerGroup
 from dist_ft.optim.lr_schedules import LrSchedule, thaw_factor
 from dist_ft.optim.param_groups import LearningRates, ParamGroup, build_param_groups
@@ -31,7 +30,7 @@ from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
 from dist_ft.train.loading import make_loader
 from dist_ft.train.loop import Run, fit
 from dist_ft.train.numbers import GuardNumbers
-from dist_ft.train.parts import Parts, eval_data, make_parts, model_source
+from dist_ft.train.parts import Parts, eval_data, load_preprocessor, make_parts
 from dist_ft.train.recorder import Recorder
 from dist_ft.train.regularization import in_training, penalty_rules
 from dist_ft.train.restoring import go_back, restore
@@ -59,7 +58,7 @@ def prepare(recipe: Recipe) -> None:
     console = Console(main=True)
     prepare_tasks(
         recipe,
-        tokenizer=load_tokenizer(model_source(recipe.model)),
+        tokenizer=load_preprocessor(recipe),
         say=console.say,
         reading=console.reading,
     )

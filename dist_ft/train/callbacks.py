@@ -205,7 +205,10 @@ def _over_ranks(changes: dict[str, AugmentStatistics | None]) -> dict[str, Augme
 
 def _positions(batch: StepBatch) -> int:
     """Return the positions of this rank's input, padding and fillers counted."""
-    return sum(b.inputs["input_ids"].numel() for b in batch.micro_batches)
+    return sum(
+        b.inputs["input_ids"].numel() if "input_ids" in b.inputs else b.tokens
+        for b in batch.micro_batches
+    )
 
 
 def _peak_rss_bytes() -> int:

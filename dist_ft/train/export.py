@@ -98,6 +98,7 @@ def _auto_class(task_model: PreTrainedModel) -> str:
         "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
         "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
         "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+        "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
     }
     for auto_class, mapping in mappings.items():
         known = getattr(modeling_auto, mapping).get(type(task_model.config), None)
@@ -168,6 +169,7 @@ def _labels(config: Any, *, auto_class: str) -> list[str]:
     if auto_class not in (
         "AutoModelForSequenceClassification",
         "AutoModelForTokenClassification",
+        "AutoModelForImageClassification",
     ):
         return []
     return [config.id2label[index] for index in sorted(config.id2label)]

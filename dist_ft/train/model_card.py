@@ -15,6 +15,7 @@ PIPELINES = {
     "AutoModelForQuestionAnswering": "question-answering",
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModelForImageClassification": "image-classification",
 }
 CUSTOM_PIPELINES = {"question-answering", "text2text-generation"}
 _EXAMPLES = {
@@ -23,6 +24,7 @@ _EXAMPLES = {
     "question-answering": 'question="Who did it?", context="Ada did it."',
     "text-generation": '"a prompt"',
     "text2text-generation": '"a text"',
+    "image-classification": '"an image file"',
 }
 _RESERVED = {"metrics", "recipe", "base_model"}
 
@@ -94,15 +96,17 @@ def _base_model(recipe: Mapping[str, Any]) -> str:
 
 def _usage(auto_class: str, pipeline: str) -> str:
     trust = ", trust_remote_code=True" if pipeline in CUSTOM_PIPELINES else ""
+    reader = "AutoImageProcessor" if pipeline == "image-classification" else "AutoTokenizer"
     lines = [
         "```python",
-        f"from transformers import AutoTokenizer, {auto_class}, pipeline",
+        f"from transformers import {reader}, {auto_class}, pipeline",
         "",
         f'pipe = pipeline("{pipeline}", model="THIS FOLDER"{trust})',
         f"pipe({_EXAMPLES[pipeline]})",
         "",
         f'model = {auto_class}.from_pretrained("THIS FOLDER")',
-        'tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")',
+        f"{'processor' if reader != 'AutoTokenizer' else 'tokenizer'} = "
+        f'{reader}.from_pretrained("THIS FOLDER")',
         "```",
     ]
     if trust:
