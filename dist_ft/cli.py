@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dist_ft.cli_arguments import BestOption, LoraOption, OverridesArgument, RecipeArgument
+from dist_ft.cli_arguments import (
+    AnalysisOption,
+    BestOption,
+    LoraOption,
+    OverridesArgument,
+    RecipeArgument,
+)
 from dist_ft.cli_data import data_app
 from dist_ft.cli_launch import launch_command
 from dist_ft.cli_slurm import slurm
@@ -84,12 +90,14 @@ def train(
 
 
 @app.command()
-def evaluate(run: RunArgument) -> None:
+def evaluate(run: RunArgument, *, analysis: AnalysisOption = False) -> None:
     """Score the validation and test splits with the run's latest weights."""
     _require_run(run)
     from dist_ft.train import finished
 
     _print_metrics(finished.evaluate(run))
+    if analysis:
+        typer.echo(f"wrote {finished.analyse(run)}: `dist-ft report {run}` shows it")
 
 
 @app.command()

@@ -24,3 +24,9 @@ LoraOption = Annotated[
     Literal["merged", "adapter"],
     typer.Option("--lora", help="Adapters added to the weights, or alone for peft."),
 ]
+AnalysisOption = Annotated[
+    bool,
+    typer.Option(
+        "--analysis", help="Look into the model: drift, calibration, confusions, attributions."
+    ),
+]

@@ -16,9 +16,9 @@ from dist_ft.config import Recipe
 from dist_ft.data.loader import MicroBatch
 from dist_ft.engine.base import on_device
 from dist_ft.engine.loss_module import LossModule
-from dist_ft.model.backbone import MultiTaskModel
 from dist_ft.model.lora import LoraSettings, merged_lora
 from dist_ft.model.sources import resolve_model_path
+from dist_ft.train import analysis
 from dist_ft.train.best import Decision
 from dist_ft.train.checkpoint import (
     CheckpointReader,
@@ -34,6 +34,7 @@ from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
 from dist_ft.train.parts import Parts, eval_data, make_parts
 from dist_ft.train.recorder import Recorder, surviving_events
 from dist_ft.train.run_folder import RunFolder
+from dist_ft.train.weights import load_weights
 
 log = logging.getLogger("dist_ft")
 
@@ -49,6 +50,19 @@ def open_finished(
     Raises:
         ValueError: If the folder holds no run or no whole checkpoint.
     """
+    recipe, parts, folder, reader = open_start(run, extensions=extensions)
+    load_weights(parts.model, reader)
+    return recipe, parts, folder, reader.trainer["progress"]["step"]
+
+
+def open_start(
+    run: Path, *, extensions: Extensions = NO_EXTENSIONS
+) -> tuple[Recipe, Parts, RunFolder, CheckpointReader]:
+    """Return recipe, parts as they were before the run, folder and its newest whole checkpoint.
+
+    Raises:
+        ValueError: If the folder holds no run or no whole checkpoint.
+    """
     folder = RunFolder(run)
     recipe = Recipe.model_validate(folder.read_recipe())
     path, passed_over = find_checkpoint(folder.checkpoints)
@@ -60,9 +74,17 @@ def open_finished(
     parts = make_parts(recipe, log.info, extensions=extensions)
     for text in passed_over:
         log.warning("checkpoint passed over: %s", text)
-    reader = CheckpointReader(path)
-    load_weights(parts.model, reader)
-    return recipe, parts, folder, reader.trainer["progress"]["step"]
+    return recipe, parts, folder, CheckpointReader(path)
+
+
+def analyse(run: Path, *, extensions: Extensions = NO_EXTENSIONS) -> Path:
+    """Write what moved, how sure the model is and what it confuses; return the file's path.
+
+    Raises:
+        ValueError: If the folder holds no run or no whole checkpoint.
+    """
+    recipe, parts, folder, reader = open_start(run, extensions=extensions)
+    return analysis.analyse(recipe, parts, reader, folder=folder.root)
 
 
 @dataclass(frozen=True)
@@ -76,20 +98,6 @@ class ExportOptions:
 
     best: bool = False
     lora: Literal["merged", "adapter"] = "merged"
-
-
-@torch.no_grad()
-def load_weights(model: MultiTaskModel, reader: CheckpointReader) -> None:
-    """Put a checkpoint's weights into a whole model, in the precision that was trained.
-
-    Raises:
-        ValueError: If the checkpoint lacks a parameter.
-    """
-    for name, parameter in model.named_parameters():
-        weight = reader.read("weight", name, start=0, length=parameter.numel())
-        if weight is None:
-            raise ValueError(f"{reader.folder} has no weights for {name}: it is another model's")
-        parameter.data = weight.view(parameter.shape).clone()
 
 
 def evaluate(
