@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -28,5 +29,11 @@ AnalysisOption = Annotated[
     bool,
     typer.Option(
         "--analysis", help="Look into the model: drift, calibration, confusions, attributions."
+    ),
+]
+AgainstOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--against", help="Another run: print the differences with paired intervals instead."
     ),
 ]

@@ -24,14 +24,12 @@ class StudySet:
         key: Column that tells rows apart; repeated rows are dropped before anything is split.
         task: Settings of the recipe's task, without name and data.
         metric: What is compared; larger is better.
-        failed_at: A run fails if it scores no more: what constant answers reach.
     """
 
     path: str
     key: str
     task: Mapping[str, Any] = field(default_factory=dict)
     metric: str = "macro_f1"
-    failed_at: str = "majority"
 
 
 _TEXT = {"type": "text_classification", "max_length": 48}

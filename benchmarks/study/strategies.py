@@ -44,7 +44,10 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     },
     "layer-wise LR decay 0.8": {"optim": {"layer_decay": 0.8}},
     "top 2 blocks anew": {"regularization": {"reinitialize_blocks": 2}},
-    "L2-SP 0.01": {"regularization": {"l2_sp": {"strength": 0.01}}},
+    "L2-SP 0.01": {
+        "regularization": {"l2_sp": {"strength": 0.01}},
+        "optim": {"weight_decay": 0.0},
+    },
     "R-Drop 1": {"regularization": {"r_drop": 1.0}},
     "label smoothing 0.1": {"regularization": {"label_smoothing": 0.1}},
     "NEFTune 5": {"regularization": {"neftune_alpha": 5.0}},

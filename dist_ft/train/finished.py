@@ -27,7 +27,7 @@ from dist_ft.train.checkpoint import (
     known_checkpoints,
     verify_checkpoint,
 )
-from dist_ft.train.evaluate import evaluate_task
+from dist_ft.train.evaluate import collect, evaluate_task, paired_bootstrap
 from dist_ft.train.export import export_task
 from dist_ft.train.export_adapter import export_adapter
 from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
@@ -128,6 +128,45 @@ def evaluate(
             )
     recorder.close()
     return results
+
+
+Differences = dict[str, dict[str, tuple[float, float, float]]]
+
+
+def compare(run: Path, against: Path, *, extensions: Extensions = NO_EXTENSIONS) -> Differences:
+    """Return by task and metric how much larger it is in `run` than in `against`, with interval.
+
+    Both are scored on their own validation rows, which must be the same.
+
+    Raises:
+        ValueError: If a folder holds no run, or the rows are not the same.
+    """
+    world = dist.World(rank=0, local_rank=0, world_size=1)
+    collected: list[dict[str, tuple[Any, Any, list[Any]]]] = []
+    for path in (run, against):
+        recipe, parts, _, _ = open_finished(path, extensions=extensions)
+        forward = _forward(parts)
+        of_run: dict[str, tuple[Any, Any, list[Any]]] = {}
+        for data in eval_data(recipe, parts, split="validation"):
+            metrics, records, _ = collect(data, forward=forward, world=world)
+            source = data.dataset.take(list(range(len(data.dataset))), columns={"source_row"})[
+                "source_row"
+            ]
+            of_run[data.task.name] = (metrics, list(source), records)
+        collected.append(of_run)
+    ours, theirs = collected
+    found: Differences = {}
+    for task in ours.keys() & theirs.keys():
+        metrics, rows, records = ours[task]
+        if rows != theirs[task][1]:
+            raise ValueError(
+                f"--against: task {task} has other validation rows in {against}: compare runs on "
+                "the same data and split"
+            )
+        found[task] = paired_bootstrap(metrics, records, theirs[task][2], resamples=RESAMPLES)
+    if not found:
+        raise ValueError(f"--against: {against} has no task of {run}: nothing can be compared")
+    return found
 
 
 def _forward(parts: Parts) -> Any:

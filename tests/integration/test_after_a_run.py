@@ -259,3 +259,13 @@ def test_the_analysis_says_what_the_run_did(run: Path, page: Path) -> None:
     assert "Reliability of text" in html_text
     assert "CKA to the start" in html_text
     assert "Integrated gradients" in html_text
+
+
+def test_runs_are_compared_on_the_same_rows(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", str(run), "--against", str(run)]) == 0
+    table = capsys.readouterr().out
+    # Against itself no resample differs, however wide the interval of the metric alone.
+    rows = [line for line in table.splitlines() if " to " in line]
+    assert len(rows) > 10
+    assert all(row.count("+0.0000") == 3 for row in rows)
+    assert "accuracy" in table
