@@ -10,6 +10,7 @@ time-out. Every rank hashes the tasks that it ran, step by step.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -128,7 +129,7 @@ def write_recipe(folder: Path, *, steps: int) -> Path:
 
 
 def _on_all_ranks(recipe: Path, folder: Path) -> list[dict[str, Any]]:
-    import dist_ft.train.build  # noqa: F401 - imported once, for the forks
+    importlib.import_module("dist_ft.train.build")  # once, for the forks
 
     context = multiprocessing.get_context("fork")
     ranks = [context.Process(target=_rank, args=(rank, recipe, folder)) for rank in range(RANKS)]

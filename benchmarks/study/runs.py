@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -88,7 +89,7 @@ def _train(plan: Plan, *, folder: Path) -> list[dict[str, Any]]:
     DeepSpeed keeps the process group of its first run, so a process trains once. A fork of this
     one has imported everything already.
     """
-    import dist_ft.train.build  # noqa: F401 - for the forks
+    importlib.import_module("dist_ft.train.build")  # once, for the forks
 
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
@@ -98,10 +99,11 @@ def _train(plan: Plan, *, folder: Path) -> list[dict[str, Any]]:
     try:
         rows = receive.recv()
     except EOFError:
-        problem = f"the process ended with {process.exitcode}"
-        rows = _failures(plan, problem)
+        rows = []
     process.join()
-    return rows
+    if process.exitcode == 1:
+        raise SystemExit(f"{plan.strategy} was stopped: start the same command again to go on")
+    return rows or _failures(plan, f"the process ended with {process.exitcode}")
 
 
 def _failures(plan: Plan, problem: str) -> list[dict[str, Any]]:
@@ -130,6 +132,8 @@ def _train_here(plan: Plan, *, folder: Path) -> list[dict[str, Any]]:
     except Exception:  # noqa: BLE001
         return _failures(plan, traceback.format_exc())
     cpu = time.process_time() - cpu
+    if run.outcome != "finished":  # asked to stop: that says nothing about the strategy
+        raise SystemExit(1)
     scores, train_s = run.scores(), _train_seconds(run.path)
     about = {k: v for k, v in asdict(plan).items() if k != "sets"}
     return [

@@ -188,7 +188,7 @@ class DeepSpeedEngine:
     def _set_requires_grad(self, groups: frozenset[str]) -> None:
         parameters = self._weights.parameters()
         for name in self._fixed:
-            parameters[name].requires_grad_(requires_grad=False)
+            parameters[name].requires_grad_(False)
         for group in self._groups:
             for name in group.parameters:
                 parameters[name].requires_grad_(group.layer_group in groups)

@@ -131,7 +131,7 @@ class ReferenceEngine:
         began = time.monotonic()
         wanted = frozenset(groups)
         for name in self._fixed:
-            self._parameters[name].requires_grad_(requires_grad=False)
+            self._parameters[name].requires_grad_(False)
         for group in self._groups:
             trains = group.layer_group in wanted
             returns = trains and group.layer_group not in self._trainable

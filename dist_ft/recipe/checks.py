@@ -22,7 +22,7 @@ from dist_ft.recipe.model_folder import check_model, count_blocks
 from dist_ft.recipe.reading import RawPath
 from dist_ft.recipe.regularization_checks import check_regularization
 from dist_ft.recipe.source_checks import check_sources
-from dist_ft.recipe.task_checks import check_images, check_tasks, metrics_of
+from dist_ft.recipe.task_checks import check_inputs, check_tasks, metrics_of
 from dist_ft.recipe.validate import Draft
 
 # Numbers of blocks that a policy may name, and what they do.
@@ -42,7 +42,7 @@ def check(draft: Draft, *, needs_files: bool = True) -> list[Finding]:
     return [
         *(files if needs_files else ()),
         *check_tasks(draft, recipe),
-        *check_images(draft, recipe),
+        *check_inputs(draft, recipe),
         *check_augmentation(draft, recipe),
         *_check_weights(draft, recipe),
         *_check_depth(draft, recipe),

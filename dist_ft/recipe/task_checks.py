@@ -39,12 +39,15 @@ def check_tasks(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
             yield from _check_metric(draft, task=task, index=index)
 
 
-def check_images(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
-    """Yield keys of text at images, and tasks of images beside tasks of text."""
+def check_inputs(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
+    """Yield keys that mean nothing for images or conversations, and images beside text."""
     if not draft.is_sure("tasks"):
         return
     images = [t.type == "image_classification" for t in recipe.tasks]
     for index, task in enumerate(recipe.tasks):
+        if getattr(task, "messages", None) is not None and task.augmentation:
+            text = f"can't change conversations, and task {task.name} has messages: remove it"
+            yield Finding(("tasks", index, "augmentation"), text)
         if not images[index]:
             if any(images):
                 text = "one model takes text or images, and another task has images: use two runs"

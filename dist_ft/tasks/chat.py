@@ -97,7 +97,7 @@ def _tokens(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, asks: bool = False
 ) -> list[int]:
     text: Any = tokenizer.apply_chat_template(
-        list(messages), tokenize=False, add_generation_prompt=asks
+        [dict(message) for message in messages], tokenize=False, add_generation_prompt=asks
     )
     # The template writes the special tokens itself.
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -210,7 +210,7 @@ def _read(value: Any, *, size: tuple[int, int]) -> Pixels:
             image = Image.open(io.BytesIO(value))
         else:
             image = Image.fromarray(_as_uint8(value))
-        resized = image.convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR)
+        resized = image.convert("RGB").resize((size[1], size[0]), Image.Resampling.BILINEAR)
     except (OSError, TypeError, ValueError) as error:
         raise ValueError(f"an image cannot be read: {error}") from error
     return np.asarray(resized, dtype=np.uint8).transpose(2, 0, 1)

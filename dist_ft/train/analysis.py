@@ -188,5 +188,5 @@ def _names(data: EvalData, *, classes: int) -> list[str]:
 def _text(parts: Parts, data: EvalData, row: int) -> str | None:
     if not hasattr(parts.tokenizer, "decode"):
         return None
-    ids = data.dataset.take([row], columns={"input_ids"})["input_ids"][0]
+    ids = data.dataset.take(np.array([row]), columns={"input_ids"})["input_ids"][0]
     return parts.tokenizer.decode(np.asarray(ids).tolist(), skip_special_tokens=True)

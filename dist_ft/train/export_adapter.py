@@ -86,11 +86,10 @@ def _saved_name(name: str) -> str:
     return f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}"
 
 
-def _targets(task_model: torch.nn.Module) -> set[str]:
+def _targets(task_model: torch.nn.Module) -> list[str]:
     from peft.tuners.lora import LoraLayer
 
-    paths = [path for path, module in task_model.named_modules() if isinstance(module, LoraLayer)]
-    return set(paths)
+    return [path for path, module in task_model.named_modules() if isinstance(module, LoraLayer)]
 
 
 def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -149,7 +150,7 @@ def compare(run: Path, against: Path, *, extensions: Extensions = NO_EXTENSIONS)
         of_run: dict[str, tuple[Any, Any, list[Any]]] = {}
         for data in eval_data(recipe, parts, split="validation"):
             metrics, records, _ = collect(data, forward=forward, world=world)
-            source = data.dataset.take(list(range(len(data.dataset))), columns={"source_row"})[
+            source = data.dataset.take(np.arange(len(data.dataset)), columns={"source_row"})[
                 "source_row"
             ]
             of_run[data.task.name] = (metrics, list(source), records)

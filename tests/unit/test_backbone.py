@@ -41,7 +41,7 @@ def saved(folder: Path, name: str, auto_class: str = "AutoModel", **kwargs: Any)
 
 def load(folder: Path, heads: list[HeadSpec], seed: int = 1) -> MultiTaskModel:
     source = ModelSource(str(folder))
-    pad = load_tokenizer(source).pad_token_id
+    pad: Any = load_tokenizer(source).pad_token_id
     return load_model(source, heads=heads, dtype=torch.float32, seed=seed, pad_token_id=pad)
 
 
@@ -230,7 +230,7 @@ def test_missing_pad_token_needs_one_from_the_vocabulary(tmp_path: Path) -> None
         load_tokenizer(ModelSource(folder, pad_token="<none>"))
     source = ModelSource(folder, pad_token="<eos>")
     tokenizer = load_tokenizer(source)
-    pad = tokenizer.pad_token_id
+    pad: Any = tokenizer.pad_token_id
     model = load_model(source, heads=[CLASSIFIER], dtype=torch.float32, seed=0, pad_token_id=pad)
     assert tokenizer.pad_token == "<eos>"
     config: Any = model.heads["cls"].config
