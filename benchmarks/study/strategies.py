@@ -83,7 +83,7 @@ def make_recipe(
             task["augmentation"] = _MENTIONS if name == "wnut16" else _NOISE
         tasks.append(task)
         with Path(paths["train"]).open() as lines:
-            steps += steps_of(part, rows=sum(1 for _ in lines))
+            steps += SETS[name].longer * steps_of(part, rows=sum(1 for _ in lines))
     change.pop("augmentation", None)
     steps = round(steps * change.pop("train", {}).get("share", 1.0))
     recipe: dict[str, Any] = {
