@@ -147,6 +147,7 @@ def _follows(expected: dict[str, Tensor], starts: dict[str, Tensor]) -> None:
         engine.close()
 
 
+@pytest.mark.slow
 def test_zero_follows_plain_torch_and_peft_through_a_phase_change() -> None:
     model, _ = _model()
     starts = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -178,6 +179,7 @@ def test_unknown_layers_are_refused_with_the_names_that_there_are() -> None:
         add_lora(model, LoraSettings(target_modules=("q_proj",)), seed=0)
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_resumes_and_exports_both_ways(tmp_path: Path) -> None:
     path = write_recipe(
         tmp_path,
