@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from dist_ft.config import Recipe
 from dist_ft.recipe import load_recipe
@@ -47,11 +47,24 @@ class RunHandle:
 
         return finished.evaluate(self.path, extensions=self.extensions)
 
-    def export(self, *, task: str | None = None) -> list[Path]:
-        """Write a plain transformers folder for each task (or one); return the folders."""
+    def export(
+        self,
+        *,
+        task: str | None = None,
+        best: bool = False,
+        lora: Literal["merged", "adapter"] = "merged",
+    ) -> list[Path]:
+        """Write a plain transformers folder for each task (or one); return the folders.
+
+        Args:
+            task: Only this one.
+            best: Each task's weights at its best evaluation instead of the newest ones.
+            lora: Adapters added to the weights, or alone, for peft.
+        """
         from dist_ft.train import finished
 
-        return finished.export(self.path, task=task, extensions=self.extensions)
+        how = finished.ExportOptions(best=best, lora=lora)
+        return finished.export(self.path, task=task, how=how, extensions=self.extensions)
 
     def report(self, *, beside: Sequence[Path] = ()) -> Path:
         """Write the HTML page, compared with the runs `beside` it; return its path."""

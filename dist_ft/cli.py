@@ -5,16 +5,24 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dist_ft.cli_arguments import OverridesArgument, RecipeArgument
+from dist_ft.cli_arguments import (
+    AgainstOption,
+    AnalysisOption,
+    BestOption,
+    LoraOption,
+    OverridesArgument,
+    RecipeArgument,
+)
 from dist_ft.cli_data import data_app
 from dist_ft.cli_launch import launch_command
 from dist_ft.cli_slurm import slurm
+from dist_ft.cli_tables import print_differences, print_metrics
 from dist_ft.heartbeat import note_error, show_stacks_when_asked
 
 if TYPE_CHECKING:
@@ -89,12 +97,20 @@ def train(
 
 
 @app.command()
-def evaluate(run: RunArgument) -> None:
+def evaluate(
+    run: RunArgument, *, analysis: AnalysisOption = False, against: AgainstOption = None
+) -> None:
     """Score the validation and test splits with the run's latest weights."""
     _require_run(run)
     from dist_ft.train import finished
 
-    _print_metrics(finished.evaluate(run))
+    if against is not None:
+        _require_run(against)
+        print_differences(finished.compare(run, against))
+        return
+    print_metrics(finished.evaluate(run))
+    if analysis:
+        typer.echo(f"wrote {finished.analyse(run)}: `dist-ft report {run}` shows it")
 
 
 @app.command()
@@ -102,12 +118,15 @@ def export(
     run: RunArgument,
     *,
     task: Annotated[str | None, typer.Option("--task", help="Only this task.")] = None,
+    best: BestOption = False,
+    lora: LoraOption = "merged",
 ) -> None:
     """Write a plain transformers folder for each task."""
     _require_run(run)
     from dist_ft.train import finished
 
-    for folder in finished.export(run, task=task):
+    how = finished.ExportOptions(best=best, lora=lora)
+    for folder in finished.export(run, task=task, how=how):
         typer.echo(f"exported {folder}")
 
 
@@ -376,17 +395,3 @@ def _packaged(name: str) -> Path:
     if name not in known:
         raise ValueError(f"no packaged recipe {name!r}: use one of {', '.join(known)}")
     return known[name]
-
-
-def _print_metrics(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
-    """Print the metrics of each task and split as a table."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("task", "split", "metric", "value")
-    for task, splits in metrics.items():
-        for split, values in splits.items():
-            for name, value in values.items():
-                shown = f"{value:.4f}" if isinstance(value, float) else str(value)
-                table.add_row(task, split, name, shown)
-    Console().print(table)

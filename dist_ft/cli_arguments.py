@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,5 +16,24 @@ OverridesArgument = Annotated[
         metavar="KEY=VALUE",
         help="Changes to the recipe: optim.lr=3e-5, tasks.trec.max_length=64. "
         "Relative paths start where the recipe's own do.",
+    ),
+]
+BestOption = Annotated[
+    bool, typer.Option("--best", help="Each task's weights at its best evaluation.")
+]
+LoraOption = Annotated[
+    Literal["merged", "adapter"],
+    typer.Option("--lora", help="Adapters added to the weights, or alone for peft."),
+]
+AnalysisOption = Annotated[
+    bool,
+    typer.Option(
+        "--analysis", help="Look into the model: drift, calibration, confusions, attributions."
+    ),
+]
+AgainstOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--against", help="Another run: print the differences with paired intervals instead."
     ),
 ]

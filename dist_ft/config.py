@@ -39,6 +39,7 @@ from dist_ft.config_data import (
     WordDropoutConfig,
     WordReplacementConfig,
 )
+from dist_ft.config_evaluation import EarlyStoppingConfig, EvaluationConfig
 from dist_ft.config_freezing import (
     AdaptiveFreezing,
     BottomUpFreezing,
@@ -52,11 +53,21 @@ from dist_ft.config_freezing import (
     RandomBlockFreezing,
     StaticFreezing,
 )
+from dist_ft.config_lora import LoraConfig
 from dist_ft.config_regularization import (
     BalancingConfig,
     DropoutConfig,
     L2SpConfig,
     RegularizationConfig,
+)
+from dist_ft.config_tasks import (
+    GenerationConfig,
+    ImageClassificationConfig,
+    QuestionAnsweringConfig,
+    TaskBase,
+    TaskConfig,
+    TextClassificationConfig,
+    TokenClassificationConfig,
 )
 from dist_ft.duration import Duration
 
@@ -73,6 +84,7 @@ __all__ = [
     "DataConfig",
     "DropoutConfig",
     "DurationField",
+    "EarlyStoppingConfig",
     "EngineConfig",
     "EvaluationConfig",
     "ExplicitFreezing",
@@ -83,9 +95,11 @@ __all__ = [
     "FreezingConfig",
     "GenerationConfig",
     "GradualFreezing",
+    "ImageClassificationConfig",
     "KeyboardTyposConfig",
     "L2SpConfig",
     "LoggingConfig",
+    "LoraConfig",
     "LrScheduleConfig",
     "MentionReplacementConfig",
     "MixtureConfig",
@@ -135,83 +149,7 @@ class ModelConfig(Section):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     activation_checkpointing: Literal["none", "reentrant", "non_reentrant"] = "none"
     padding: Literal["auto", "padded", "unpadded"] = "auto"
-
-
-class TaskBase(Section):
-    """What every task has."""
-
-    name: TaskName
-    data: DataConfig
-    max_length: Positive = 128
-    on_error: Literal["stop", "skip"] = "stop"
-    augmentation: list[TransformConfig] = Field(default_factory=list)
-
-
-class TextClassificationConfig(TaskBase):
-    """Single-label, multi-label or regression on a text or a pair of texts."""
-
-    type: Literal["text_classification"]
-    problem: Literal["single_label", "multi_label", "regression"] = "single_label"
-    text: str = "text"
-    text_pair: str | None = None
-    label: str = "label"
-    labels: list[str] | None = None
-    metric: str | None = None
-
-
-class TokenClassificationConfig(TaskBase):
-    """Labels for words; BIO tags give entity-level scores."""
-
-    type: Literal["token_classification"]
-    tokens: str = "tokens"
-    tags: str = "tags"
-    labels: list[str] | None = None
-    metric: str | None = None
-
-
-class QuestionAnsweringConfig(TaskBase):
-    """Extractive question answering with windows over long contexts."""
-
-    type: Literal["question_answering"]
-    question: str = "question"
-    context: str = "context"
-    answers: str = "answers"
-    id: str = "id"
-    max_length: Positive = 384
-    doc_stride: Positive = 128
-    max_answer_length: Positive = 30
-    metric: str | None = None
-
-    @model_validator(mode="after")
-    def _stride_fits(self) -> Self:
-        if self.doc_stride >= self.max_length:
-            raise ValueError(
-                f"doc_stride must be smaller than max_length ({self.max_length}), got "
-                f"{self.doc_stride}: lower doc_stride or raise max_length"
-            )
-        return self
-
-
-class GenerationConfig(TaskBase):
-    """Causal (prompt masked) or sequence-to-sequence generation."""
-
-    type: Literal["generation"]
-    style: Literal["causal", "seq2seq"] = "causal"
-    prompt: str = "prompt"
-    response: str = "response"
-    separator: str = "\n"
-    max_target_length: Positive = 64
-    max_new_tokens: Annotated[int, Field(ge=0)] = 0
-    metric: str | None = None
-
-
-TaskConfig = Annotated[
-    TextClassificationConfig
-    | TokenClassificationConfig
-    | QuestionAnsweringConfig
-    | GenerationConfig,
-    Field(discriminator="type"),
-]
+    lora: LoraConfig | None = None
 
 
 class LrScheduleConfig(Section):
@@ -305,13 +243,6 @@ class TrainConfig(Section):
                 f"got {self.global_batch_size}: use {nearest} or another micro_batch_size"
             )
         return self
-
-
-class EvaluationConfig(Section):
-    """When the validation splits are scored."""
-
-    every: DurationField | None = None
-    micro_batch_size: Positive | None = None
 
 
 class CheckpointConfig(Section):

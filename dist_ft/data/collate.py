@@ -17,6 +17,32 @@ _ATTENTION_MASK = "attention_mask"
 
 
 @dataclass(frozen=True)
+class ArrayInput:
+    """An input made from arrays of one size, which shards hold flat, as small integers.
+
+    Attributes:
+        column: the list column.
+        shape: shape of a row's array, channels first.
+        scale: factor of the integers, before mean and deviation.
+        mean: subtracted, for each channel.
+        std: divided by, for each channel.
+    """
+
+    column: str
+    shape: tuple[int, ...]
+    scale: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def tensor(self, rows: Sequence[np.ndarray]) -> torch.Tensor:
+        """Returns the normalised arrays, float32 [rows, *shape]."""
+        flat = torch.from_numpy(np.stack(list(rows)))
+        sizes = (1, -1, *(1 for _ in self.shape[1:]))
+        mean, std = (torch.tensor(v).view(sizes) for v in (self.mean, self.std))
+        return (flat.view(-1, *self.shape).float() * self.scale - mean) / std
+
+
+@dataclass(frozen=True)
 class CollateSpec:
     """Says which columns a task's micro-batch has and how they are padded.
 
@@ -28,6 +54,7 @@ class CollateSpec:
         targets: columns which go to the task's loss and metrics.
         kept: columns handed on as they are, for decoding: strings as str, lists as numpy arrays.
         pad_side: where the padding goes; "left" for generating with a causal model.
+        arrays: inputs that are made from arrays of one size.
     """
 
     ragged: Mapping[str, int | float]
@@ -36,9 +63,10 @@ class CollateSpec:
     targets: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
     pad_side: Literal["right", "left"] = "right"
+    arrays: Mapping[str, ArrayInput] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        known = {*self.ragged, *self.scalar}
+        known = {*self.ragged, *self.scalar, *self.arrays}
         unknown = [c for c in (*self.inputs, *self.targets) if c not in known]
         if _ATTENTION_MASK in self.inputs and "input_ids" in self.ragged:
             unknown = [c for c in unknown if c != _ATTENTION_MASK]
@@ -54,7 +82,8 @@ class CollateSpec:
     def columns(self) -> frozenset[str]:
         """The shard columns that the micro-batch is made from."""
         made = {_ATTENTION_MASK} - {*self.ragged, *self.scalar}
-        needed = {*self.inputs, *self.targets, *self.kept} - made
+        needed = {*self.inputs, *self.targets, *self.kept} - made - self.arrays.keys()
+        needed |= {array.column for array in self.arrays.values()}
         return frozenset(needed | ({"input_ids"} if _ATTENTION_MASK in self.inputs else set()))
 
 
@@ -81,6 +110,9 @@ def collate(
         if name == _ATTENTION_MASK and name not in spec.ragged:
             places = filled.of(_column(columns, "input_ids"))
             tensors[name] = torch.from_numpy(places.astype(np.int64))
+        elif name in spec.arrays:
+            array = spec.arrays[name]
+            tensors[name] = array.tensor(_column(columns, array.column))
         else:
             tensors[name] = _rectangle(columns, name, spec=spec, filled=filled)
     return {n: tensors[n] for n in spec.inputs}, {n: tensors[n] for n in spec.targets}

@@ -25,8 +25,11 @@ def tokenizer_fingerprint(tokenizer: Any) -> dict[str, Any]:
     tokenizer, and change as it is used.
 
     Args:
-        tokenizer: a transformers tokenizer.
+        tokenizer: a transformers tokenizer, or an image processor.
     """
+    if not hasattr(tokenizer, "special_tokens_map"):
+        content = json.loads(tokenizer.to_json_string())
+        return {"class": type(tokenizer).__name__, "content_sha256": _sha256(content)}
     probes = [tokenizer(probe, add_special_tokens=True)["input_ids"] for probe in _PROBES]
     special = {
         name: tokenizer.convert_tokens_to_ids(token)

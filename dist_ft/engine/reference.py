@@ -61,6 +61,7 @@ class ReferenceEngine:
         self._groups = list(param_groups)
         self._modes = modes or LayerModes.none()
         self._parameters = {n.removeprefix("model."): p for n, p in module.named_parameters()}
+        self._fixed = self._parameters.keys() - {n for g in param_groups for n in g.parameters}
         self._device = next(module.parameters()).device
         self._trainable: frozenset[str] = frozenset(g.layer_group for g in self._groups)
         self._anchors = take_anchors(
@@ -147,6 +148,8 @@ class ReferenceEngine:
         self.before_change()
         began = time.monotonic()
         wanted = frozenset(groups)
+        for name in self._fixed:
+            self._parameters[name].requires_grad_(False)
         for group in self._groups:
             trains = group.layer_group in wanted
             returns = trains and group.layer_group not in self._trainable
@@ -210,7 +213,10 @@ class ReferenceEngine:
 
     def state(self) -> EngineState:
         """Return the whole state: the only rank has it all."""
-        slices: list[StateSlice] = []
+        slices = [
+            StateSlice(name, 0, {"weight": self._parameters[name].detach().view(-1)})
+            for name in sorted(self._fixed)
+        ]
         steps: dict[str, int] = {}
         for group in self._groups:
             for name in group.parameters:
@@ -228,20 +234,22 @@ class ReferenceEngine:
     def load_state(self, source: StateSource) -> None:
         """Take over saved weights, moments and step counts."""
         self.before_change()
+        for name in sorted(self._fixed):
+            self._load_weight(source, name)
         for group in self._groups:
             for name in group.parameters:
-                parameter = self._parameters[name]
-                numel = parameter.numel()
-                weight = source.read("weight", name, start=0, length=numel)
-                if weight is None:
-                    raise ValueError(
-                        f"the checkpoint has no weights for {name}: use its own recipe"
-                    )
-                # A checkpoint of a bf16 run holds the exact fp32 values as masters.
-                master = source.read("master", name, start=0, length=numel)
-                parameter.view(-1).copy_(weight if master is None else master)
+                self._load_weight(source, name)
                 self._load_moments(source, name=name, steps=source.steps.get(group.name, 0))
         self._modes.apply(self._trainable, weight=self._parameters.__getitem__)
+
+    def _load_weight(self, source: StateSource, name: str) -> None:
+        parameter = self._parameters[name]
+        weight = source.read("weight", name, start=0, length=parameter.numel())
+        if weight is None:
+            raise ValueError(f"the checkpoint has no weights for {name}: use its own recipe")
+        # A checkpoint of a bf16 run holds the exact fp32 values as masters.
+        master = source.read("master", name, start=0, length=parameter.numel())
+        parameter.view(-1).copy_(weight if master is None else master)
 
     def _load_moments(self, source: StateSource, *, name: str, steps: int) -> None:
         parameter = self._parameters[name]

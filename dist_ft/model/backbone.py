@@ -188,9 +188,14 @@ def _check_task_name(name: str, *, taken: Sequence[str]) -> None:
 
 
 def load_model(
-    source: ModelSource, *, heads: Sequence[HeadSpec], dtype: torch.dtype, seed: int
-) -> tuple[MultiTaskModel, PreTrainedTokenizerBase]:
-    """Returns a pre-trained backbone with a head per task, and its tokenizer.
+    source: ModelSource,
+    *,
+    heads: Sequence[HeadSpec],
+    dtype: torch.dtype,
+    seed: int,
+    pad_token_id: int | None,
+) -> MultiTaskModel:
+    """Returns a pre-trained backbone with a head per task.
 
     Weights of a head that the checkpoint has (a language model's, a fine-tuned classifier's of the
     same size) are used; others start random, as a function of (seed, task name) alone. The global
@@ -201,24 +206,24 @@ def load_model(
         heads: the tasks.
         dtype: type of all weights; float32 for master weights.
         seed: seed of the run.
+        pad_token_id: the tokenizer's; ``None`` for a model that takes no text.
 
     Raises:
-        ValueError: the model cannot be found or read safely, or has no pad token.
+        ValueError: the model cannot be found or read safely.
         RuntimeError: the package of a packaged model is not installed.
     """
     path = resolve_model_path(source.path)
     if not source.allow_pickle:
         _refuse_pickle(path)
     options = {"revision": source.revision or "main", "trust_remote_code": source.trust_remote_code}
-    with _readable_errors(source):
+    with readable_errors(source):
         config = transformers.AutoConfig.from_pretrained(path, **options)
-    tokenizer = load_tokenizer(source)
     options |= {"dtype": dtype, "use_safetensors": None if source.allow_pickle else True}
     if source.attention is not None:
         options["attn_implementation"] = source.attention
 
     def make(auto_class: str, config: PreTrainedConfig) -> PreTrainedModel:
-        with _readable_errors(source):
+        with readable_errors(source):
             model, report = getattr(transformers, auto_class).from_pretrained(
                 path, config=config, output_loading_info=True,
                 ignore_mismatched_sizes=auto_class != "AutoModel", **options,
@@ -228,9 +233,7 @@ def load_model(
             logger.warning("not in the checkpoint, start from random values: %s", missing)
         return model
 
-    pad = tokenizer.pad_token_id
-    assert isinstance(pad, int)
-    return _assemble(config, heads=heads, make=make, seed=seed, pad_token_id=pad), tokenizer
+    return _assemble(config, heads=heads, make=make, seed=seed, pad_token_id=pad_token_id)
 
 
 def build_model(
@@ -260,7 +263,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
         ValueError: there is none, it has no pad token, or the given one is not in its vocabulary.
     """
     path = resolve_model_path(source.path)
-    with _readable_errors(source):
+    with readable_errors(source):
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             path, revision=source.revision or "main", trust_remote_code=source.trust_remote_code
         )
@@ -290,7 +293,7 @@ def _assemble(
                 setattr(head_config, key, value)
             if pad_token_id is not None:  # classifiers on decoders look for the last real token
                 head_config.get_text_config().pad_token_id = pad_token_id
-            with _seeded(seed, f"head {head.name}"):
+            with seeded(seed, f"head {head.name}"):
                 yield head.name, make(head.auto_class, head_config)
 
     for head in heads:
@@ -301,7 +304,7 @@ def _assemble(
     with quiet_transformers():
         models = task_models()
         if _has_auto_model(config):
-            with _seeded(seed, "backbone"):
+            with seeded(seed, "backbone"):
                 backbone = make("AutoModel", copy.deepcopy(config))
             return MultiTaskModel(backbone, models)
         first = next(models, None)
@@ -322,7 +325,7 @@ def _has_auto_model(config: PreTrainedConfig) -> bool:
 
 
 @contextmanager
-def _seeded(seed: int, purpose: str) -> Iterator[None]:
+def seeded(seed: int, purpose: str) -> Iterator[None]:
     """Seeds the CPU generator from (seed, purpose) inside the context; restores it after."""
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     with torch.random.fork_rng(devices=[]):
@@ -349,7 +352,8 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextmanager
-def _readable_errors(source: ModelSource) -> Iterator[None]:
+def readable_errors(source: ModelSource) -> Iterator[None]:
+    """Turns what transformers raises where a model cannot be found into ValueError."""
     try:
         yield
     except OSError as error:

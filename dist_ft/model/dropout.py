@@ -61,6 +61,8 @@ def _places(model: MultiTaskModel, groups: Sequence[LayerGroup]) -> Iterator[_Pl
     inside = {id(m) for m in model.backbone.modules()}
     for module in model.modules():
         of_head = id(module) not in inside
+        if isinstance(module, nn.ModuleDict):  # an adapter's, which has a setting of its own
+            continue
         for name, child in module.named_children():
             if isinstance(child, nn.Dropout):
                 part = _part(module, name=name, of_head=of_head, in_block=id(child) in blocks)

@@ -34,12 +34,24 @@ class LayerGroup:
             task's loss reaches it) or ``override``.
         parameters: names as in ``MultiTaskModel.named_parameters()``.
         tasks: tasks whose loss reaches the parameters.
+        fixed: those of the parameters that never train, as the weights beside an adapter.
     """
 
     name: str
     kind: str
     parameters: tuple[str, ...]
     tasks: frozenset[str]
+    fixed: frozenset[str] = frozenset()
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The parameters that train when the group does."""
+        return tuple(name for name in self.parameters if name not in self.fixed)
+
+    @property
+    def freezing_kind(self) -> str:
+        """The kind as schedules see it: a group of which nothing can train is ``unused``."""
+        return self.kind if self.trained else "unused"
 
 
 class _Place(NamedTuple):

@@ -82,7 +82,7 @@ def build_param_groups(
         else:
             lr = rates.lr * rates.layer_decay ** below_top.get(group.name, 0)
         for suffix, decay in (("decay", weight_decay), ("no_decay", 0.0)):
-            names = tuple(n for n in group.parameters if (dimensions[n] > 1) == (suffix == "decay"))
+            names = tuple(n for n in group.trained if (dimensions[n] > 1) == (suffix == "decay"))
             if names:
                 penalty = rules.of(
                     group.name, is_head=group.kind == "head", decays=suffix == "decay"

@@ -19,6 +19,7 @@ from dist_ft.config import Recipe, TaskConfig
 from dist_ft.engine.base import DTYPES
 from dist_ft.model.backbone import HeadSpec, MultiTaskModel, build_model
 from dist_ft.model.layer_groups import LayerGroup, find_layer_groups
+from dist_ft.model.lora import LoraSettings, add_lora, fix_base
 from dist_ft.model.probe import AnswersOnMeta
 from dist_ft.model.sources import resolve_model_path
 from dist_ft.planning.fused import FusedKernels
@@ -41,6 +42,8 @@ def read_shape(recipe: Recipe, *, on_gpu: bool) -> ModelShape:
     Raises:
         ValueError: If the model's configuration can't be read.
     """
+    if any(t.type == "image_classification" for t in recipe.tasks):
+        raise ValueError("tasks: runs on images can't be planned yet, only runs on text")
     config, source = _config(recipe)
     attention = recipe.model.attention
     if attention == "auto":
@@ -52,9 +55,14 @@ def read_shape(recipe: Recipe, *, on_gpu: bool) -> ModelShape:
         for t in recipe.tasks
     ]
     dtype = DTYPES[recipe.engine.precision]
+    lora = recipe.model.lora
     with torch.device("meta"):
         model = build_model(config, heads=heads, dtype=dtype, seed=recipe.seed)
+        if lora is not None:
+            add_lora(model, LoraSettings(**lora.model_dump()), seed=recipe.seed)
     groups = find_layer_groups(model, overrides=recipe.freezing.layer_groups or None)
+    if lora is not None:
+        groups = fix_base(groups, auto_classes={h.name: h.auto_class for h in heads})
     modules = _modules_by_group(model, groups)
     tracer = _Tracer(model, groups, modules, on_gpu=on_gpu)
     return ModelShape(
@@ -111,7 +119,9 @@ def _group_shapes(model: MultiTaskModel, groups: Sequence[LayerGroup]) -> tuple[
             g.kind,
             g.tasks,
             tuple(
-                ParameterShape(n, parameters[n].numel(), decays=parameters[n].dim() > 1)
+                ParameterShape(
+                    n, parameters[n].numel(), decays=parameters[n].dim() > 1, fixed=n in g.fixed
+                )
                 for n in g.parameters
             ),
         )
@@ -159,10 +169,14 @@ def _task_work(tracer: _Tracer, task: TaskConfig, *, recipe: Recipe) -> TaskWork
     rows, length = recipe.train.micro_batch_size, task.max_length
     inputs = _inputs(task, rows=rows)
     mine = [g for g in tracer.groups if task.name in g.tasks]
-    every = {n for g in mine for n in g.parameters}
+    every = {n for g in mine for n in g.trained}
     trained = tracer.observe(task.name, inputs=inputs, trainable=every)
     # With the lowest group alone the gradient passes through all the others.
-    passed = tracer.observe(task.name, inputs=inputs, trainable=set(mine[0].parameters))
+    passed = tracer.observe(
+        task.name,
+        inputs=inputs,
+        trainable=set(next(g.trained for g in mine if g.trained)),
+    )
     per_group = {
         g.name: GroupWork(
             saved_trained=trained.saved.get(g.name, 0),

@@ -73,7 +73,7 @@ def schedule_of(recipe: Recipe, shape: ModelShape, *, epoch_steps: int | None = 
         )
 
     total = max(1, to_steps(recipe.train.max_duration))
-    order = LayerOrder.of([(g.name, g.kind) for g in shape.groups])
+    order = LayerOrder.of([(g.name, g.freezing_kind) for g in shape.groups])
     policy = make_policy(
         recipe.freezing, order=order, to_steps=to_steps, total_steps=total, seed=recipe.seed
     )

@@ -15,11 +15,13 @@ class ParameterShape:
         name: As in ``named_parameters()``.
         numel: Elements.
         decays: Whether weight decay applies (matrices), which decides its optimizer group.
+        fixed: Whether it never trains, as a weight beside an adapter.
     """
 
     name: str
     numel: int
     decays: bool
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,21 @@ class GroupShape:
         return sum(p.numel for p in self.parameters)
 
     @cached_property
+    def trained_numel(self) -> int:
+        """Elements of those that train when the group does."""
+        return sum(p.numel for p in self.parameters if not p.fixed)
+
+    @property
+    def freezing_kind(self) -> str:
+        """The kind as schedules see it: a group of which nothing can train is ``unused``."""
+        return self.kind if self.trained_numel else "unused"
+
+    @cached_property
     def optimizer_groups(self) -> list[list[tuple[str, int]]]:
         """Name and elements of each of its optimizer groups' parameters."""
         both = (
-            [(p.name, p.numel) for p in self.parameters if p.decays],
-            [(p.name, p.numel) for p in self.parameters if not p.decays],
+            [(p.name, p.numel) for p in self.parameters if p.decays and not p.fixed],
+            [(p.name, p.numel) for p in self.parameters if not p.decays and not p.fixed],
         )
         return [group for group in both if group]
 
@@ -120,4 +132,4 @@ class ModelShape:
 
     def numel_of(self, names: frozenset[str]) -> int:
         """Return the parameters of some layer groups."""
-        return sum(g.numel for g in self.groups if g.name in names)
+        return sum(g.trained_numel for g in self.groups if g.name in names)

@@ -17,11 +17,12 @@ from dist_ft.duration import Duration
 from dist_ft.recipe.augmentation_checks import check_augmentation
 from dist_ft.recipe.deepspeed_json import check_deepspeed
 from dist_ft.recipe.errors import Finding, closest, show_value
+from dist_ft.recipe.evaluation_checks import check_evaluation, check_lora
 from dist_ft.recipe.model_folder import check_model, count_blocks
 from dist_ft.recipe.reading import RawPath
 from dist_ft.recipe.regularization_checks import check_regularization
 from dist_ft.recipe.source_checks import check_sources
-from dist_ft.recipe.task_checks import check_tasks, metrics_of
+from dist_ft.recipe.task_checks import check_inputs, check_tasks, metrics_of
 from dist_ft.recipe.validate import Draft
 
 # Numbers of blocks that a policy may name, and what they do.
@@ -41,12 +42,15 @@ def check(draft: Draft, *, needs_files: bool = True) -> list[Finding]:
     return [
         *(files if needs_files else ()),
         *check_tasks(draft, recipe),
+        *check_inputs(draft, recipe),
         *check_augmentation(draft, recipe),
         *_check_weights(draft, recipe),
         *_check_depth(draft, recipe),
         *_check_plateau(draft, recipe),
         *_check_durations(draft, recipe),
         *check_regularization(draft, recipe),
+        *check_evaluation(draft, recipe),
+        *check_lora(draft, recipe),
         *check_deepspeed(draft, recipe),
     ]
 

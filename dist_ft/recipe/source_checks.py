@@ -21,6 +21,7 @@ _COLUMN_KEYS = {
     "text_classification": ("text", "text_pair", "label"),
     "token_classification": ("tokens", "tags"),
     "question_answering": ("question", "context", "answers"),
+    "image_classification": ("image", "label"),
     "generation": ("prompt", "response"),
 }
 _PACKAGE_PREFIX = "package:"
@@ -71,7 +72,10 @@ def _check_source(
 def _missing_columns(
     draft: Draft, *, task: TaskConfig, source: RawSource, index: str | int
 ) -> Iterator[Finding]:
-    for key in _COLUMN_KEYS[task.type]:
+    keys = _COLUMN_KEYS[task.type]
+    if getattr(task, "messages", None) is not None:  # in the place of prompt and response
+        keys = ("messages",)
+    for key in keys:
         column = getattr(task, key)
         if column is None or column in source.columns or not draft.is_sure("tasks", index, key):
             continue

@@ -13,11 +13,21 @@ from dist_ft.recipe.validate import Draft
 METRICS: dict[str, tuple[str, ...]] = {
     "single_label": ("accuracy", "macro_f1", "mcc"),
     "multi_label": ("micro_f1", "macro_f1", "exact_match"),
+    "image_classification": ("accuracy", "macro_f1", "mcc"),
     "regression": ("mse", "mae", "pearson", "spearman"),
     "token_classification": ("f1", "precision", "recall", "token_accuracy", "macro_f1"),
     "question_answering": ("f1", "exact_match", "answerable_f1", "answerable_exact_match"),
     "generation": ("perplexity", "loss", "token_accuracy"),
-    "generation with text": ("perplexity", "loss", "token_accuracy", "rouge_l", "exact_match"),
+    "generation with text": (
+        "perplexity",
+        "loss",
+        "token_accuracy",
+        "rouge_l",
+        "rouge_1",
+        "rouge_2",
+        "bleu",
+        "exact_match",
+    ),
 }
 
 
@@ -27,6 +37,26 @@ def check_tasks(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
         if draft.is_sure("tasks", index, "type"):
             yield from _check_labels(draft, task=task, index=index)
             yield from _check_metric(draft, task=task, index=index)
+
+
+def check_inputs(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
+    """Yield keys that mean nothing for images or conversations, and images beside text."""
+    if not draft.is_sure("tasks"):
+        return
+    images = [t.type == "image_classification" for t in recipe.tasks]
+    for index, task in enumerate(recipe.tasks):
+        if getattr(task, "messages", None) is not None and task.augmentation:
+            text = f"can't change conversations, and task {task.name} has messages: remove it"
+            yield Finding(("tasks", index, "augmentation"), text)
+        if not images[index]:
+            if any(images):
+                text = "one model takes text or images, and another task has images: use two runs"
+                yield Finding(("tasks", index, "type"), f"{text}, got {task.type}")
+            continue
+        given = {"max_length": task.max_length != 128, "augmentation": bool(task.augmentation)}
+        for key in (key for key, is_given in given.items() if is_given):
+            text = f"is about text, and task {task.name} has images: remove it"
+            yield Finding(("tasks", index, key), text)
 
 
 def metrics_of(task: TaskConfig) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from dist_ft.report.analysis import reliability_plots
 from dist_ft.report.record import Event, RunRecord, thinned
 from dist_ft.report.svg import (
     SHADES,
@@ -39,6 +40,7 @@ def plots_of(run: RunRecord) -> Iterator[Plot]:
     for plot in makers[1:]:
         if (made := plot(run)) is not None:
             yield made
+    yield from reliability_plots(run.analysis)
 
 
 def _axes(run: RunRecord, y: str, *, from_zero: bool = False, log: bool = False) -> Axes:

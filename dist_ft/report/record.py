@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ class RunRecord:
         all_events: Also those of work that a crash undid.
         recipe: Resolved.
         environment: Versions, devices, command; empty if it was never written.
+        analysis: What ``evaluate --analysis`` wrote; empty without it.
     """
 
     path: Path
@@ -33,6 +34,7 @@ class RunRecord:
     all_events: list[Event]
     recipe: dict[str, Any]
     environment: dict[str, Any]
+    analysis: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -144,6 +146,7 @@ def read_run(path: Path) -> RunRecord:
         all_events=list(read_events(metrics)),
         recipe=_json(path / "recipe.json"),
         environment=_json(path / "env.json"),
+        analysis=_json(path / "analysis.json"),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from dist_ft.report.analysis import analysis_section
 from dist_ft.report.plots import plots_of
 from dist_ft.report.raster import can_draw
 from dist_ft.report.record import Event, RunRecord, flatten, thinned
@@ -28,6 +29,7 @@ def run_section(run: RunRecord, plots: Sequence[Plot], *, is_open: bool) -> str:
         f"<h3>Scores</h3>{_scores(run)}"
         f"<h3>Phases</h3>{_phases(run)}"
         + "".join(_figure(plot) for plot in plots)
+        + analysis_section(run.analysis, table=table)
         + f"<h3>Faults and restarts</h3>{_faults(run)}"
         f"<h3>Checkpoints</h3>{_checkpoints(run)}"
         f"<details><summary>Recipe, as resolved</summary><pre>{_e(_as_yaml(run.recipe))}</pre>"

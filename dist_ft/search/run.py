@@ -136,8 +136,8 @@ def _look_at(recipe: Recipe, console: Console) -> Model:
     parts = make_parts(recipe, console.say)
     numel = {name: p.numel() for name, p in parts.model.named_parameters()}
     return Model(
-        order=LayerOrder.of([(g.name, g.kind) for g in parts.groups]),
-        sizes={g.name: sum(numel[n] for n in g.parameters) for g in parts.groups},
+        order=LayerOrder.of([(g.name, g.freezing_kind) for g in parts.groups]),
+        sizes={g.name: sum(numel[n] for n in g.trained) for g in parts.groups},
         total_steps=parts.total_steps,
     )
 

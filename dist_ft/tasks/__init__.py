@@ -8,13 +8,20 @@ from typing import Any
 
 from dist_ft.tasks.base import LossSum, Metrics, Task
 from dist_ft.tasks.generation import Generation
+from dist_ft.tasks.image_classification import ImageClassification
 from dist_ft.tasks.question_answering import QuestionAnswering
 from dist_ft.tasks.text_classification import TextClassification
 from dist_ft.tasks.token_classification import TokenClassification
 
 __all__ = ["TASKS", "LossSum", "Metrics", "Task", "TokenClassification", "build_task"]
 
-_CLASSES = (TextClassification, TokenClassification, QuestionAnswering, Generation)
+_CLASSES = (
+    TextClassification,
+    TokenClassification,
+    QuestionAnswering,
+    Generation,
+    ImageClassification,
+)
 TASKS = {task_class.type: task_class for task_class in _CLASSES}
 
 

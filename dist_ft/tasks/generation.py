@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-import dist_ft.tasks.metrics as metrics
+import dist_ft.tasks.text_metrics as text_metrics
 from dist_ft.data.collate import CollateSpec
 from dist_ft.tasks.base import (
     IGNORE_INDEX,
@@ -28,6 +27,7 @@ from dist_ft.tasks.base import (
     text_of,
     token_losses,
 )
+from dist_ft.tasks.chat import Message, check_template, encode_chat, messages_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from dist_ft.data.loader import MicroBatch
 
 _LOSS_METRICS = {"perplexity": False, "loss": False, "token_accuracy": True}
-_TEXT_METRICS = {"rouge_l": True, "exact_match": True}
+_TEXT_METRICS = dict.fromkeys(text_metrics.NAMES, True)
 _CLASSES = {"causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}
 
 
@@ -49,6 +49,9 @@ class Generation:
         prompt: column of the prompt, without loss.
         response: column of the text to learn; an end token is added.
         separator: text between prompt and response of a causal model.
+        chat: prompt and response are a turn each in the tokenizer's chat template (causal only).
+        messages: column of whole conversations (lists of role and content) in the place of prompt
+            and response; every answer of the assistant is learned.
         max_length: longest feature in tokens (causal: prompt and response together). Of a prompt
             that is too long the beginning is kept.
         max_target_length: longest response in tokens.
@@ -61,6 +64,8 @@ class Generation:
     prompt: str = "prompt"
     response: str = "response"
     separator: str = "\n"
+    chat: bool = False
+    messages: str | None = None
     max_length: int = 128
     max_target_length: int = 64
     max_new_tokens: int = 0
@@ -73,6 +78,11 @@ class Generation:
         if self.style not in _CLASSES:
             raise ValueError(
                 f"tasks.{self.name}.style: {self.style!r} is not one of {', '.join(_CLASSES)}"
+            )
+        if self._is_chat and self.style != "causal":
+            raise ValueError(
+                f"tasks.{self.name}.chat: a chat template needs style causal, got {self.style}: "
+                "change one of them"
             )
         if self.style == "causal" and self.max_target_length >= self.max_length:
             raise ValueError(
@@ -92,9 +102,19 @@ class Generation:
         return self.max_new_tokens > 0
 
     @property
+    def _is_chat(self) -> bool:
+        return self.chat or self.messages is not None
+
+    def _messages(self, row: Row) -> list[Message]:
+        if self.messages is not None:
+            return messages_of(row, self.messages)
+        asked, said = text_of(row, self.prompt), text_of(row, self.response)
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+
+    @property
     def required_columns(self) -> tuple[str, ...]:
         """Columns of the raw rows that must have a value."""
-        return (self.prompt, self.response)
+        return (self.prompt, self.response) if self.messages is None else (self.messages,)
 
     @property
     def primary_metric(self) -> tuple[str, bool]:
@@ -128,19 +148,29 @@ class Generation:
 
     def split_key(self, row: Row) -> str:
         """Returns the prompt: its responses stay together."""
+        if self.messages is not None:
+            return str(self._messages(row)[:-1])
         return text_of(row, self.prompt).strip()
 
     def dedupe_key(self, row: Row) -> str:
         """Returns prompt and response."""
+        if self.messages is not None:
+            return str(self._messages(row))
         return f"{self.split_key(row)}\x1f{text_of(row, self.response).strip()}"
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Checks that the settings and the tokenizer fit.
 
         Raises:
-            ValueError: the model has fewer positions, or the tokenizer has no end token.
+            ValueError: the model has fewer positions, or the tokenizer has no end token or, if it
+                is needed, no chat template.
+            RuntimeError: the package of a metric is not installed.
         """
         check_max_length(self.max_length, task=self.name, tokenizer=tokenizer)
+        if self._is_chat:
+            check_template(tokenizer, task=self.name)
+        if self.generates:
+            text_metrics.check_installed(task=self.name)
         end_token(tokenizer, task=self.name)
 
     def encode(self, rows: list[Row], *, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
@@ -150,20 +180,21 @@ class Generation:
             ValueError: a text is none, or the tokenizer has no end token.
         """
         self.check_tokenizer(tokenizer)
-        encode = self._encode_causal if self.style == "causal" else self._encode_pair
-        features = []
+        return [
+            {**feature, "source_row": row["source_row"]}
+            for row, feature in zip(rows, self._features(rows, tokenizer=tokenizer), strict=True)
+        ]
+
+    def _features(self, rows: list[Row], *, tokenizer: PreTrainedTokenizerBase) -> Iterator[Row]:
         for row in rows:
-            feature = encode(
-                text_of(row, self.prompt), text_of(row, self.response), tokenizer=tokenizer
-            )
-            features.append(
-                {
-                    **feature,
-                    "response": text_of(row, self.response),
-                    "source_row": row["source_row"],
-                }
-            )
-        return features
+            if self._is_chat:
+                messages = self._messages(row)
+                feature = encode_chat(messages, tokenizer=tokenizer, max_length=self.max_length)
+                yield {**feature, "response": messages[-1]["content"]}
+                continue
+            prompt, response = text_of(row, self.prompt), text_of(row, self.response)
+            encode = self._encode_causal if self.style == "causal" else self._encode_pair
+            yield {**encode(prompt, response, tokenizer=tokenizer), "response": response}
 
     def collate_spec(self, tokenizer: PreTrainedTokenizerBase, *, evaluation: bool) -> CollateSpec:
         """Returns the columns of a micro-batch and their padding."""
@@ -228,6 +259,7 @@ class Generation:
                 max_new_tokens=self.max_new_tokens,
                 do_sample=False,
                 num_beams=1,
+                use_cache=True,
                 pad_token_id=tokenizer.pad_token_id,
                 synced_gpus=synced,
             )
@@ -301,7 +333,9 @@ class Generation:
                 "right": int(right),
             }
             if texts is not None:
-                record |= {"text": texts[index], "response": batch.kept["response"][index]}
+                wanted = batch.kept["response"][index]
+                record |= {"text": texts[index], "response": wanted}
+                record |= text_metrics.statistics(texts[index], wanted)
             records.append(record)
         return records
 
@@ -313,12 +347,8 @@ class Generation:
             "loss": loss,
             "token_accuracy": sum(record["right"] for record in records) / max(tokens, 1),
         }
-        pairs = [(r["text"], r["response"]) for r in records if "text" in r]
-        if pairs:
-            scores["rouge_l"] = float(np.mean([metrics.rouge_l(*pair) for pair in pairs]))
-            matches = [metrics.exact_match(text, [wanted]) for text, wanted in pairs]
-            scores["exact_match"] = float(np.mean(matches))
-        return scores
+        generated = [r for r in records if "text" in r]
+        return scores | (text_metrics.scores(generated) if generated else {})
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase, *, task: str) -> int:

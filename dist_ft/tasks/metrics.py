@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,18 @@ Span = tuple[str, int, int]
 def accuracy(predictions: Ints, references: Ints) -> float:
     """Returns the share of equal entries."""
     return float((predictions == references).mean())
+
+
+def single_label_scores(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Returns the scores of records with a ``prediction`` and a ``label``, class indices."""
+    predicted = np.array([record["prediction"] for record in records], np.int64)
+    expected = np.array([record["label"] for record in records], np.int64)
+    return {
+        "accuracy": accuracy(predicted, expected),
+        "macro_f1": macro_f1(predicted, expected),
+        "mcc": matthews_correlation(predicted, expected),
+        "baseline_majority_accuracy": majority_share(expected),
+    }
 
 
 def majority_share(references: Ints) -> float:
@@ -159,22 +172,3 @@ def _bag_f1(prediction: str, reference: str) -> float:
         return float(left == right)
     hits = sum((Counter(left) & Counter(right)).values())
     return 2 * hits / (len(left) + len(right))
-
-
-def rouge_l(prediction: str, reference: str) -> float:
-    """Returns the ROUGE-L F1 (Lin 2004): longest common subsequence of lower-case words."""
-    left, right = _words(prediction), _words(reference)
-    if not left or not right:
-        return float(left == right)
-    lengths = [0] * (len(right) + 1)
-    for word in left:
-        diagonal = 0
-        for index, other in enumerate(right, start=1):
-            above = lengths[index]
-            lengths[index] = diagonal + 1 if word == other else max(above, lengths[index - 1])
-            diagonal = above
-    return 2 * lengths[-1] / (len(left) + len(right))
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())

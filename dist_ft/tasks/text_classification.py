@@ -276,15 +276,10 @@ class TextClassification(NoGeneration):
         labels = [record["label"] for record in records]
         if self.problem == "regression":
             return _regression_scores(np.array(predictions, float), np.array(labels, float))
+        if self.problem == "single_label":
+            return metrics.single_label_scores(records)
         predicted, expected = np.array(predictions, np.int64), np.array(labels, np.int64)
-        if self.problem == "multi_label":
-            return metrics.multi_label_f1(predicted, expected)
-        return {
-            "accuracy": metrics.accuracy(predicted, expected),
-            "macro_f1": metrics.macro_f1(predicted, expected),
-            "mcc": metrics.matthews_correlation(predicted, expected),
-            "baseline_majority_accuracy": metrics.majority_share(expected),
-        }
+        return metrics.multi_label_f1(predicted, expected)
 
 
 def _regression_scores(predictions: metrics.Floats, labels: metrics.Floats) -> dict[str, float]:

@@ -80,7 +80,11 @@ def make_augmentation(
 
 
 def _fields(config: TaskConfig, *, task: Task) -> Fields:
-    """Return what of a raw row may be changed: never a label, nor the text to be generated."""
+    """Return what of a raw row may be changed: never a label, nor the text to be generated.
+
+    Raises:
+        ValueError: If the task is not of text.
+    """
     if config.type == "text_classification":
         return TextFields(tuple(c for c in (config.text, config.text_pair) if c is not None))
     if config.type == "token_classification":
@@ -88,7 +92,9 @@ def _fields(config: TaskConfig, *, task: Task) -> Fields:
         return TaggedFields(config.tokens, config.tags, outside="O" if is_bio else None)
     if config.type == "question_answering":
         return ContextFields(config.question, config.context, config.answers)
-    return TextFields((config.prompt,))
+    if config.type == "generation":
+        return TextFields((config.prompt,))
+    raise ValueError(f"tasks.{config.name}.augmentation: transforms are of text, not of images")
 
 
 def make_transform(

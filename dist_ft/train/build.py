@@ -16,11 +16,11 @@ from dist_ft.data.bandit import BanditMixture
 from dist_ft.duration import Duration
 from dist_ft.engine.loss_module import LossModule
 from dist_ft.heartbeat import Heartbeat
-from dist_ft.model.backbone import load_tokenizer
 from dist_ft.model.layer_groups import LayerGroup
 from dist_ft.optim.lr_schedules import LrSchedule, thaw_factor
 from dist_ft.optim.param_groups import LearningRates, ParamGroup, build_param_groups
 from dist_ft.train.adapt import WatchGroups
+from dist_ft.train.best import Decision, TrackBest
 from dist_ft.train.callbacks import Checkpoint, Evaluate, LogSteps
 from dist_ft.train.console import Console
 from dist_ft.train.data import prepare_tasks
@@ -33,7 +33,7 @@ from dist_ft.train.loading import make_loader
 from dist_ft.train.loop import Run, fit
 from dist_ft.train.memory import fit_memory
 from dist_ft.train.numbers import GuardNumbers
-from dist_ft.train.parts import Parts, eval_data, make_parts, model_source
+from dist_ft.train.parts import Parts, eval_data, load_preprocessor, make_parts
 from dist_ft.train.recorder import Recorder
 from dist_ft.train.regularization import in_training, penalty_rules
 from dist_ft.train.restoring import go_back, restore
@@ -62,7 +62,7 @@ def prepare(recipe: Recipe) -> None:
     console = Console(main=True)
     prepare_tasks(
         recipe,
-        tokenizer=load_tokenizer(model_source(recipe.model)),
+        tokenizer=load_preprocessor(recipe),
         say=console.say,
         reading=console.reading,
     )
@@ -312,6 +312,11 @@ def _callbacks(
         data=eval_data(recipe, parts, split="validation"),
         every=interval(recipe.evaluation.every),
     )
+    decision = Decision(recipe.evaluation.decide_by, recipe.evaluation.weights)
+
+    def deciding(step: int) -> dict[str, float]:
+        return decision.scores(evaluate.deciding_scores(step))
+
     checkpoint = Checkpoint(
         recorder=recorder,
         console=console,
@@ -326,7 +331,7 @@ def _callbacks(
         every=interval(recipe.checkpoint.every),
         ephemeral_every=interval(recipe.checkpoint.ephemeral_every),
         in_background=recipe.checkpoint.in_background,
-        scores=evaluate.deciding_scores,
+        scores=deciding,
         describe=lambda: {
             "world_size": world.world_size,
             "zero_stage": recipe.engine.zero_stage,
@@ -352,8 +357,18 @@ def _callbacks(
         config=recipe.train.on_bad_numbers,
         go_back=lambda run: go_back(run, checkpoint=checkpoint, folder=folder),
     )
+    stopping = recipe.evaluation.early_stopping
+    best = TrackBest(
+        recorder=recorder,
+        console=console,
+        evaluate=evaluate,
+        scores=deciding,
+        checkpoint=checkpoint if recipe.checkpoint.keep_best else None,
+        patience=None if stopping is None else stopping.patience,
+        min_delta=0.0 if stopping is None else stopping.min_delta,
+    )
     # A decision is part of the checkpoint of its step.
-    return [steps, groups, guard, evaluate, *deciders(recipe, parts, evaluate), checkpoint]
+    return [steps, groups, guard, evaluate, *deciders(recipe, parts, evaluate), best, checkpoint]
 
 
 def _about(parts: Parts, world: dist.World) -> dict[str, Any]:

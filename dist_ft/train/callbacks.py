@@ -224,7 +224,10 @@ def _over_ranks(changes: dict[str, AugmentStatistics | None]) -> dict[str, Augme
 
 def _positions(batch: StepBatch) -> int:
     """Return the positions of this rank's input, padding and fillers counted."""
-    return sum(b.inputs["input_ids"].numel() for b in batch.micro_batches)
+    return sum(
+        b.inputs["input_ids"].numel() if "input_ids" in b.inputs else b.tokens
+        for b in batch.micro_batches
+    )
 
 
 def _peak_rss_bytes() -> int:
@@ -349,7 +352,7 @@ class Checkpoint(Watcher):
         self.settle(run)
         if run.progress.step == self.saved_at or run.progress.phase < 0:
             return  # saved already, or stopped before there was anything to save
-        self._begin(run, ephemeral=run.progress.step < run.total_steps)
+        self._begin(run, ephemeral=not run.is_over)
         saved = self.settle(run)
         assert saved is not None
         saved.check()

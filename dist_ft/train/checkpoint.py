@@ -92,13 +92,18 @@ def commit(
 def remove_old(root: Path, *, step: int, retention: Retention) -> None:
     """Remove what retention does not keep, now that the checkpoint of `step` exists."""
     folders = _by_step(root)
-    whole = [kept for s, p in folders if (kept := _kept(s, p)) is not None]
+    whole = known_checkpoints(root)
     keep = retention.keeps(whole, newest=step)
     for at, folder in folders:
         if at not in keep:
             # Without its manifest a folder is no checkpoint, even if removing it is cut short.
             (folder / MANIFEST).unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def known_checkpoints(root: Path) -> list[Kept]:
+    """Return what retention knows of the checkpoints that are there."""
+    return [kept for step, path in _by_step(root) if (kept := _kept(step, path)) is not None]
 
 
 def _kept(step: int, folder: Path) -> Kept | None:

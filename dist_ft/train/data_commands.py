@@ -16,11 +16,10 @@ from dist_ft.data.augmented import AugmentedReader
 from dist_ft.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from dist_ft.data.prepare import split_folder
 from dist_ft.data.shards import verify
-from dist_ft.model.backbone import load_tokenizer
 from dist_ft.train.augmentation import make_augmentation
 from dist_ft.train.data import PreparedTask, Say, prepare_tasks, split_plan
 from dist_ft.train.loading import make_loader, plan_steps
-from dist_ft.train.parts import model_source
+from dist_ft.train.parts import load_preprocessor
 
 _BINS = 12
 _BAR = 40
@@ -180,5 +179,5 @@ def _index(recipe: Recipe, task: str) -> int:
 
 
 def _prepared(recipe: Recipe, *, say: Say) -> tuple[PreTrainedTokenizerBase, list[PreparedTask]]:
-    tokenizer = load_tokenizer(model_source(recipe.model))
+    tokenizer = load_preprocessor(recipe)
     return tokenizer, prepare_tasks(recipe, tokenizer=tokenizer, say=say)

@@ -68,6 +68,19 @@ def evaluate_task(
         resamples: Draws for the confidence intervals; 0 leaves them out.
     """
     began = time.monotonic()
+    metrics, records, total = collect(data, forward=forward, world=world)
+    values = metrics.compute(records)
+    count = int(data.dataset.loss_counts.sum(dtype="int64"))
+    scores = {"loss": total / max(1, count), **values}
+    intervals = bootstrap(metrics, records, resamples=resamples) if resamples else {}
+    seconds = time.monotonic() - began
+    return Scores(data.task.name, data.split, scores, seconds, len(records), intervals)
+
+
+def collect(
+    data: EvalData, *, forward: Forward, world: dist.World
+) -> tuple[Metrics, list[Record], float]:
+    """Return metrics to compute, the records of all rows in row order, and the summed loss."""
     metrics = data.task.new_metrics()
     loss_sum = 0.0
     for batch in eval_batches(
@@ -88,13 +101,7 @@ def evaluate_task(
         record for records in dist.all_gather_object(metrics.records()) for record in records
     ]
     unique = {record["row"]: record for record in gathered}
-    records = [unique[row] for row in sorted(unique)]
-    values = metrics.compute(records)
-    count = int(data.dataset.loss_counts.sum(dtype="int64"))
-    scores = {"loss": total / max(1, count), **values}
-    intervals = bootstrap(metrics, records, resamples=resamples) if resamples else {}
-    seconds = time.monotonic() - began
-    return Scores(data.task.name, data.split, scores, seconds, len(records), intervals)
+    return metrics, [unique[row] for row in sorted(unique)], total
 
 
 def bootstrap(
@@ -106,21 +113,65 @@ def bootstrap(
     same split, so that the intervals of two runs can be compared.
     """
     draw = np.random.default_rng(0)
+    examples = list(_examples(records).values())
+    found: dict[str, list[float]] = {}
+    for _ in range(resamples):
+        for name, value in metrics.compute(_drawn(examples, draw)).items():
+            found.setdefault(name, []).append(value)
+    return {name: _interval(values) for name, values in found.items()}
+
+
+def paired_bootstrap(
+    metrics: Metrics, one: Sequence[Record], other: Sequence[Record], *, resamples: int
+) -> dict[str, tuple[float, float, float]]:
+    """Return how much larger each metric of `one` is than that of `other`, with its 95 % interval.
+
+    Each resample draws the same examples for both (Koehn 2004), so that what makes an example
+    hard for both cancels out.
+
+    Args:
+        metrics: Of the task.
+        one: Records of a model.
+        other: Records of another on the same rows.
+        resamples: Draws.
+
+    Raises:
+        ValueError: If the rows differ.
+    """
+    left, right = _examples(one), _examples(other)
+    if left.keys() != right.keys():
+        raise ValueError(
+            f"the runs are compared on the same rows, got {len(left)} and {len(right)} that are "
+            "not the same: prepare both from one source and split"
+        )
+    keys = list(left)
+    points, others = metrics.compute(one), metrics.compute(other)
+    found: dict[str, list[float]] = {}
+    for seed in range(resamples):
+        ours = metrics.compute(_drawn([left[k] for k in keys], np.random.default_rng(seed)))
+        theirs = metrics.compute(_drawn([right[k] for k in keys], np.random.default_rng(seed)))
+        for name, value in ours.items():
+            found.setdefault(name, []).append(value - theirs[name])
+    return {
+        name: (points[name] - others[name], *_interval(values)) for name, values in found.items()
+    }
+
+
+def _examples(records: Sequence[Record]) -> dict[Any, list[Record]]:
     clusters: dict[Any, list[Record]] = {}
     for record in records:
         clusters.setdefault(record.get("example", record["row"]), []).append(record)
-    examples = list(clusters.values())
-    found: dict[str, list[float]] = {}
-    for _ in range(resamples):
-        # An example that is drawn twice counts twice: its copies are examples of their own.
-        drawn = [
-            {**record, "example": place}
-            for place, index in enumerate(draw.integers(0, len(examples), len(examples)))
-            for record in examples[index]
-        ]
-        for name, value in metrics.compute(drawn).items():
-            found.setdefault(name, []).append(value)
-    return {
-        name: (float(np.percentile(values, 2.5)), float(np.percentile(values, 97.5)))
-        for name, values in found.items()
-    }
+    return clusters
+
+
+def _drawn(examples: Sequence[list[Record]], draw: np.random.Generator) -> list[Record]:
+    # An example that is drawn twice counts twice: its copies are examples of their own.
+    return [
+        {**record, "example": place}
+        for place, index in enumerate(draw.integers(0, len(examples), len(examples)))
+        for record in examples[index]
+    ]
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    return float(np.percentile(values, 2.5)), float(np.percentile(values, 97.5))

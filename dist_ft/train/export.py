@@ -6,7 +6,8 @@ import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,7 @@ def export_task(
     """
     if task not in model.tasks:
         raise ValueError(f"export: the model has no task {task!r}, only {', '.join(model.tasks)}")
-    if folder.exists():
-        raise ValueError(f"export: {folder} exists already: remove it, or move it away")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
+    with new_folder(folder) as temporary:
         with model.task_model(task) as task_model:
             auto_class = _auto_class(task_model)
             config = _export_config(task_model, auto_class=auto_class, task=task, card=card)
@@ -68,13 +65,28 @@ def export_task(
         labels = _labels(config, auto_class=auto_class)
         text = model_card(task=task, auto_class=auto_class, labels=labels, card=card)
         (temporary / "README.md").write_text(text, encoding="utf-8")
+    return folder
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yields a folder to fill, which gets its name when it is complete and durable.
+
+    Raises:
+        ValueError: there is such a folder already.
+    """
+    if folder.exists():
+        raise ValueError(f"export: {folder} exists already: remove it, or move it away")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield temporary
         temporary.chmod(0o777 & ~_umask())
         _sync(temporary)
         temporary.rename(folder)
         _sync_folder(folder.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
 def _auto_class(task_model: PreTrainedModel) -> str:
@@ -86,6 +98,7 @@ def _auto_class(task_model: PreTrainedModel) -> str:
         "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING",
         "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
         "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
+        "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
     }
     for auto_class, mapping in mappings.items():
         known = getattr(modeling_auto, mapping).get(type(task_model.config), None)
@@ -156,6 +169,7 @@ def _labels(config: Any, *, auto_class: str) -> list[str]:
     if auto_class not in (
         "AutoModelForSequenceClassification",
         "AutoModelForTokenClassification",
+        "AutoModelForImageClassification",
     ):
         return []
     return [config.id2label[index] for index in sorted(config.id2label)]

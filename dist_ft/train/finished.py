@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,14 +17,25 @@ from dist_ft.config import Recipe
 from dist_ft.data.loader import MicroBatch
 from dist_ft.engine.base import on_device
 from dist_ft.engine.loss_module import LossModule
-from dist_ft.model.backbone import MultiTaskModel
-from dist_ft.train.checkpoint import CheckpointReader, find_checkpoint
-from dist_ft.train.evaluate import evaluate_task
+from dist_ft.model.lora import LoraSettings, merged_lora
+from dist_ft.model.sources import resolve_model_path
+from dist_ft.train import analysis
+from dist_ft.train.best import Decision
+from dist_ft.train.checkpoint import (
+    CheckpointReader,
+    checkpoint_name,
+    find_checkpoint,
+    known_checkpoints,
+    verify_checkpoint,
+)
+from dist_ft.train.evaluate import collect, evaluate_task, paired_bootstrap
 from dist_ft.train.export import export_task
+from dist_ft.train.export_adapter import export_adapter
 from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
 from dist_ft.train.parts import Parts, eval_data, make_parts
 from dist_ft.train.recorder import Recorder, surviving_events
 from dist_ft.train.run_folder import RunFolder
+from dist_ft.train.weights import load_weights
 
 log = logging.getLogger("dist_ft")
 
@@ -38,6 +51,19 @@ def open_finished(
     Raises:
         ValueError: If the folder holds no run or no whole checkpoint.
     """
+    recipe, parts, folder, reader = open_start(run, extensions=extensions)
+    load_weights(parts.model, reader)
+    return recipe, parts, folder, reader.trainer["progress"]["step"]
+
+
+def open_start(
+    run: Path, *, extensions: Extensions = NO_EXTENSIONS
+) -> tuple[Recipe, Parts, RunFolder, CheckpointReader]:
+    """Return recipe, parts as they were before the run, folder and its newest whole checkpoint.
+
+    Raises:
+        ValueError: If the folder holds no run or no whole checkpoint.
+    """
     folder = RunFolder(run)
     recipe = Recipe.model_validate(folder.read_recipe())
     path, passed_over = find_checkpoint(folder.checkpoints)
@@ -49,23 +75,30 @@ def open_finished(
     parts = make_parts(recipe, log.info, extensions=extensions)
     for text in passed_over:
         log.warning("checkpoint passed over: %s", text)
-    reader = CheckpointReader(path)
-    load_weights(parts.model, reader)
-    return recipe, parts, folder, reader.trainer["progress"]["step"]
+    return recipe, parts, folder, CheckpointReader(path)
 
 
-@torch.no_grad()
-def load_weights(model: MultiTaskModel, reader: CheckpointReader) -> None:
-    """Put a checkpoint's weights into a whole model, in the precision that was trained.
+def analyse(run: Path, *, extensions: Extensions = NO_EXTENSIONS) -> Path:
+    """Write what moved, how sure the model is and what it confuses; return the file's path.
 
     Raises:
-        ValueError: If the checkpoint lacks a parameter.
+        ValueError: If the folder holds no run or no whole checkpoint.
     """
-    for name, parameter in model.named_parameters():
-        weight = reader.read("weight", name, start=0, length=parameter.numel())
-        if weight is None:
-            raise ValueError(f"{reader.folder} has no weights for {name}: it is another model's")
-        parameter.data = weight.view(parameter.shape).clone()
+    recipe, parts, folder, reader = open_start(run, extensions=extensions)
+    return analysis.analyse(recipe, parts, reader, folder=folder.root)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What is exported.
+
+    Attributes:
+        best: Each task's weights at its best evaluation instead of the newest ones.
+        lora: Adapters added to the weights, or alone, for peft.
+    """
+
+    best: bool = False
+    lora: Literal["merged", "adapter"] = "merged"
 
 
 def evaluate(
@@ -98,6 +131,45 @@ def evaluate(
     return results
 
 
+Differences = dict[str, dict[str, tuple[float, float, float]]]
+
+
+def compare(run: Path, against: Path, *, extensions: Extensions = NO_EXTENSIONS) -> Differences:
+    """Return by task and metric how much larger it is in `run` than in `against`, with interval.
+
+    Both are scored on their own validation rows, which must be the same.
+
+    Raises:
+        ValueError: If a folder holds no run, or the rows are not the same.
+    """
+    world = dist.World(rank=0, local_rank=0, world_size=1)
+    collected: list[dict[str, tuple[Any, Any, list[Any]]]] = []
+    for path in (run, against):
+        recipe, parts, _, _ = open_finished(path, extensions=extensions)
+        forward = _forward(parts)
+        of_run: dict[str, tuple[Any, Any, list[Any]]] = {}
+        for data in eval_data(recipe, parts, split="validation"):
+            metrics, records, _ = collect(data, forward=forward, world=world)
+            source = data.dataset.take(np.arange(len(data.dataset)), columns={"source_row"})[
+                "source_row"
+            ]
+            of_run[data.task.name] = (metrics, list(source), records)
+        collected.append(of_run)
+    ours, theirs = collected
+    found: Differences = {}
+    for task in ours.keys() & theirs.keys():
+        metrics, rows, records = ours[task]
+        if rows != theirs[task][1]:
+            raise ValueError(
+                f"--against: task {task} has other validation rows in {against}: compare runs on "
+                "the same data and split"
+            )
+        found[task] = paired_bootstrap(metrics, records, theirs[task][2], resamples=RESAMPLES)
+    if not found:
+        raise ValueError(f"--against: {against} has no task of {run}: nothing can be compared")
+    return found
+
+
 def _forward(parts: Parts) -> Any:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     losses = {t.task.name: t.task.loss for t in parts.tasks}
@@ -111,37 +183,85 @@ def _forward(parts: Parts) -> Any:
 
 
 def export(
-    run: Path, *, task: str | None = None, extensions: Extensions = NO_EXTENSIONS
+    run: Path,
+    *,
+    task: str | None = None,
+    how: ExportOptions | None = None,
+    extensions: Extensions = NO_EXTENSIONS,
 ) -> list[Path]:
     """Write a plain transformers folder for each task (or the one named); return the folders.
 
     Raises:
         ValueError: If there is no such task, or an export folder exists already.
     """
+    how = how or ExportOptions()
     recipe, parts, folder, step = open_finished(run, extensions=extensions)
     names = [t.task.name for t in parts.tasks]
     if task is not None and task not in names:
         raise ValueError(f"--task: the run has no task {task!r}; its tasks are {', '.join(names)}")
+    if how.lora == "adapter" and recipe.model.lora is None:
+        raise ValueError("--lora adapter: the run has no model.lora: leave the option out")
     wanted = names if task is None else [task]
     existing = [folder.export / name for name in wanted if (folder.export / name).exists()]
     if existing:
         raise ValueError(
             f"{', '.join(map(str, existing))} exists already: remove it, or move it away"
         )
-    scores = last_scores(folder.metrics, step=step)
-    return [
-        export_task(
+    decision = Decision(recipe.evaluation.decide_by, recipe.evaluation.weights)
+    folders: list[Path] = []
+    for name in wanted:
+        at = step
+        if how.best:
+            reader = best_checkpoint(folder.checkpoints, name=decision.name_for(name))
+            at = reader.trainer["progress"]["step"]
+            load_weights(parts.model, reader)
+        folders.append(_export_one(recipe, parts, name, folder=folder, how=how, step=at))
+    return folders
+
+
+def _export_one(
+    recipe: Recipe, parts: Parts, name: str, *, folder: RunFolder, how: ExportOptions, step: int
+) -> Path:
+    card: dict[str, Any] = {
+        "metrics": last_scores(folder.metrics, step=step).get(name, {}),
+        "recipe": recipe.model_dump(mode="json", exclude={"output_dir", "data_dir"}),
+    }
+    if how.lora == "adapter":
+        assert recipe.model.lora is not None
+        return export_adapter(
             parts.model,
             parts.tokenizer,
             task=name,
             folder=folder.export / name,
-            card={
-                "metrics": scores.get(name, {}),
-                "recipe": recipe.model_dump(mode="json", exclude={"output_dir", "data_dir"}),
-            },
+            settings=LoraSettings(**recipe.model.lora.model_dump()),
+            card={**card, "base_model": resolve_model_path(recipe.model.path)},
         )
-        for name in wanted
-    ]
+    with merged_lora(parts.model):
+        return export_task(
+            parts.model, parts.tokenizer, task=name, folder=folder.export / name, card=card
+        )
+
+
+def best_checkpoint(root: Path, *, name: str) -> CheckpointReader:
+    """Return the whole checkpoint with the best deciding score `name`, the earliest of equals.
+
+    Raises:
+        ValueError: If no whole checkpoint was saved at an evaluation.
+    """
+    scored = sorted(
+        (k for k in known_checkpoints(root) if name in k.scores),
+        key=lambda kept: (-kept.scores[name], kept.step),
+    )
+    for kept in scored:
+        folder = root / checkpoint_name(kept.step)
+        damage = verify_checkpoint(folder)
+        if damage is None:
+            return CheckpointReader(folder)
+        log.warning("checkpoint passed over: %s: %s", folder.name, damage)
+    raise ValueError(
+        f"--best: {root} has no whole checkpoint with a score of {name}: train with "
+        "evaluation.every and checkpoint.keep_best=true"
+    )
 
 
 def last_scores(metrics: Path, *, step: int) -> Mapping[str, dict[str, float]]:

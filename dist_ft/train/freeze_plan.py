@@ -70,7 +70,7 @@ def plan_text(recipe: Recipe, parts: Parts, *, periods: int | None = None) -> st
     """Return the YAML of an explicit ``freezing`` section with the phases of `parts.policy`."""
     phases, end = listed_phases(parts.policy, total_steps=parts.total_steps, periods=periods)
     numel = {name: p.numel() for name, p in parts.model.named_parameters()}
-    sizes = {g.name: sum(numel[n] for n in g.parameters) for g in parts.groups}
+    sizes = {g.name: sum(numel[n] for n in g.trained) for g in parts.groups}
     notes = [
         f"The phases of {recipe.name} (freezing.policy: {recipe.freezing.policy}) over "
         f"{parts.total_steps} steps.",

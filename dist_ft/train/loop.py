@@ -7,13 +7,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 from dist_ft.data.loader import StepBatch, StepLoader
 from dist_ft.engine.base import Engine, PhaseReport, StepResult
 from dist_ft.freezing.policies import FreezePolicy
 from dist_ft.freezing.schedule import Phase
 from dist_ft.train.agreement import StepPlan, agree
+
+
+class Best(TypedDict):
+    """The best of a deciding score: its value, its step, and evaluations since without better."""
+
+    score: float
+    step: int
+    stale: int
 
 
 @dataclass
@@ -28,6 +36,8 @@ class Progress:
         refused: Steps in a row, up to the last one, whose update was left out.
         dropped: Steps [first, end) whose data were given up when the run was rolled back.
         losses: Latest losses of each task, if leaps are looked for.
+        best: Best deciding scores so far.
+        ended: Whether the run was ended because it got no better.
     """
 
     step: int = 0
@@ -37,6 +47,8 @@ class Progress:
     refused: int = 0
     dropped: list[list[int]] = field(default_factory=list)
     losses: dict[str, list[float]] = field(default_factory=dict)
+    best: dict[str, Best] = field(default_factory=dict)
+    ended: bool = False
 
 
 class Callback(Protocol):
@@ -97,6 +109,11 @@ class Run:
     stopped_by: int = 0
     busy_s: float = 0.0
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the last step is done: that of the recipe, or where it stopped early."""
+        return self.progress.ended or self.progress.step >= self.total_steps
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps besides the engine's state, as JSON."""
         return {
@@ -120,7 +137,7 @@ def fit(run: Run) -> Run:
 def take_steps(run: Run) -> bool:
     """Train until the run ends or is stopped; return False if a step is to be planned anew."""
     with closing(run.loader.iterate(run.progress.step)) as batches:
-        while run.progress.step < run.total_steps:
+        while not run.is_over:
             run.beat("data")
             batch = next(batches)
             phase = run.policy.phase_at(batch.step)

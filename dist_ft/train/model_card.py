@@ -15,6 +15,7 @@ PIPELINES = {
     "AutoModelForQuestionAnswering": "question-answering",
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModelForImageClassification": "image-classification",
 }
 CUSTOM_PIPELINES = {"question-answering", "text2text-generation"}
 _EXAMPLES = {
@@ -23,6 +24,7 @@ _EXAMPLES = {
     "question-answering": 'question="Who did it?", context="Ada did it."',
     "text-generation": '"a prompt"',
     "text2text-generation": '"a text"',
+    "image-classification": '"an image file"',
 }
 _RESERVED = {"metrics", "recipe", "base_model"}
 
@@ -65,6 +67,28 @@ def model_card(
     return "\n".join(parts)
 
 
+def adapter_card(*, task: str, labels: Sequence[str], card: Mapping[str, Any]) -> str:
+    """Returns the card of a folder with adapters, as Markdown; `card` as in `model_card`."""
+    base = card.get("base_model") or _base_model(card.get("recipe") or {})
+    front = {"library_name": "peft", "base_model": base, "tags": ["dist_ft", "lora"]}
+    count = f", num_labels={len(labels)}" if labels else ""
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
+        f"# {task}\n",
+        f"LoRA adapters for `{base}`, trained with dist_ft {__version__}. They need transformers "
+        "and peft.\n",
+        "## Use\n\nLoad the base model with the transformers class of the task"
+        f"{count and f' (`from_pretrained(base{count})`)'}, then "
+        "`peft.PeftModel.from_pretrained(model, FOLDER)`.\n",
+        f"## Metrics\n\n{_table(card.get('metrics') or {})}\n",
+    ]
+    if labels:
+        names = "\n".join(f"{index}. {name}" for index, name in enumerate(labels))
+        parts.append(f"## Labels\n\n{names}\n")
+    parts.append(f"## Recipe\n\n{_block(card.get('recipe') or {})}\n")
+    return "\n".join(parts)
+
+
 def _base_model(recipe: Mapping[str, Any]) -> str:
     model = recipe.get("model")
     return str(model.get("path", "unknown")) if isinstance(model, Mapping) else "unknown"
@@ -72,15 +96,17 @@ def _base_model(recipe: Mapping[str, Any]) -> str:
 
 def _usage(auto_class: str, pipeline: str) -> str:
     trust = ", trust_remote_code=True" if pipeline in CUSTOM_PIPELINES else ""
+    reader = "AutoImageProcessor" if pipeline == "image-classification" else "AutoTokenizer"
     lines = [
         "```python",
-        f"from transformers import AutoTokenizer, {auto_class}, pipeline",
+        f"from transformers import {reader}, {auto_class}, pipeline",
         "",
         f'pipe = pipeline("{pipeline}", model="THIS FOLDER"{trust})',
         f"pipe({_EXAMPLES[pipeline]})",
         "",
         f'model = {auto_class}.from_pretrained("THIS FOLDER")',
-        'tokenizer = AutoTokenizer.from_pretrained("THIS FOLDER")',
+        f"{'processor' if reader != 'AutoTokenizer' else 'tokenizer'} = "
+        f'{reader}.from_pretrained("THIS FOLDER")',
         "```",
     ]
     if trust:

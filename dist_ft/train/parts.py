@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from dist_ft.config import ModelConfig, Recipe
 from dist_ft.data.loader import MicroBatch
@@ -16,6 +17,8 @@ from dist_ft.freezing.policies import FreezePolicy
 from dist_ft.freezing.schedule import LayerOrder
 from dist_ft.model.backbone import HeadSpec, ModelSource, MultiTaskModel, load_model, load_tokenizer
 from dist_ft.model.layer_groups import LayerGroup, find_layer_groups
+from dist_ft.model.lora import LoraSettings, add_lora, fix_base
+from dist_ft.model.processors import load_image_processor
 from dist_ft.train.data import PreparedTask, prepare_tasks
 from dist_ft.train.evaluate import EvalData
 from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
@@ -28,7 +31,7 @@ from dist_ft.train.regularization import prepare_model
 class Parts:
     """What a run is made of before an engine exists."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any
     tasks: list[PreparedTask]
     model: MultiTaskModel
     groups: list[LayerGroup]
@@ -43,14 +46,24 @@ def make_parts(
 ) -> Parts:
     """Return data, model, layer groups and schedule; needs no process group."""
     source = model_source(recipe.model)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_preprocessor(recipe)
     tasks = prepare_tasks(recipe, tokenizer=tokenizer, say=say, extensions=extensions)
     heads = [HeadSpec(t.task.name, t.task.auto_class, t.task.config_updates()) for t in tasks]
-    model, _ = load_model(source, heads=heads, dtype=torch.float32, seed=recipe.seed)
+    model = load_model(
+        source,
+        heads=heads,
+        dtype=torch.float32,
+        seed=recipe.seed,
+        pad_token_id=getattr(tokenizer, "pad_token_id", None),
+    )
     check_vocabulary(tasks, model=model.backbone)
+    if recipe.model.lora is not None:
+        add_lora(model, LoraSettings(**recipe.model.lora.model_dump()), seed=recipe.seed)
     groups = find_layer_groups(model, overrides=recipe.freezing.layer_groups or None)
+    if recipe.model.lora is not None:
+        groups = fix_base(groups, auto_classes={h.name: h.auto_class for h in heads})
     steps = plan_steps(recipe, tasks)
-    order = LayerOrder.of([(g.name, g.kind) for g in groups])
+    order = LayerOrder.of([(g.name, g.freezing_kind) for g in groups])
     if extensions.policy is not None:
         policy = extensions.policy(order, steps.total_steps)
     else:
@@ -95,6 +108,14 @@ def check_vocabulary(tasks: Sequence[PreparedTask], *, model: torch.nn.Module) -
                     f"{shard.max_token_id}, but the model has {size} embeddings: use the "
                     "tokenizer of the model, or resize its embeddings"
                 )
+
+
+def load_preprocessor(recipe: Recipe) -> Any:
+    """Return the model's tokenizer, or its image processor where the tasks are of images."""
+    source = model_source(recipe.model)
+    if all(task.type == "image_classification" for task in recipe.tasks):
+        return load_image_processor(source)
+    return load_tokenizer(source)
 
 
 def model_source(config: ModelConfig) -> ModelSource:

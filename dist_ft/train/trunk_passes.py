@@ -46,6 +46,10 @@ def make_passes(
         wants_cache = False
     if recipe.model.padding == "padded" and not wants_cache:
         return TrunkPasses()
+    if any(t.type == "image_classification" for t in recipe.tasks):
+        reason = "its inputs are no tokens"
+        _refuse(recipe, unpadded=reason, boundary=reason if wants_cache else None, say=say)
+        return TrunkPasses()
     try:
         trunk = Trunk.find(parts.model, groups=parts.groups)
         problems = trunk.check()

@@ -39,6 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(recipe, stop_at=6, exit_code=build.PREEMPTED)
     train(recipe, resume=True)
     finished.evaluate(folder / "runs" / "tiny")
+    finished.analyse(folder / "runs" / "tiny")
     return folder / "runs" / "tiny"
 
 
@@ -113,7 +114,7 @@ def test_every_plot_has_labels_and_units(run: Path) -> None:
         root = ET.fromstring(file.read_text())
         assert root.attrib["aria-label"], file
         words = " ".join(t.text or "" for t in root.iter("{http://www.w3.org/2000/svg}text"))
-        assert re.search(r"optimizer step|phase", words), file
+        assert re.search(r"optimizer step|phase|mean confidence", words), file
         unit = r"GiB|MiB|tokens/s|share|0 to 1|per label|rate|L2|frozen"
         assert re.search(unit, words), (file, words)
         box = [float(v) for v in root.attrib["viewBox"].split()]
@@ -260,3 +261,41 @@ def test_plots_survive_odd_values() -> None:
     assert sparkline([1, 1, 1]) == "▁▁▁"
     assert sparkline([0.0, 1.0]) == "▁█"
     assert dataclasses.replace(one, slug="b").body == one.body
+
+
+def test_the_analysis_says_what_the_run_did(run: Path, page: Path) -> None:
+    body = json.loads((run / "analysis.json").read_text())
+    tasks = body["tasks"]
+    assert set(tasks) == {"text", "tags", "spans"}
+    assert all(0 <= t["calibration"]["ece"] <= 1 for t in tasks.values())
+    groups = {row["group"]: row for row in body["groups"]}
+    # The schedule froze the embeddings and the lower blocks to the end or for a while.
+    last = [e for e in events(run) if e["event"] == "phase"][-1]["trainable_groups"]
+    for name, row in groups.items():
+        assert (row["drift"] > 0) == (name in last), name
+    assert all(0 < row["cka"] <= 1 + 1e-9 for row in groups.values() if "cka" in row)
+    text = tasks["text"]
+    [scores] = [e for e in read_run(run).latest() if e["task"] == "text"]
+    matrix = text["confusion"]
+    assert sum(map(sum, matrix)) == scores["rows"]
+    right = sum(matrix[i][i] for i in range(len(matrix)))
+    assert right / scores["rows"] == pytest.approx(scores["metrics"]["accuracy"])
+    assert text["hardest"] == sorted(text["hardest"], key=lambda row: -row["loss"])
+    found = text["attributions"]
+    # What the words add is what tells the row from the one without them (completeness).
+    added = found["probability"] - found["baseline_probability"]
+    assert sum(found["values"]) == pytest.approx(added, abs=0.02)
+    html_text = page.read_text()
+    assert "Reliability of text" in html_text
+    assert "CKA to the start" in html_text
+    assert "Integrated gradients" in html_text
+
+
+def test_runs_are_compared_on_the_same_rows(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", str(run), "--against", str(run)]) == 0
+    table = capsys.readouterr().out
+    # Against itself no resample differs, however wide the interval of the metric alone.
+    rows = [line for line in table.splitlines() if " to " in line]
+    assert len(rows) > 10
+    assert all(row.count("+0.0000") == 3 for row in rows)
+    assert "accuracy" in table

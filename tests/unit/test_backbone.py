@@ -41,7 +41,8 @@ def saved(folder: Path, name: str, auto_class: str = "AutoModel", **kwargs: Any)
 
 def load(folder: Path, heads: list[HeadSpec], seed: int = 1) -> MultiTaskModel:
     source = ModelSource(str(folder))
-    return load_model(source, heads=heads, dtype=torch.float32, seed=seed)[0]
+    pad: Any = load_tokenizer(source).pad_token_id
+    return load_model(source, heads=heads, dtype=torch.float32, seed=seed, pad_token_id=pad)
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +204,7 @@ def test_training_makes_no_cache_of_keys_and_values() -> None:
 
 def test_dtype_is_that_of_all_weights(bert: Path) -> None:
     source = ModelSource(str(bert))
-    model, _ = load_model(source, heads=HEADS, dtype=torch.bfloat16, seed=0)
+    model = load_model(source, heads=HEADS, dtype=torch.bfloat16, seed=0, pad_token_id=0)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
@@ -216,7 +217,7 @@ def test_models_with_pickled_weights_only_are_refused(bert: Path, tmp_path: Path
     with pytest.raises(ValueError, match=r"model\.allow_pickle"):
         load(folder, HEADS)
     source = ModelSource(str(folder), allow_pickle=True)
-    model, _ = load_model(source, heads=HEADS, dtype=torch.float32, seed=0)
+    model = load_model(source, heads=HEADS, dtype=torch.float32, seed=0, pad_token_id=0)
     found = model.backbone.state_dict()
     assert all(torch.equal(found[key], weights[key]) for key in weights)
 
@@ -228,7 +229,9 @@ def test_missing_pad_token_needs_one_from_the_vocabulary(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="not in the vocabulary"):
         load_tokenizer(ModelSource(folder, pad_token="<none>"))
     source = ModelSource(folder, pad_token="<eos>")
-    model, tokenizer = load_model(source, heads=[CLASSIFIER], dtype=torch.float32, seed=0)
+    tokenizer = load_tokenizer(source)
+    pad: Any = tokenizer.pad_token_id
+    model = load_model(source, heads=[CLASSIFIER], dtype=torch.float32, seed=0, pad_token_id=pad)
     assert tokenizer.pad_token == "<eos>"
     config: Any = model.heads["cls"].config
     assert config.pad_token_id == tokenizer.eos_token_id

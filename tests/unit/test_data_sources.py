@@ -224,6 +224,8 @@ COUNTS = {
     "disfl_qa": 1_000,
     "wnut16": 2_394,
     "xsum": 1_000,
+    "movie_dialogs": 64_248,
+    "digits": 1_797,
 }
 
 

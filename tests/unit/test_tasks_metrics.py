@@ -87,26 +87,3 @@ def test_answers_are_compared_as_in_squad() -> None:
     assert m.token_f1("Ada of London", ["Ada Lovelace", "London"]) == pytest.approx(2 * 1 / (3 + 1))
     assert m.token_f1("", ["x"]) == 0
     assert m.token_f1("the", ["a"]) == 1  # both are empty after normalisation
-
-
-def test_rouge_l_is_the_longest_common_subsequence() -> None:
-    assert m.rouge_l("the cat sat", "the big cat sat down") == pytest.approx(2 * 3 / (3 + 5))
-    assert m.rouge_l("a b c", "c b a") == pytest.approx(2 * 1 / 6)
-    assert m.rouge_l("", "x") == 0
-
-
-@given(st.lists(st.sampled_from("abc"), max_size=8), st.lists(st.sampled_from("abc"), max_size=8))
-def test_rouge_l_agrees_with_search_over_all_subsequences(
-    left: list[str], right: list[str]
-) -> None:
-    def is_in(part: list[str], whole: list[str]) -> bool:
-        rest = iter(whole)
-        return all(word in rest for word in part)
-
-    choices = [
-        [word for bit, word in enumerate(left) if mask >> bit & 1] for mask in range(2 ** len(left))
-    ]
-    longest = max(len(choice) for choice in choices if is_in(choice, right))
-    total = len(left) + len(right)
-    expected = float(left == right) if not left or not right else 2 * longest / total
-    assert m.rouge_l(" ".join(left), " ".join(right)) == pytest.approx(expected)

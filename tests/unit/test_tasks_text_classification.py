@@ -225,6 +225,7 @@ def test_a_column_that_holds_no_labels_is_an_error() -> None:
 def test_tasks_are_built_by_type() -> None:
     assert set(TASKS) == {
         "text_classification", "token_classification", "question_answering", "generation",
+        "image_classification",
     }  # fmt: skip
     built = build_task({"type": "text_classification", "name": "x", "max_length": 9})
     assert built == TextClassification(name="x", max_length=9)

@@ -1,0 +1,22 @@
+"""Puts a checkpoint's weights into a model."""
+
+from __future__ import annotations
+
+import torch
+
+from dist_ft.model.backbone import MultiTaskModel
+from dist_ft.train.checkpoint import CheckpointReader
+
+
+@torch.no_grad()
+def load_weights(model: MultiTaskModel, reader: CheckpointReader) -> None:
+    """Put a checkpoint's weights into a whole model, in the precision that was trained.
+
+    Raises:
+        ValueError: If the checkpoint lacks a parameter.
+    """
+    for name, parameter in model.named_parameters():
+        weight = reader.read("weight", name, start=0, length=parameter.numel())
+        if weight is None:
+            raise ValueError(f"{reader.folder} has no weights for {name}: it is another model's")
+        parameter.data = weight.view(parameter.shape).clone()

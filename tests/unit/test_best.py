@@ -1,0 +1,90 @@
+"""Which evaluation is best, when a run ends early, and what is exported then."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dist_ft.recipe import load_recipe
+from dist_ft.recipe.errors import RecipeError
+from dist_ft.train import finished
+from dist_ft.train.best import Decision, updated
+from dist_ft.train.checkpoint import CheckpointReader
+from tests.helpers.tiny_run import events, train, write_recipe
+
+SCORES = {"a": 0.5, "b": 0.9}
+
+
+def test_scores_decide_each_or_together() -> None:
+    assert Decision("each").scores(SCORES) == SCORES
+    assert Decision("mean").scores(SCORES) == {"mean": pytest.approx(0.7)}
+    assert Decision("worst").scores(SCORES) == {"worst": 0.5}
+    weighted = Decision("weighted", {"b": 3.0}).scores(SCORES)
+    assert weighted == {"weighted": pytest.approx(0.8)}
+    assert Decision("worst").scores({}) == {}
+    assert [Decision(by).name_for("a") for by in ("each", "mean")] == ["a", "mean"]
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=12), st.sampled_from([0.0, 0.1]))
+def test_the_best_is_the_first_of_the_largest(scores: list[float], min_delta: float) -> None:
+    best = {}
+    for step, score in enumerate(scores):
+        best = updated(best, scores={"a": score}, step=step, min_delta=min_delta)
+    if min_delta == 0:
+        assert best["a"]["step"] == scores.index(max(scores))
+    assert max(scores) <= best["a"]["score"] + min_delta
+    assert best["a"]["stale"] == len(scores) - 1 - best["a"]["step"]
+
+
+def test_a_run_that_gets_no_better_ends_and_stays_ended(tmp_path: Path) -> None:
+    path = write_recipe(
+        tmp_path,
+        evaluation={"every": "2step", "early_stopping": {"patience": 2, "min_delta": 1.0}},
+        checkpoint={"keep_last": 1, "keep_best": True, "every": "4step"},
+    )
+    train(path)
+    run = tmp_path / "runs" / "tiny"
+    [stopped] = [e for e in events(run) if e["event"] == "early_stop"]
+    # The first evaluation set what no later one beat by 1.
+    assert stopped["step"] == 6
+    assert {b["step"] for b in stopped["best"].values()} == {2}
+    assert {e["step"] for e in events(run) if e["event"] == "step"} == set(range(1, 7))
+    saved = sorted(p.name for p in (run / "checkpoints").iterdir())
+    assert saved == ["step-00000002", "step-00000006"]
+
+    train(path, resume=True)
+    assert max(e["step"] for e in events(run) if e["event"] == "step") == 6
+
+    [folder] = finished.export(run, task="text", how=finished.ExportOptions(best=True))
+    import transformers
+
+    exported = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    reader = CheckpointReader(run / "checkpoints" / "step-00000002")
+    weight = exported.get_parameter("classifier.weight").detach()
+    name = "heads.text.classifier.weight"
+    saved_weight = reader.read("weight", name, start=0, length=weight.numel())
+    assert saved_weight is not None
+    assert torch.equal(weight.view(-1), saved_weight)
+
+
+def test_what_cannot_decide_is_refused(tmp_path: Path) -> None:
+    path = write_recipe(
+        tmp_path,
+        evaluation={
+            "every": None,
+            "decide_by": "mean",
+            "weights": {"txt": 2.0},
+            "early_stopping": {"patience": 2},
+        },
+    )
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path, overrides=["tasks.text.problem=regression", "tasks.text.metric=mse"])
+    text = str(error.value)
+    assert "evaluation.early_stopping: needs scores while training goes on" in text
+    assert "evaluation.weights.txt: must be the name of a task: did you mean text?" in text
+    assert "evaluation.weights: are of no use with decide_by mean" in text
+    assert "task text is decided by mse" in text
