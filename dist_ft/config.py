@@ -55,6 +55,7 @@ from dist_ft.config_freezing import (
 from dist_ft.config_regularization import (
     BalancingConfig,
     DropoutConfig,
+    FixedBalancing,
     L2SpConfig,
     RegularizationConfig,
 )
@@ -363,7 +364,7 @@ class Recipe(Section):
     cache: CacheConfig = CacheConfig()
     optim: OptimConfig = OptimConfig()
     regularization: RegularizationConfig = RegularizationConfig()
-    balancing: BalancingConfig = BalancingConfig()
+    balancing: BalancingConfig = FixedBalancing()
     engine: EngineConfig = EngineConfig()
     train: TrainConfig
     evaluation: EvaluationConfig = EvaluationConfig()

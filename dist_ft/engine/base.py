@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -11,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+
+from dist_ft.optim.averaging import Averaging
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Switch = Literal["rebuild", "in_place"]
@@ -66,6 +69,61 @@ class MicroBatchLike(Protocol):
         ...
 
 
+class Turn(Protocol):
+    """A global batch of one task in an optimizer step."""
+
+    @property
+    def task(self) -> str:
+        """The task."""
+        ...
+
+    @property
+    def micro_batches(self) -> Sequence[MicroBatchLike]:
+        """This rank's; as many on every rank."""
+        ...
+
+    @property
+    def global_count(self) -> int:
+        """Loss terms of the turn over all ranks; its loss is their mean."""
+        ...
+
+
+@dataclass(frozen=True)
+class OwnTurn:
+    """The turn that the arguments of `Engine.train_step` describe."""
+
+    task: str
+    micro_batches: Sequence[MicroBatchLike]
+    global_count: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """A micro-batch of a step.
+
+    Attributes:
+        turn: Index of its turn.
+        task: Its task.
+        batch: The micro-batch.
+        share: What its summed loss is multiplied by: the step's loss is the mean over turns of
+            the mean over each turn's loss terms.
+    """
+
+    turn: int
+    task: str
+    batch: MicroBatchLike
+    share: float
+
+
+def work_of(turns: Sequence[Turn]) -> list[Work]:
+    """Return the micro-batches of a step's turns, in the order that every rank runs them in."""
+    return [
+        Work(index, turn.task, batch, batch.loss_weight / (turn.global_count * len(turns)))
+        for index, turn in enumerate(turns)
+        for batch in turn.micro_batches
+    ]
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """How an engine computes; the same on every rank.
@@ -78,6 +136,8 @@ class EngineOptions:
         seed: Dropout of micro-batch j in step s draws from (seed, s, j).
         returning: What a layer group finds when it trains again: its moments (`keep`) or zeros.
         activation_checkpointing: Recompute block activations in the backward pass.
+        averaging: Which average of the weights is kept beside them; None for none.
+        watch_shared: Whether steps measure each turn's gradient in what all tasks share.
     """
 
     precision: Precision = "fp32"
@@ -87,6 +147,8 @@ class EngineOptions:
     seed: int = 0
     returning: Returning = "keep"
     activation_checkpointing: Literal["none", "reentrant", "non_reentrant"] = "none"
+    averaging: Averaging | None = None
+    watch_shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +160,10 @@ class StepResult:
             ranks is the mean over the global batch.
         grad_norm: Global L2 norm of the gradient before clipping; None when the engine has none,
             as after a step that was skipped because its fp16 gradients overflowed.
+        turn_losses: Global mean loss of each turn, the same on every rank.
+        turn_shares: This rank's share of each: the sum over ranks is the turn's loss.
+        shared_norms: Global L2 norm of each turn's gradient in the topmost matrices that all tasks
+            share, of the loss as it is weighed; None unless it was asked for.
         prefix_rows: Rows of this rank that start from a cached frozen prefix.
         prefix_found: Those of them for which the cache had the hidden states.
         refused: Why the update was left out, the same on every rank; None if it was made.
@@ -108,6 +174,9 @@ class StepResult:
     refused: str | None = None
     prefix_rows: int = 0
     prefix_found: int = 0
+    turn_losses: tuple[float, ...] = ()
+    turn_shares: tuple[float, ...] = ()
+    shared_norms: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +193,7 @@ class PhaseReport:
         gradient_bytes: Bytes that the gradients of one micro-batch have on this rank.
         cached_blocks: Blocks of the frozen prefix whose hidden states are computed once and kept.
         cache_bytes: Bytes on this host's disk that they, and those of later phases, may take.
-        anchor_bytes: Bytes of this rank's share of the starting weights, kept for L2-SP.
+        anchor_bytes: Bytes of this rank's share of the starting weights, kept for L2-SP or mixout.
     """
 
     switch: Switch
@@ -147,7 +216,8 @@ class StateSlice:
         parameter: Name as in ``named_parameters()``.
         start: First element of the flattened parameter.
         values: ``weight`` in the parameter's dtype and, for groups that train or trained,
-            ``master``, ``exp_avg``, ``exp_avg_sq`` (fp32), each one-dimensional and as long.
+            ``master``, ``exp_avg``, ``exp_avg_sq`` (fp32) and, if one is kept, ``average``
+            (fp32), each one-dimensional and as long.
     """
 
     parameter: str
@@ -164,12 +234,14 @@ class EngineState:
         steps: Updates that each parameter group has had.
         trainable: Layer groups that train.
         loss_scale: The dynamic loss scale of an fp16 run and its counters; empty without one.
+        averaged: How many sets of weights are in the average of each parameter group that has one.
     """
 
     slices: list[StateSlice]
     steps: dict[str, int]
     trainable: tuple[str, ...]
     loss_scale: dict[str, float] = field(default_factory=dict)
+    averaged: dict[str, int] = field(default_factory=dict)
 
 
 class StateSource(Protocol):
@@ -183,6 +255,11 @@ class StateSource(Protocol):
     @property
     def loss_scale(self) -> Mapping[str, float]:
         """The dynamic loss scale and its counters; empty if none was saved."""
+        ...
+
+    @property
+    def averaged(self) -> Mapping[str, int]:
+        """How many sets of weights are in each parameter group's average."""
         ...
 
     def read(self, kind: str, parameter: str, *, start: int, length: int) -> Tensor | None:
@@ -204,6 +281,7 @@ class Engine(Protocol):
         global_count: int,
         learning_rates: Mapping[str, float],
         loss_limit: float = math.inf,
+        joined: Sequence[Turn] = (),
     ) -> StepResult:
         """Run one optimizer step over this rank's micro-batches.
 
@@ -217,6 +295,8 @@ class Engine(Protocol):
             global_count: Loss terms of the global batch; the loss is their mean.
             learning_rates: By layer group.
             loss_limit: Largest global mean loss that is believed.
+            joined: Further turns, of this or other tasks, whose gradients are accumulated with
+                those of the first; the step's loss is the mean of the turns'.
         """
         ...
 
@@ -226,6 +306,10 @@ class Engine(Protocol):
 
     def eval_forward(self, task: str, micro_batch: MicroBatchLike) -> tuple[Tensor, Any]:
         """Return summed loss and outputs without gradients, dropout off."""
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Let forwards inside the context use the average of the weights, if one is kept."""
         ...
 
     def moment_norms(self) -> dict[str, float]:
@@ -255,6 +339,12 @@ def free_weights(module: nn.Module) -> None:
         vars(parameter).clear()
         parameter.grad = None
         parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+
+
+def passes_of(module: nn.Module, task: str) -> int:
+    """Return how often the next micro-batch is to go forward and backward; a module may say."""
+    ask = getattr(module, "passes", None)
+    return 1 if ask is None else ask(task)
 
 
 def loss_problem(loss: float, *, limit: float) -> str | None:

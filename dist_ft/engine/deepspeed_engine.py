@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,20 +14,25 @@ from torch import Tensor, nn
 
 from dist_ft.dist import all_reduce_sum
 from dist_ft.engine.anchors import anchor_bytes, take_anchors
+from dist_ft.engine.averages import WeightAverage
 from dist_ft.engine.base import (
     DTYPES,
     EngineOptions,
     EngineState,
     MicroBatchLike,
+    OwnTurn,
     PhaseReport,
     StateSource,
     StepResult,
     Switch,
+    Turn,
     free_weights,
     gradient_problem,
     loss_problem,
     micro_batch_seed,
     on_device,
+    passes_of,
+    work_of,
 )
 from dist_ft.engine.ds_config import DeepSpeedOptions, build_ds_config, clips_itself
 from dist_ft.engine.ds_detach import (
@@ -39,7 +45,10 @@ from dist_ft.engine.ds_groups import GroupStates, Partitioning
 from dist_ft.engine.ds_loss_scale import read_loss_scale, write_loss_scale
 from dist_ft.engine.ds_setup import set_up_deepspeed
 from dist_ft.engine.ds_weights import FloatBuffers, WeightAccess, group_sizes
+from dist_ft.engine.ds_working import WorkingWeights, begin_mixing, replaced
+from dist_ft.engine.gradient_probe import GradientProbe, shared_matrices
 from dist_ft.engine.layer_modes import LayerModes
+from dist_ft.engine.mixing import Mixing
 from dist_ft.engine.trunk_pass import TrunkPass, prefix_counts
 from dist_ft.optim.adamw import GroupAdamW
 from dist_ft.optim.param_groups import ParamGroup
@@ -95,12 +104,13 @@ class DeepSpeedEngine:
         )
         self._snapshot = ModuleSnapshot(module)
         self._trainable: frozenset[str] = frozenset()
-        self._states = GroupStates(
-            self._sizes,
-            Partitioning(
-                deepspeed_options.zero_stage, options.precision, dist.get_rank(), self._world
-            ),
+        partitioning = Partitioning(
+            deepspeed_options.zero_stage, options.precision, dist.get_rank(), self._world
         )
+        self._states = GroupStates(self._sizes, partitioning)
+        self._mixing = Mixing(options.seed)
+        self._probe = GradientProbe(self._world)
+        self._average = WeightAverage(options.averaging, self._sizes, partitioning)
         self._loss_scale: dict[str, float] = {}  # of the engine that was taken down last
         self._engine: Any = None
         self._inner: GroupAdamW | None = None
@@ -126,6 +136,7 @@ class DeepSpeedEngine:
             self._states.forget_moments(returning)
         self._states.settle(wanted)
         self._trainable = wanted
+        self._average.park(wanted)
         self._modes.apply(wanted, weight=self._weights.whole)
         return self._report(how, seconds=time.monotonic() - began)
 
@@ -216,35 +227,31 @@ class DeepSpeedEngine:
         global_count: int,
         learning_rates: Mapping[str, float],
         loss_limit: float = math.inf,
+        joined: Sequence[Turn] = (),
     ) -> StepResult:
         """Run one optimizer step; see `Engine.train_step`."""
         engine = self._engine
         engine.train()
         self._modes.enter_train()
-        loss = torch.zeros((), dtype=torch.float32, device=engine.device)
-        last = len(micro_batches) - 1
-        ways = self._modes.passes.of_step(
-            step,
-            task=task,
-            micro_batches=micro_batches,
-            device=engine.device,
-            in_step=self._ds.zero_stage == 3,
+        turns = (OwnTurn(task, micro_batches, global_count), *joined)
+        tasks = frozenset(turn.task for turn in turns)
+        ways = self._modes.passes.of_turns(
+            step, turns=turns, device=engine.device, in_step=self._ds.zero_stage == 3
         )
-        for position, (batch, way) in enumerate(zip(micro_batches, ways, strict=True)):
-            engine.set_gradient_accumulation_boundary(position == last)
-            torch.manual_seed(micro_batch_seed(self.options.seed, step=step, index=batch.index))
-            loss_sum, _ = self._run(task, batch, way)
-            # DeepSpeed averages over ranks; the loss is a mean over the global batch.
-            share = loss_sum * (batch.loss_weight / global_count)
-            engine.backward(share * self._world, scale_wrt_gas=False)
-            loss += share.detach()
+        mixed = self._begin_mixing(step, tasks=tasks)
+        with self._probe.watching(self._shared(), turns=len(turns)):
+            losses = self._accumulate(step, turns=turns, ways=ways)
+        self._mixing.end()
         # Every rank must know before any updates.
-        (total,) = all_reduce_sum([float(loss)])
-        refused = loss_problem(total, limit=loss_limit)
+        shares = losses.tolist()
+        sums = all_reduce_sum(shares)
+        refused = loss_problem(sum(sums), limit=loss_limit)
         norm = self._clip_whole_gradients()
         refused = refused or gradient_problem(norm)
-        self._activate(task, learning_rates if refused is None else {})
+        self._activate(tasks, learning_rates if refused is None else {})
         engine.step()
+        if mixed and not engine.was_step_applied():
+            WorkingWeights(engine, self._ds.zero_stage).publish(mixed)
         if self._ds.zero_stage == 3 and engine.optimizer.grad_partitions_flat_buffer is not None:
             # A head outside this step's task would find its last gradient here again.
             engine.optimizer.grad_partitions_flat_buffer.zero_()
@@ -254,7 +261,66 @@ class DeepSpeedEngine:
             if not engine.was_step_applied() and self.options.precision != "fp16":
                 refused = refused or gradient_problem(math.nan)
         norm = None if norm is None else float(norm)
-        return StepResult(loss, norm, refused, **prefix_counts(ways))
+        if refused is None and engine.was_step_applied():
+            self._average.update(step + 1, masters=self._states.masters_of(self._trainable))
+        return StepResult(
+            losses.sum(),
+            norm,
+            refused,
+            turn_losses=tuple(total * len(turns) for total in sums),
+            turn_shares=tuple(share * len(turns) for share in shares),
+            shared_norms=self._probe.norms(),
+            **prefix_counts(ways),
+        )
+
+    def _accumulate(
+        self, step: int, *, turns: Sequence[Turn], ways: Sequence[TrunkPass | None]
+    ) -> Tensor:
+        """Run a step forward and backward; return this rank's share of each turn's loss."""
+        engine, works = self._engine, work_of(turns)
+        losses = torch.zeros(len(turns), dtype=torch.float32, device=engine.device)
+        for position, (work, way) in enumerate(zip(works, ways, strict=True)):
+            self._probe.turn = work.turn
+            index = work.batch.index
+            torch.manual_seed(micro_batch_seed(self.options.seed, step=step, index=index))
+            passes = passes_of(self.module, work.task)
+            for done in range(1, passes + 1):
+                is_last = position == len(works) - 1 and done == passes
+                engine.set_gradient_accumulation_boundary(is_last)
+                loss_sum, _ = self._run(work.task, work.batch, way)
+                # DeepSpeed averages over ranks; the loss is a mean over the global batch.
+                share = loss_sum * work.share
+                engine.backward(share * self._world, scale_wrt_gas=False)
+                losses[work.turn] += share.detach()
+        return losses
+
+    def _shared(self) -> list[nn.Parameter]:
+        names = shared_matrices(self._groups, trainable=self._trainable)
+        return [self._weights.parameters()[n] for n in names if self.options.watch_shared]
+
+    def _begin_mixing(self, step: int, *, tasks: frozenset[str]) -> list[int]:
+        """Mix what mixout applies to in this step; return the held groups' indices."""
+        groups = {
+            i: g
+            for i, g in enumerate(self._states.held)
+            if g.mixout and g.is_active(tasks, trainable=self._trainable)
+        }
+        if groups:
+            begin_mixing(
+                self._mixing,
+                step,
+                groups=groups,
+                working=WorkingWeights(self._engine, self._ds.zero_stage),
+                states=self._states,
+                anchors=self._anchors,
+                parameters=self._weights.parameters(),
+            )
+        return list(groups)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Let forwards inside the context use the average of the weights, if one is kept."""
+        working = WorkingWeights(self._engine, self._ds.zero_stage)
+        return replaced(self._average, working=working, weights=self._weights)
 
     def _skipped(self) -> bool:
         """Return whether fp16 gradients overflowed: the step moved nothing but the loss scale."""
@@ -268,13 +334,14 @@ class DeepSpeedEngine:
         inputs, targets = on_device(batch.inputs, device), on_device(batch.targets, device)
         return self._engine(task, inputs, targets, *(() if way is None else (way,)))
 
-    def _activate(self, task: str, learning_rates: Mapping[str, float]) -> None:
+    def _activate(self, tasks: frozenset[str], learning_rates: Mapping[str, float]) -> None:
         assert self._inner is not None
         for group, settings in zip(self._states.held, self._inner.param_groups, strict=True):
             rate = learning_rates.get(group.layer_group)  # none: the update is left out
             settings["lr"] = rate or 0.0
-            trains = group.layer_group in self._trainable and task in group.tasks
-            settings["active"] = trains and rate is not None
+            settings["active"] = rate is not None and group.is_active(
+                tasks, trainable=self._trainable
+            )
 
     def _clip_whole_gradients(self) -> float | None:
         if not clips_itself(self.options, self._ds):
@@ -302,7 +369,8 @@ class DeepSpeedEngine:
         slices, steps = self._states.export()
         slices = [*self._weights.slices(), *slices]
         scale = read_loss_scale(self._engine, precision=self.options.precision)
-        return EngineState(slices, steps, tuple(sorted(self._trainable)), scale)
+        state = EngineState(slices, steps, tuple(sorted(self._trainable)), scale)
+        return self._average.add_to(state)
 
     @torch.no_grad()
     def load_state(self, source: StateSource) -> None:
@@ -310,6 +378,8 @@ class DeepSpeedEngine:
         self._weights.load(source)
         self._states.load(source)
         self._states.settle(self._trainable)
+        self._average.load(source)
+        self._average.park(self._trainable)
         self._modes.apply(self._trainable, weight=self._weights.whole)
         write_loss_scale(self._engine, precision=self.options.precision, state=source.loss_scale)
 

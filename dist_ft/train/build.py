@@ -21,6 +21,7 @@ from dist_ft.model.layer_groups import LayerGroup
 from dist_ft.optim.lr_schedules import LrSchedule, thaw_factor
 from dist_ft.optim.param_groups import LearningRates, ParamGroup, build_param_groups
 from dist_ft.train.adapt import WatchGroups
+from dist_ft.train.balancing import Balance, make_balancer
 from dist_ft.train.callbacks import Checkpoint, Evaluate, LogSteps
 from dist_ft.train.console import Console
 from dist_ft.train.data import prepare_tasks
@@ -218,10 +219,15 @@ def make_run(
         penalties=penalty_rules(recipe, parts.groups),
     )
     tasks = [t.task for t in parts.tasks]
+    names = [task.name for task in tasks]
+    balancer = make_balancer(recipe.balancing, tasks=names)
+    weights = dict.fromkeys(names, 1.0) | getattr(recipe.balancing, "weights", {})
     module = LossModule(
         parts.model,
         {task.name: task.loss for task in tasks},
-        in_training=in_training(recipe, parts.model, tasks=tasks),
+        in_training=in_training(
+            recipe, parts.model, tasks=tasks, groups=parts.groups, weights=weights
+        ),
     ).to(device)
     passes = make_passes(recipe, parts, folder=folder, device=device, say=console.say)
     engine = make_engine(recipe, parts, module=module, param_groups=param_groups, passes=passes)
@@ -241,10 +247,15 @@ def make_run(
         trainable_now=lambda: trainable_groups(module, parts.groups),
         total_steps=parts.total_steps,
         discard=passes.discard,
+        balancer=balancer,
     )
     run.callbacks = _callbacks(recipe, parts, folder, world, console, recorder)
     guard = next(c for c in run.callbacks if isinstance(c, GuardNumbers))
     run.loss_limit = lambda task: guard.loss_limit(run, task)
+    if balancer is not None:
+        balance = Balance(balancer, weights, recorder, recipe.logging.every)
+        # After the guard, who may go back, and before the checkpoint.
+        run.callbacks.insert(run.callbacks.index(guard) + 1, balance)
     return run
 
 
@@ -348,7 +359,7 @@ def _about(parts: Parts, world: dist.World) -> dict[str, Any]:
     if isinstance(parts.mixture, BanditMixture):
         # The rest is decided while training runs, and told by `mixture` events.
         marks = [step for step in marks if step <= parts.mixture.decided_steps]
-    drawn = [parts.mixture.steps_before(step) for step in marks]
+    drawn = [parts.mixture.steps_before(step * parts.turns) for step in marks]
     return {
         "world_size": world.world_size,
         "mixture_plan": {

@@ -39,10 +39,10 @@ class Watcher:
 
 @dataclass
 class _Interval:
-    """What one task did since the last step event; the loss stays on the device until then."""
+    """What one task did since the last step event; the loss is this rank's share."""
 
     steps: int = 0
-    loss: Tensor | None = None
+    loss: float = 0.0
     tokens: int = 0
     positions: int = 0
     grad_norm: float | None = None
@@ -111,22 +111,25 @@ class LogSteps(Watcher):
     def on_step_end(self, run: Run, batch: StepBatch, result: StepResult) -> None:
         """Add the step to its task's interval; write the events when the interval ends."""
         if result.refused is None:  # otherwise it has an event of its own
-            self._count(batch, result)
+            for index, turn in enumerate(batch.turns):
+                self._count(turn, result, share=result.turn_shares[index])
+            # Of the whole step: its turns go through the trunk in one.
+            first = self._intervals[batch.task]
+            first.prefix_rows += result.prefix_rows
+            first.prefix_found += result.prefix_found
         step = run.progress.step
         if self._intervals and (step % self.every == 0 or step == run.total_steps):
             self._write(run)
         self.console.advance(step, task=batch.task)
 
-    def _count(self, batch: StepBatch, result: StepResult) -> None:
+    def _count(self, batch: StepBatch, result: StepResult, *, share: float) -> None:
         interval = self._intervals.setdefault(batch.task, _Interval())
         interval.steps += 1
-        interval.loss = result.loss if interval.loss is None else interval.loss + result.loss
+        interval.loss += share
         interval.tokens += batch.global_tokens
         interval.positions += _positions(batch)
         interval.grad_norm = result.grad_norm
         interval.wait_s += batch.data_wait_s
-        interval.prefix_rows += result.prefix_rows
-        interval.prefix_found += result.prefix_found
         if batch.augmentation is not None:
             interval.changes = interval.changes or AugmentStatistics()
             interval.changes.merge(batch.augmentation)
@@ -180,7 +183,7 @@ def _sums_over_ranks(intervals: Sequence[_Interval]) -> list[tuple[float, ...]]:
         value
         for i in intervals
         for value in (
-            0.0 if i.loss is None else float(i.loss),
+            i.loss,
             float(i.positions),
             float(i.prefix_rows),
             float(i.prefix_found),
@@ -247,8 +250,12 @@ class Evaluate(Watcher):
         return found
 
     def evaluate(self, run: Run) -> None:
-        """Score every task now."""
+        """Score every task now, with the average of the weights if one is kept."""
         self.done_at = run.progress.step
+        with run.engine.averaged():
+            self._score(run)
+
+    def _score(self, run: Run) -> None:
 
         def forward(task: str, micro_batch: MicroBatch) -> tuple[Tensor, Any]:
             run.beat("evaluation")

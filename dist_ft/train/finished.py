@@ -58,6 +58,8 @@ def open_finished(
 def load_weights(model: MultiTaskModel, reader: CheckpointReader) -> None:
     """Put a checkpoint's weights into a whole model, in the precision that was trained.
 
+    A parameter that an average is kept of gets the average: it was scored in training, too.
+
     Raises:
         ValueError: If the checkpoint lacks a parameter.
     """
@@ -65,7 +67,9 @@ def load_weights(model: MultiTaskModel, reader: CheckpointReader) -> None:
         weight = reader.read("weight", name, start=0, length=parameter.numel())
         if weight is None:
             raise ValueError(f"{reader.folder} has no weights for {name}: it is another model's")
-        parameter.data = weight.view(parameter.shape).clone()
+        average = reader.read("average", name, start=0, length=parameter.numel())
+        chosen = weight if average is None else average.to(weight.dtype)
+        parameter.data = chosen.view(parameter.shape).clone()
 
 
 def evaluate(
