@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dist_ft.cli_arguments import OverridesArgument, RecipeArgument
+from dist_ft.cli_arguments import OverOption, OverridesArgument, RecipeArgument, TrialsOption
 from dist_ft.cli_data import data_app
 from dist_ft.cli_launch import launch_command
 from dist_ft.cli_slurm import slurm
@@ -230,15 +230,23 @@ def search(
     granule: Annotated[
         int, typer.Option("--granule", help="Search in steps of this many transformer blocks.")
     ] = 1,
+    over: OverOption = None,
+    trials: TrialsOption = 16,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the search that is there.")
     ] = False,
 ) -> None:
-    """Find which contiguous blocks to train by validation score, and write the chosen recipe."""
-    loaded = _load(recipe, overrides)
-    from dist_ft.search import run
+    """Find which blocks to train, or values of keys, by validation score; write the recipe."""
+    from dist_ft.search import run, tune
 
-    outcome = run.search(loaded, options=run.SearchOptions(budget, granule), resume=resume)
+    if over:
+        outcome = tune.tune(
+            lambda more: _load(recipe, [*(overrides or ()), *more]),
+            options=tune.TuneOptions(tuple(over), trials, budget), resume=resume,
+        )  # fmt: skip
+    else:
+        loaded = _load(recipe, overrides)
+        outcome = run.search(loaded, options=run.SearchOptions(budget, granule), resume=resume)
     if outcome.table:
         typer.echo(outcome.table)
     raise typer.Exit(outcome.exit_code)
