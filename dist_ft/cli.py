@@ -16,11 +16,14 @@ from dist_ft.cli_arguments import (
     AnalysisOption,
     BestOption,
     LoraOption,
+    OverOption,
     OverridesArgument,
     RecipeArgument,
+    TrialsOption,
 )
 from dist_ft.cli_data import data_app
 from dist_ft.cli_launch import launch_command
+from dist_ft.cli_recipes import recipes_app
 from dist_ft.cli_slurm import slurm
 from dist_ft.cli_tables import print_differences, print_metrics
 from dist_ft.heartbeat import note_error, show_stacks_when_asked
@@ -41,9 +44,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-)
-recipes_app = typer.Typer(
-    help="List, show or copy the recipes that come with dist_ft.", rich_markup_mode=None
 )
 app.add_typer(recipes_app, name="recipes", invoke_without_command=True)
 app.add_typer(data_app, name="data")
@@ -254,15 +254,23 @@ def search(
     granule: Annotated[
         int, typer.Option("--granule", help="Search in steps of this many transformer blocks.")
     ] = 1,
+    over: OverOption = None,
+    trials: TrialsOption = 16,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the search that is there.")
     ] = False,
 ) -> None:
-    """Find which contiguous blocks to train by validation score, and write the chosen recipe."""
-    loaded = _load(recipe, overrides)
-    from dist_ft.search import run
+    """Find which blocks to train, or values of keys, by validation score; write the recipe."""
+    from dist_ft.search import run, tune
 
-    outcome = run.search(loaded, options=run.SearchOptions(budget, granule), resume=resume)
+    if over:
+        outcome = tune.tune(
+            lambda more: _load(recipe, [*(overrides or ()), *more]),
+            options=tune.TuneOptions(tuple(over), trials, budget), resume=resume,
+        )  # fmt: skip
+    else:
+        loaded = _load(recipe, overrides)
+        outcome = run.search(loaded, options=run.SearchOptions(budget, granule), resume=resume)
     if outcome.table:
         typer.echo(outcome.table)
     raise typer.Exit(outcome.exit_code)
@@ -281,48 +289,6 @@ def doctor(
     findings = examine_node() if node else examine()
     print_findings(findings)
     raise typer.Exit(FAILED if any(finding.is_broken for finding in findings) else 0)
-
-
-@recipes_app.callback()
-def _recipes(context: typer.Context) -> None:
-    if context.invoked_subcommand is None:
-        list_recipes()
-
-
-@recipes_app.command("ls")
-def list_recipes() -> None:
-    """List the packaged recipes."""
-    from dist_ft.recipe import packaged_recipes
-
-    for name, path in packaged_recipes().items():
-        first = path.read_text(encoding="utf-8").partition("\n")[0]
-        typer.echo(f"{name:<27} {first.removeprefix('# What:').strip()}")
-
-
-@recipes_app.command("show")
-def show_recipe(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
-    """Print a packaged recipe."""
-    typer.echo(_packaged(name).read_text(encoding="utf-8"), nl=False)
-
-
-@recipes_app.command("cp")
-def copy_recipe(
-    name: Annotated[str, typer.Argument(metavar="NAME")],
-    target: Annotated[
-        Path | None, typer.Argument(metavar="FILE", help="NAME.yaml by default.")
-    ] = None,
-) -> None:
-    """Copy a packaged recipe, to be changed."""
-    source = _packaged(name)
-    file = target or Path(f"{name}.yaml")
-    if file.is_dir():
-        file /= source.name
-    if file.exists():
-        raise ValueError(f"{file} exists already: choose another name or remove it")
-    if not file.parent.is_dir():
-        raise ValueError(f"{file.parent} is no folder: make it first")
-    file.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    typer.echo(f"copied to {file}; its relative paths start from {file.resolve().parent}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -386,12 +352,3 @@ def _load(recipe: str, overrides: list[str] | None, *, needs_files: bool = True)
 def _require_run(run: Path) -> None:
     if not (run / "recipe.json").is_file():
         raise ValueError(f"{run} holds no run (no recipe.json): name a folder that train has made")
-
-
-def _packaged(name: str) -> Path:
-    from dist_ft.recipe import packaged_recipes
-
-    known = packaged_recipes()
-    if name not in known:
-        raise ValueError(f"no packaged recipe {name!r}: use one of {', '.join(known)}")
-    return known[name]

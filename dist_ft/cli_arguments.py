@@ -37,3 +37,16 @@ AgainstOption = Annotated[
         "--against", help="Another run: print the differences with paired intervals instead."
     ),
 ]
+OverOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--over",
+        metavar="KEY=KIND:VALUES",
+        help="Search values of a recipe key instead of blocks, may be given often: "
+        "optim.lr=log:1e-5:1e-3, regularization.mixout=uniform:0.05:0.5, "
+        "freezing.depth=int:1:6, regularization.r_drop='choice:null|1|4'.",
+    ),
+]
+TrialsOption = Annotated[
+    int, typer.Option("--trials", help="Of --over: candidates, the recipe itself among them.")
+]

@@ -57,6 +57,7 @@ from dist_ft.config_lora import LoraConfig
 from dist_ft.config_regularization import (
     BalancingConfig,
     DropoutConfig,
+    FixedBalancing,
     L2SpConfig,
     RegularizationConfig,
 )
@@ -296,7 +297,7 @@ class Recipe(Section):
     cache: CacheConfig = CacheConfig()
     optim: OptimConfig = OptimConfig()
     regularization: RegularizationConfig = RegularizationConfig()
-    balancing: BalancingConfig = BalancingConfig()
+    balancing: BalancingConfig = FixedBalancing()
     engine: EngineConfig = EngineConfig()
     kernels: Literal["auto", "reference", "strict"] = "auto"
     train: TrainConfig

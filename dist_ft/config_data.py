@@ -127,20 +127,26 @@ TransformConfig = Annotated[
 ]
 
 
-class RoundRobinMixture(Section):
+class MixtureBase(Section):
+    """What every mixture has: how many of its turns make up an optimizer step."""
+
+    tasks_per_step: Positive = 1
+
+
+class RoundRobinMixture(MixtureBase):
     """The tasks take turns."""
 
     policy: Literal["round_robin"] = "round_robin"
 
 
-class ProportionalMixture(Section):
+class ProportionalMixture(MixtureBase):
     """Shares in proportion to the rows, of which at most `cap` count."""
 
     policy: Literal["examples_proportional"]
     cap: Positive | None = None
 
 
-class TemperatureMixture(Section):
+class TemperatureMixture(MixtureBase):
     """Shares in proportion to rows ** (1 / temperature)."""
 
     policy: Literal["temperature"]
@@ -148,7 +154,7 @@ class TemperatureMixture(Section):
     cap: Positive | None = None
 
 
-class AnnealedMixture(Section):
+class AnnealedMixture(MixtureBase):
     """Shares in proportion to rows ** exponent, which goes from `start` to `end` over the run."""
 
     policy: Literal["annealed"]
@@ -157,24 +163,25 @@ class AnnealedMixture(Section):
     cap: Positive | None = None
 
 
-class FixedMixture(Section):
+class FixedMixture(MixtureBase):
     """Shares in proportion to given weights; every task has one."""
 
     policy: Literal["fixed"]
     weights: dict[str, Annotated[float, Field(gt=0)]]
 
 
-class UnimaxMixture(Section):
+class UnimaxMixture(MixtureBase):
     """Equal shares, but no task gets more than `max_epochs` of its rows."""
 
     policy: Literal["unimax"]
     max_epochs: Annotated[float, Field(gt=0)]
 
 
-class BanditMixtureConfig(Section):
+class BanditMixtureConfig(MixtureBase):
     """Shares that follow the losses, decided anew for each block of steps."""
 
     policy: Literal["bandit"]
+    reward: Literal["loss", "gain"] = "loss"
     every: Annotated[int, Field(ge=8)] = 64
     rate: Annotated[float, Field(ge=0)] = 2.0
     smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.5

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
 
@@ -134,6 +135,12 @@ def all_reduce_sum(values: list[float]) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(tensor)
     return tensor.tolist()
+
+
+def sum_over_ranks(tensor: Tensor) -> None:
+    """Replace a tensor by its sum over ranks, in place."""
+    if is_distributed():
+        dist.all_reduce(tensor)
 
 
 def all_reduce_max(values: list[int]) -> list[int]:

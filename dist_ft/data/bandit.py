@@ -1,10 +1,15 @@
-"""A mixture that follows the losses: blocks of steps whose shares are decided while training runs.
+"""A mixture that follows the run: blocks of steps whose shares are decided while training runs.
 
 The shares of a block come from exponential weights with exploration, as in Exp3 (Auer,
 Cesa-Bianchi, Freund and Schapire 2002, section 3). The reward of a task is its loss, as in Online
 Data Mixing (Albalak et al. 2023), relative to the first one, as the losses of different tasks have
 different scales: a task that has learnt less comes more often. A block has steps of every task
 unless it is very short, so that rewards are means and need no importance weights.
+
+The reward may be what a task's steps gain on validation instead: the share by which its validation
+loss has fallen between two evaluations for each step that it had (learning progress, Graves et al.
+2017, section 3), relative to the largest of all tasks. A task that still learns comes more often,
+one that has learnt all it can, or nothing, less.
 
 What is decided is part of the mixture's state; between decisions it is a pure function of the step,
 as every mixture is. A block is decided a few steps before it begins, so that a loader that reads
@@ -39,14 +44,22 @@ class BanditMixture:
         seed: the run's seed.
         block_steps: steps of a block.
         rate: how much a task gains from a larger loss; 0 leaves the shares equal.
-        smoothing: weight of the earlier losses against the newest block's.
+        smoothing: weight of the earlier rewards against the newest.
+        reward: ``loss``, or ``gain`` on validation; see `observe_scores`.
 
     Raises:
         ValueError: a number is out of range.
     """
 
     def __init__(
-        self, tasks: int, *, seed: int, block_steps: int, rate: float, smoothing: float
+        self,
+        tasks: int,
+        *,
+        seed: int,
+        block_steps: int,
+        rate: float,
+        smoothing: float,
+        reward: str = "loss",
     ) -> None:
         if tasks < 1 or block_steps < max(LEAST_BLOCK, tasks):
             raise ValueError(
@@ -58,7 +71,13 @@ class BanditMixture:
                 "mixture.rate must be at least 0 and smoothing lie in [0, 1), got "
                 f"{rate} and {smoothing}"
             )
+        if reward not in ("loss", "gain"):
+            raise ValueError(f"mixture.reward must be loss or gain, got {reward!r}")
         self._tasks = tasks
+        self._follows_gain = reward == "gain"
+        # The last validation losses, and each task's steps since then.
+        self._scores: list[float | None] = [None] * tasks
+        self._since = [0] * tasks
         self._seed = seed
         self._steps = block_steps
         self._rate = rate
@@ -106,17 +125,42 @@ class BanditMixture:
             task: the step's task.
             done: steps done with this one.
         """
+        self._since[task] += 1
         if math.isfinite(loss):
             self._sums[task] += loss
             self._counts[task] += 1
         if done != self.decided_steps - MOST_READ_AHEAD:
             return None
-        self._reward()
+        if not self._follows_gain:
+            self._reward()
         most = max(self._rewards)
         weights = [math.exp(self._rate * (reward - most)) for reward in self._rewards]
         total = math.fsum(weights)
         equal = _EXPLORATION / self._tasks
         return [(1 - _EXPLORATION) * weight / total + equal for weight in weights]
+
+    def observe_scores(self, losses: Sequence[float]) -> None:
+        """Takes the tasks' validation losses, whose fall is the reward if that is the gain.
+
+        Args:
+            losses: one for each task; one that is not finite says nothing.
+        """
+        if not self._follows_gain:
+            return
+        gains: dict[int, float] = {}
+        for task, loss in enumerate(losses):
+            before, steps = self._scores[task], self._since[task]
+            if not math.isfinite(loss):
+                continue
+            if before is not None and before > 0 and steps:
+                gains[task] = max(0.0, (before - loss) / before / steps)
+            self._scores[task], self._since[task] = loss, 0
+        most = max(gains.values(), default=0.0)
+        for task, gain in gains.items():
+            newest = gain / most if most > 0 else 0.0
+            self._rewards[task] = (
+                self._smoothing * self._rewards[task] + (1 - self._smoothing) * newest
+            )
 
     def decide(self, shares: Sequence[float]) -> None:
         """Fixes the shares of the next block; the same ones on every rank."""
@@ -137,7 +181,13 @@ class BanditMixture:
             "rewards": list(self._rewards),
             "sums": list(self._sums),
             "counts": list(self._counts),
+            **self._gain_state(),
         }
+
+    def _gain_state(self) -> dict[str, object]:
+        if not self._follows_gain:
+            return {}
+        return {"reward": "gain", "scores": list(self._scores), "since": list(self._since)}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Goes on from a saved state; that of another mixture is left for the loader to refuse."""
@@ -148,6 +198,8 @@ class BanditMixture:
         self._rewards = list(state["rewards"])
         self._sums = list(state["sums"])
         self._counts = list(state["counts"])
+        if self._follows_gain and state.get("reward") == "gain":
+            self._scores, self._since = list(state["scores"]), list(state["since"])
 
     def _reward(self) -> None:
         for task, (total, count) in enumerate(zip(self._sums, self._counts, strict=True)):

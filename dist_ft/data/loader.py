@@ -12,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +67,7 @@ class StepBatch:
         data_wait_s: how long the training thread waited for this batch, seconds.
         augmentation: what was changed; over the ranks, each raw row of the step is counted once
             (one with windows on several ranks once on each). None without augmentation.
+        joined: further turns of the step, if it accumulates several; their `step` is the turn's.
     """
 
     step: int
@@ -77,6 +78,12 @@ class StepBatch:
     global_tokens: int
     data_wait_s: float = 0.0
     augmentation: AugmentStatistics | None = None
+    joined: list[StepBatch] = field(default_factory=list)
+
+    @property
+    def turns(self) -> list[StepBatch]:
+        """The parts of the step, each with rows of one task: this one, and those joined to it."""
+        return [self, *self.joined]
 
 
 @dataclass(frozen=True)
@@ -175,6 +182,10 @@ class StepLoader:
             task=task,
         )
         return StepRows(task, epochs, rows)
+
+    def turns_of(self, step: int) -> list[StepRows]:
+        """Returns which rows a step uses, as the one turn that it has."""
+        return [self.rows_of(step)]
 
     def batch(self, step: int) -> StepBatch:
         """Returns this rank's part of a step; a pure function of the step.

@@ -1,4 +1,4 @@
-"""The weights that a run started from, as far as a rank needs them to be pulled back there."""
+"""The weights that a run started from, as far as a rank needs them to go back there."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ def take_anchors(
     rank: int,
     world_size: int,
 ) -> Anchors:
-    """Return this rank's share of the starting weights of groups that are pulled back to them.
+    """Return this rank's share of the starting weights of groups that return to them.
 
-    The share is cut like the optimizer's own, so that no step communicates; it is in the weights'
-    precision, which is what the masters start from. It is a function of the pre-trained model
-    and the seed: a resumed run takes it again before it reads the checkpoint.
+    L2-SP pulls weights there, mixout puts some there. The share is cut like the optimizer's own, so
+    that no step communicates for it; it is in the weights' precision, which is what the masters
+    start from. It is a function of the pre-trained model and the seed: a resumed run takes it again
+    before it reads the checkpoint.
 
     Args:
         groups: All parameter groups.
@@ -38,7 +39,7 @@ def take_anchors(
     """
     anchors: Anchors = {}
     for group in groups:
-        if not group.penalty.l2_start:
+        if not (group.penalty.l2_start or group.mixout):
             continue
         layouts = owner_layouts(
             [(name, weights[name].numel()) for name in group.parameters],

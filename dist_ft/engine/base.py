@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+
+from dist_ft.engine.turns import MicroBatchLike, Turn
+from dist_ft.optim.averaging import Averaging
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Switch = Literal["rebuild", "in_place"]
@@ -32,40 +34,6 @@ class LossModule(Protocol):
         ...
 
 
-class MicroBatchLike(Protocol):
-    """The part of a micro-batch that the engine reads."""
-
-    @property
-    def inputs(self) -> Mapping[str, Tensor]:
-        """Model arguments by name, each with micro-batch rows first."""
-        ...
-
-    @property
-    def targets(self) -> Mapping[str, Tensor]:
-        """Loss arguments by name, each with micro-batch rows first."""
-        ...
-
-    @property
-    def index(self) -> int:
-        """Index of the micro-batch in the global batch, the same for every world size."""
-        ...
-
-    @property
-    def loss_weight(self) -> float:
-        """1, or 0 for a filler that only keeps the ranks in step."""
-        ...
-
-    @property
-    def rows(self) -> npt.NDArray[np.int64]:
-        """The data set's row numbers."""
-        ...
-
-    @property
-    def distinct(self) -> bool:
-        """Whether no other micro-batch of the step has one of the rows."""
-        ...
-
-
 @dataclass(frozen=True)
 class EngineOptions:
     """How an engine computes; the same on every rank.
@@ -78,6 +46,8 @@ class EngineOptions:
         seed: Dropout of micro-batch j in step s draws from (seed, s, j).
         returning: What a layer group finds when it trains again: its moments (`keep`) or zeros.
         activation_checkpointing: Recompute block activations in the backward pass.
+        averaging: Which average of the weights is kept beside them; None for none.
+        watch_shared: Whether steps measure each turn's gradient in what all tasks share.
     """
 
     precision: Precision = "fp32"
@@ -87,6 +57,8 @@ class EngineOptions:
     seed: int = 0
     returning: Returning = "keep"
     activation_checkpointing: Literal["none", "reentrant", "non_reentrant"] = "none"
+    averaging: Averaging | None = None
+    watch_shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +70,10 @@ class StepResult:
             ranks is the mean over the global batch.
         grad_norm: Global L2 norm of the gradient before clipping; None when the engine has none,
             as after a step that was skipped because its fp16 gradients overflowed.
+        turn_losses: Global mean loss of each turn, the same on every rank.
+        turn_shares: This rank's share of each: the sum over ranks is the turn's loss.
+        shared_norms: Global L2 norm of each turn's gradient in the topmost matrices that all tasks
+            share, of the loss as it is weighed; None unless it was asked for.
         prefix_rows: Rows of this rank that start from a cached frozen prefix.
         prefix_found: Those of them for which the cache had the hidden states.
         refused: Why the update was left out, the same on every rank; None if it was made.
@@ -110,6 +86,9 @@ class StepResult:
     lacked_memory: str | None = None
     prefix_rows: int = 0
     prefix_found: int = 0
+    turn_losses: tuple[float, ...] = ()
+    turn_shares: tuple[float, ...] = ()
+    shared_norms: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +105,7 @@ class PhaseReport:
         gradient_bytes: Bytes that the gradients of one micro-batch have on this rank.
         cached_blocks: Blocks of the frozen prefix whose hidden states are computed once and kept.
         cache_bytes: Bytes on this host's disk that they, and those of later phases, may take.
-        anchor_bytes: Bytes of this rank's share of the starting weights, kept for L2-SP.
+        anchor_bytes: Bytes of this rank's share of the starting weights, kept for L2-SP or mixout.
     """
 
     switch: Switch
@@ -149,7 +128,8 @@ class StateSlice:
         parameter: Name as in ``named_parameters()``.
         start: First element of the flattened parameter.
         values: ``weight`` in the parameter's dtype and, for groups that train or trained,
-            ``master``, ``exp_avg``, ``exp_avg_sq`` (fp32), each one-dimensional and as long.
+            ``master``, ``exp_avg``, ``exp_avg_sq`` (fp32) and, if one is kept, ``average``
+            (fp32), each one-dimensional and as long.
     """
 
     parameter: str
@@ -166,12 +146,14 @@ class EngineState:
         steps: Updates that each parameter group has had.
         trainable: Layer groups that train.
         loss_scale: The dynamic loss scale of an fp16 run and its counters; empty without one.
+        averaged: How many sets of weights are in the average of each parameter group that has one.
     """
 
     slices: list[StateSlice]
     steps: dict[str, int]
     trainable: tuple[str, ...]
     loss_scale: dict[str, float] = field(default_factory=dict)
+    averaged: dict[str, int] = field(default_factory=dict)
 
 
 class StateSource(Protocol):
@@ -185,6 +167,11 @@ class StateSource(Protocol):
     @property
     def loss_scale(self) -> Mapping[str, float]:
         """The dynamic loss scale and its counters; empty if none was saved."""
+        ...
+
+    @property
+    def averaged(self) -> Mapping[str, int]:
+        """How many sets of weights are in each parameter group's average."""
         ...
 
     def read(self, kind: str, parameter: str, *, start: int, length: int) -> Tensor | None:
@@ -213,6 +200,7 @@ class Engine(Protocol):
         global_count: int,
         learning_rates: Mapping[str, float],
         loss_limit: float = math.inf,
+        joined: Sequence[Turn] = (),
     ) -> StepResult:
         """Run one optimizer step over this rank's micro-batches.
 
@@ -226,6 +214,8 @@ class Engine(Protocol):
             global_count: Loss terms of the global batch; the loss is their mean.
             learning_rates: By layer group.
             loss_limit: Largest global mean loss that is believed.
+            joined: Further turns, of this or other tasks, whose gradients are accumulated with
+                those of the first; the step's loss is the mean of the turns'.
         """
         ...
 
@@ -239,6 +229,10 @@ class Engine(Protocol):
 
     def own_seconds(self) -> float:
         """Return this rank's seconds in forward passes since the last call, without waiting."""
+        ...
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Let forwards inside the context use the average of the weights, if one is kept."""
         ...
 
     def moment_norms(self) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from dist_ft.dist import all_reduce_sum
 from dist_ft.engine.anchors import anchor_bytes, take_anchors
+from dist_ft.engine.averages import WeightAverage
 from dist_ft.engine.base import (
     DTYPES,
     EngineOptions,
@@ -23,14 +25,11 @@ from dist_ft.engine.base import (
     StepResult,
     Switch,
     free_weights,
-    gradient_problem,
-    loss_problem,
-    micro_batch_seed,
     nothing,
     on_device,
-    seed_random_numbers,
 )
-from dist_ft.engine.ds_config import DeepSpeedOptions, averages, build_ds_config, clips_itself
+from dist_ft.engine.ds_accumulation import Accumulation, gradient_factor
+from dist_ft.engine.ds_config import DeepSpeedOptions, build_ds_config
 from dist_ft.engine.ds_detach import (
     ModuleSnapshot,
     collect_garbage,
@@ -40,13 +39,16 @@ from dist_ft.engine.ds_detach import (
 from dist_ft.engine.ds_groups import GroupStates, Partitioning
 from dist_ft.engine.ds_loss_scale import read_loss_scale, write_loss_scale
 from dist_ft.engine.ds_setup import set_up_deepspeed
-from dist_ft.engine.ds_step import PartitionedStep, hand_norm, square_sum
+from dist_ft.engine.ds_stepper import Stepper
 from dist_ft.engine.ds_weights import FloatBuffers, WeightAccess, fixed_sizes, group_sizes
+from dist_ft.engine.ds_working import WorkingWeights, begin_mixing, replaced
+from dist_ft.engine.gradient_probe import GradientProbe, shared_matrices
 from dist_ft.engine.held_rows import HeldRows, held_elements, row_widths
 from dist_ft.engine.layer_modes import LayerModes
-from dist_ft.engine.out_of_memory import MemoryGuard, OneRow
+from dist_ft.engine.mixing import Mixing
 from dist_ft.engine.own_time import OwnTime
 from dist_ft.engine.trunk_pass import TrunkPass, prefix_counts
+from dist_ft.engine.turns import OwnTurn, Turn
 from dist_ft.optim.adamw import GroupAdamW
 from dist_ft.optim.param_groups import ParamGroup
 
@@ -106,18 +108,18 @@ class DeepSpeedEngine:
         self._fixed = fixed_sizes(module, self._groups)
         self._snapshot = ModuleSnapshot(module)
         self._trainable: frozenset[str] = frozenset()
-        self._states = GroupStates(
-            self._sizes,
-            Partitioning(
-                deepspeed_options.zero_stage, options.precision, dist.get_rank(), self._world
-            ),
+        partitioning = Partitioning(
+            deepspeed_options.zero_stage, options.precision, dist.get_rank(), self._world
         )
+        self._states = GroupStates(self._sizes, partitioning)
+        self._mixing = Mixing(options.seed)
+        self._average = WeightAverage(options.averaging, self._sizes, partitioning)
         self._loss_scale: dict[str, float] = {}  # of the engine that was taken down last
         self._own_time = OwnTime()
         self._engine: Any = None
         self._inner: GroupAdamW | None = None
-        self._step: PartitionedStep | None = None
-        self._factor = self._world if averages(deepspeed_options) else 1
+        self._stepper: Any = None
+        self._probe = GradientProbe(gradient_factor(deepspeed_options))
         self._universe: frozenset[str] = frozenset(g.layer_group for g in self._groups)
 
     def limit_universe(self, groups: Iterable[str]) -> None:
@@ -141,6 +143,7 @@ class DeepSpeedEngine:
             self._states.forget_moments(returning)
         self._states.settle(wanted)
         self._trainable = wanted
+        self._average.park(wanted)
         self._modes.apply(wanted, weight=self._weights.whole)
         return self._report(how, seconds=time.monotonic() - began)
 
@@ -175,12 +178,19 @@ class DeepSpeedEngine:
             model=self.module, optimizer=self._inner, config=config, dist_init_required=False
         )
         write_loss_scale(self._engine, precision=self.options.precision, state=self._loss_scale)
-        self._step = PartitionedStep.of(self._engine, inner=self._inner)
         if self._ds.zero_stage == 3:
             coordinator = self._engine.optimizer.parameter_offload.get_param_coordinator()
             self._own_time.leave_out(coordinator, "fetch_sub_module")
         self._buffers.restore()
         self._states.attach(self._engine, inner=self._inner, held=groups)
+        self._stepper = Stepper(
+            self._engine,
+            inner=self._inner,
+            held=groups,
+            options=self.options,
+            deepspeed_options=self._ds,
+            weights=self._weights,
+        )
         self._held_rows.watch(parameters)
         self._set_requires_grad(wanted)
 
@@ -198,7 +208,7 @@ class DeepSpeedEngine:
             self._engine.optimizer._partition_all_parameters()
             self._engine.empty_partition_cache()
         self._engine.destroy()
-        self._engine = self._inner = self._step = None
+        self._engine = self._inner = self._stepper = None
         self._snapshot.restore(fresh_parameters=not stage3)
         self._weights.refresh()
         collect_garbage()
@@ -238,126 +248,86 @@ class DeepSpeedEngine:
         global_count: int,
         learning_rates: Mapping[str, float],
         loss_limit: float = math.inf,
+        joined: Sequence[Turn] = (),
     ) -> StepResult:
         """Run one optimizer step; see `Engine.train_step`."""
         engine = self._engine
         self._modes.enter_train(self.module)
-        loss = torch.zeros((), dtype=torch.float32, device=engine.device)
-        last = len(micro_batches) - 1
-        ways = self._modes.passes.of_step(
-            step,
-            task=task,
-            micro_batches=micro_batches,
-            device=engine.device,
-            in_step=self._ds.zero_stage == 3,
+        turns = (OwnTurn(task, micro_batches, global_count), *joined)
+        tasks = frozenset(turn.task for turn in turns)
+        ways = self._modes.passes.of_turns(
+            step, turns=turns, device=engine.device, in_step=self._ds.zero_stage == 3
         )
-        guard = self._guard()
-        for position, (batch, way) in enumerate(zip(micro_batches, ways, strict=True)):
-            engine.set_gradient_accumulation_boundary(position == last)
-            seed = micro_batch_seed(self.options.seed, step=step, index=batch.index)
-            seed_random_numbers(seed, engine.device)
-            loss += guard.run(
-                batch,
-                forward=self._share_of_loss(task, way=way, step=step, global_count=global_count),
-                backward=self._backward,
-            )
+        mixed = self._begin_mixing(step, tasks=tasks)
+        accumulation = Accumulation(
+            engine,
+            run=self._run,
+            passes=self._modes.passes,
+            own_time=self._own_time,
+            probe=self._probe,
+            options=self.options,
+            deepspeed_options=self._ds,
+        )
+        with self._probe.watching(self._shared(), turns=len(turns)):
+            losses = accumulation.over(step, turns=turns, ways=ways)
+        self._mixing.end()
         self.before_change()
-        limits = {"loss_limit": loss_limit, "learning_rates": learning_rates}
-        update = self._update_by_deepspeed if self._step is None else self._update
-        norm, refused = update(task, loss, **limits)
-        return StepResult(loss, norm, refused, lacked_memory=guard.lacked, **prefix_counts(ways))
+        shares = losses.tolist()
+        done = self._stepper.update(
+            shares,
+            reached=self._reached(tasks),
+            learning_rates=learning_rates,
+            loss_limit=loss_limit,
+        )
+        if mixed and not done.applied:
+            WorkingWeights(engine, self._ds.zero_stage).publish(mixed)
+        if done.refused is None and done.applied:
+            self._average.update(step + 1, masters=self._states.masters_of(self._trainable))
+        return StepResult(
+            losses.sum(),
+            done.norm,
+            done.refused,
+            lacked_memory=accumulation.lacked,
+            turn_losses=tuple(total * len(turns) for total in done.sums),
+            turn_shares=tuple(share * len(turns) for share in shares),
+            shared_norms=self._probe.norms(),
+            **prefix_counts(ways),
+        )
 
-    def _update(
-        self, task: str, loss: Tensor, *, learning_rates: Mapping[str, float], loss_limit: float
-    ) -> tuple[float, str | None]:
-        """Update what trains; return the gradient's norm, and why nothing was updated or None."""
-        assert self._step is not None
-        reached = self._reached(task)
-        total, square = self._total(loss, self._step.square(reached))
-        norm = math.sqrt(square)
-        refused = loss_problem(total, limit=loss_limit) or gradient_problem(norm)
-        self._activate(task, learning_rates)
-        limit = self.options.max_grad_norm
-        factor = min(1.0, limit / (norm + 1e-6)) if limit else 1.0
-        self._step.apply(reached if refused is None else (), factor=factor)
-        return norm, refused
+    def _reached(self, tasks: frozenset[str]) -> list[int]:
+        """Return the held parameter groups that train and that the tasks' losses reach."""
+        held = enumerate(self._states.held)
+        return [i for i, g in held if g.is_active(tasks, trainable=self._trainable)]
 
-    def _update_by_deepspeed(
-        self, task: str, loss: Tensor, *, learning_rates: Mapping[str, float], loss_limit: float
-    ) -> tuple[float | None, str | None]:
-        """Do as `_update` with DeepSpeed's own step."""
-        engine = self._engine
-        square = None
-        if finds_norm := self._ds.zero_stage == 3 and not self._ds.offload_optimizer:
-            square = self._square_of_partitions(self._reached(task))
-        total, squares = self._total(loss, square)
-        if finds_norm:
-            hand_norm(engine.optimizer, math.sqrt(squares))
-        refused = loss_problem(total, limit=loss_limit)
-        norm = self._clip_whole_gradients()
-        refused = refused or gradient_problem(norm)
-        self._activate(task, learning_rates if refused is None else {})
-        engine.step()
-        if self._ds.zero_stage == 3 and engine.optimizer.grad_partitions_flat_buffer is not None:
-            # A head outside this step's task would find its last gradient here again.
-            engine.optimizer.grad_partitions_flat_buffer.zero_()
-        if norm is None and not self._skipped():
-            norm = engine.get_global_grad_norm()
-            # A gradient too large for fp16 is no fault: DeepSpeed lowers its scale and goes on.
-            if not engine.was_step_applied() and self.options.precision != "fp16":
-                refused = refused or gradient_problem(math.nan)
-        return (None if norm is None else float(norm)), refused
+    def _shared(self) -> list[nn.Parameter]:
+        names = shared_matrices(self._groups, trainable=self._trainable)
+        return [self._weights.parameters()[n] for n in names if self.options.watch_shared]
 
-    def _square_of_partitions(self, indices: Sequence[int]) -> Tensor:
-        gradients = self._engine.optimizer.averaged_gradients
-        return torch.stack([square_sum(gradients[i]) for i in indices]).sum()
+    def _begin_mixing(self, step: int, *, tasks: frozenset[str]) -> list[int]:
+        """Mix what mixout applies to in this step; return the held groups' indices."""
+        groups = {
+            i: g
+            for i, g in enumerate(self._states.held)
+            if g.mixout and g.is_active(tasks, trainable=self._trainable)
+        }
+        if groups:
+            self.before_change()
+            begin_mixing(
+                self._mixing,
+                step,
+                groups=groups,
+                working=WorkingWeights(self._engine, self._ds.zero_stage),
+                states=self._states,
+                anchors=self._anchors,
+                parameters=self._weights.parameters(),
+            )
+        return list(groups)
 
-    def _total(self, loss: Tensor, square: Tensor | None) -> tuple[float, float]:
-        """Return the sums over ranks: every rank must know before any updates."""
-        shares = [loss.double(), torch.zeros_like(loss) if square is None else square]
-        total, squares = all_reduce_sum(torch.stack([s.double() for s in shares]).tolist())
-        return total, squares
-
-    def _reached(self, task: str) -> list[int]:
-        """Return the held parameter groups that train and that the task's loss reaches."""
-        return [
-            index
-            for index, group in enumerate(self._states.held)
-            if group.layer_group in self._trainable and task in group.tasks
-        ]
-
-    def _guard(self) -> MemoryGuard:
-        overlaps = bool(self._engine.zero_optimization() and self._engine.zero_overlap_comm())
-        return MemoryGuard(self._ds.zero_stage, overlaps=overlaps)
-
-    def _share_of_loss(
-        self, task: str, *, way: TrunkPass | None, step: int, global_count: int
-    ) -> Callable[[MicroBatchLike], Tensor]:
-        """Return what runs a micro-batch forward, `way`, to its share of the global mean loss."""
-
-        def forward(batch: MicroBatchLike) -> Tensor:
-            own = way
-            if isinstance(batch, OneRow):
-                (own,) = self._modes.passes.of_step(
-                    step, task=task, micro_batches=[batch], device=self._engine.device,
-                    in_step=False,
-                )  # fmt: skip
-            with self._own_time.forward():
-                loss_sum, _ = self._run(task, batch, own)
-            return loss_sum * (batch.loss_weight / global_count)
-
-        return forward
-
-    def _backward(self, share: Tensor) -> None:
-        if self._ds.zero_stage == 1 and self._engine.optimizer._backward_active_depth:
-            # Left by a backward pass that memory ended; nothing of it was reduced.
-            self._engine.optimizer._backward_active_depth = 0
-        self._engine.backward(share * self._factor, scale_wrt_gas=False)
-
-    def _skipped(self) -> bool:
-        """Return whether fp16 gradients overflowed: the step moved nothing but the loss scale."""
-        # Asked for its norm then, DeepSpeed answers with the one of an earlier step.
-        return self.options.precision == "fp16" and bool(self._engine.optimizer.overflow)
+    def averaged(self) -> AbstractContextManager[None]:
+        """Let forwards inside the context use the average of the weights, if one is kept."""
+        self.before_change()
+        working = WorkingWeights(self._engine, self._ds.zero_stage)
+        return replaced(self._average, working=working, weights=self._weights)
 
     def _run(
         self, task: str, batch: MicroBatchLike, way: TrunkPass | None = None
@@ -365,21 +335,6 @@ class DeepSpeedEngine:
         device = self._engine.device
         inputs, targets = on_device(batch.inputs, device), on_device(batch.targets, device)
         return self._engine(task, inputs, targets, *(() if way is None else (way,)))
-
-    def _activate(self, task: str, learning_rates: Mapping[str, float]) -> None:
-        assert self._inner is not None
-        reached = set(self._reached(task))
-        for index, group in enumerate(self._states.held):
-            rate = learning_rates.get(group.layer_group)  # none: the update is left out
-            settings = self._inner.param_groups[index]
-            settings.update(lr=rate or 0.0, active=index in reached and rate is not None)
-
-    def _clip_whole_gradients(self) -> float | None:
-        if not clips_itself(self.options, self._ds):
-            return None
-        parameters = [p for p in self._weights.parameters().values() if p.grad is not None]
-        limit = self.options.max_grad_norm or float("inf")
-        return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
 
     @torch.no_grad()
     def eval_forward(self, task: str, micro_batch: MicroBatchLike) -> tuple[Tensor, Any]:
@@ -404,7 +359,8 @@ class DeepSpeedEngine:
         slices, steps = self._states.export()
         slices = [*self._weights.slices(), *slices]
         scale = read_loss_scale(self._engine, precision=self.options.precision)
-        return EngineState(slices, steps, tuple(sorted(self._trainable)), scale)
+        state = EngineState(slices, steps, tuple(sorted(self._trainable)), scale)
+        return self._average.add_to(state)
 
     @torch.no_grad()
     def load_state(self, source: StateSource) -> None:
@@ -413,6 +369,8 @@ class DeepSpeedEngine:
         self._weights.load(source)
         self._states.load(source)
         self._states.settle(self._trainable)
+        self._average.load(source)
+        self._average.park(self._trainable)
         self._modes.apply(self._trainable, weight=self._weights.whole)
         write_loss_scale(self._engine, precision=self.options.precision, state=source.loss_scale)
 

@@ -38,6 +38,17 @@ class Partitioning:
         """Whether there are fp32 values besides the weights."""
         return self.precision != "fp32"
 
+    @property
+    def share(self) -> tuple[int, int] | None:
+        """(rank, world size) where every rank holds all and writes a part; None elsewhere."""
+        return (self.rank, self.world_size) if self.zero_stage == 0 else None
+
+    def layouts(self, sizes: Sequence[tuple[str, int]]) -> list[OwnerLayout]:
+        """Return what this rank holds of a parameter group of these parameters."""
+        return owner_layouts(
+            sizes, zero_stage=self.zero_stage, rank=self.rank, world_size=self.world_size
+        )
+
 
 @dataclass(frozen=True)
 class Attached:
@@ -163,18 +174,17 @@ class GroupStates:
                 steps=self._steps.get(name, 0),
             )
 
-    def layouts(self, name: str) -> list[OwnerLayout]:
-        """Return what each tensor holds that the optimizer updates for the group `name`."""
-        return owner_layouts(
-            self.sizes[name],
-            zero_stage=self.partitioning.zero_stage,
-            rank=self.partitioning.rank,
-            world_size=self.partitioning.world_size,
-        )
+    def masters_of(self, layer_groups: frozenset[str]) -> dict[str, list[Tensor]]:
+        """Return the tensors that the optimizer updates for these layer groups, by group."""
+        return {
+            g.name: self._engine.masters(i)
+            for i, g in enumerate(self.held)
+            if g.layer_group in layer_groups
+        }
 
     def _capture(self, index: int) -> list[Owner]:
         attached = self._engine
-        layouts = self.layouts(attached.held[index].name)
+        layouts = self.partitioning.layouts(self.sizes[attached.held[index].name])
         return capture(attached.masters(index), layouts=layouts, inner=attached.inner)
 
     def _whole(self, index: int) -> list[Owner]:
@@ -212,11 +222,10 @@ class GroupStates:
                 steps[group.name] = self._engine.steps(index)
             groups[group.name] = self._whole(index)
         where = self.partitioning
-        share = (where.rank, where.world_size) if where.zero_stage == 0 else None
         slices: list[StateSlice] = []
         for owners in groups.values():
             for owner in owners:
-                slices += share_of_owner(owner, with_master=where.has_masters, share=share)
+                slices += share_of_owner(owner, with_master=where.has_masters, share=where.share)
         return slices, steps
 
     def load(self, source: StateSource) -> None:
@@ -230,7 +239,7 @@ class GroupStates:
                 continue
             self._parked[name] = [
                 read_owner(layout, source=source, stepped=steps > 0)
-                for layout in self.layouts(name)
+                for layout in self.partitioning.layouts(self.sizes[name])
             ]
             if name in index_of:
                 self._install(index_of[name])

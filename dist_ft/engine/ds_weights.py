@@ -127,6 +127,23 @@ class WeightAccess:
                 parameter.view(-1).copy_(read_master(source, Piece(name, 0, zero.ds_numel, 0)))
 
     @torch.no_grad()
+    def write(self, name: str, value: Tensor) -> None:
+        """Overwrite what this rank holds of a parameter by its part of a whole one, flat."""
+        parameter: Any = self._parameters[name]
+        if self._stage != 3:
+            parameter.view(-1).copy_(value)
+            return
+        for start, part in self._partition(parameter, dist.get_rank()):
+            part.copy_(value[start : start + part.numel()])
+
+    @torch.no_grad()
+    def copies(self) -> list[tuple[Tensor, Tensor]]:
+        """Return what this rank holds of the weights, each tensor with a copy of it."""
+        zero: list[Any] = list(self._parameters.values())
+        held = [p.ds_tensor.data if self._stage == 3 else p.data for p in zero]
+        return [(tensor, tensor.clone()) for tensor in held]
+
+    @torch.no_grad()
     def whole(self, name: str) -> Tensor:
         """Return a whole parameter on every rank; all ranks must ask for the same."""
         parameter = self._parameters[name]

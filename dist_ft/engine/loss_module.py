@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dist_ft.engine.objective import Objective, PassMemory
 from dist_ft.engine.trunk_pass import TrunkPass
 from dist_ft.model.backbone import MultiTaskModel
 from dist_ft.model.embedding_noise import EmbeddingNoise
 from dist_ft.model.scoring_head import ScoringHead
 from dist_ft.tasks.base import LossSum
-from dist_ft.tasks.output_regularization import OutputRegularizer
 
 LossFunction = Callable[[Any, Mapping[str, Tensor]], LossSum]
 
@@ -51,7 +51,7 @@ class InTraining:
         fused: Tasks whose head computes the loss, in place of the task or of `losses`.
     """
 
-    losses: Mapping[str, OutputRegularizer] = field(default_factory=dict)
+    losses: Mapping[str, Objective] = field(default_factory=dict)
     noise: EmbeddingNoise | None = None
     noisy: frozenset[str] = frozenset()
     weights: Mapping[str, float] = field(default_factory=dict)
@@ -73,6 +73,13 @@ class LossModule(nn.Module):
         self.model = model
         self._losses = dict(losses)
         self._in_training = in_training or InTraining()
+        self._memory = PassMemory()
+
+    def passes(self, task: str) -> int:
+        """Return how often the next micro-batch is to go forward and backward."""
+        self._memory = PassMemory()
+        special = self._in_training.losses.get(task)
+        return 1 if special is None else special.passes
 
     def forward(
         self,
@@ -92,21 +99,26 @@ class LossModule(nn.Module):
         extra = self._in_training
         fused = extra.fused.get(task) if self.training else None
         special = extra.losses.get(task) if self.training and fused is None else None
+        if way is not None and special is not None and special.mixup is not None:
+            way.trunk.prepare(None)  # rows of other lengths can only be mixed side by side
+            way = None
         with ExitStack() as stack:
             if way is not None:
                 # Entered once: two forwards start from the same cached prefix.
                 stack.enter_context(way.running(inputs))
             if self.training and extra.noise is not None and task in extra.noisy:
                 stack.enter_context(extra.noise.active(inputs))
+            weight = extra.weights.get(task, 1.0) if self.training else 1.0
             if fused is not None:
                 stack.enter_context(fused.scoring(targets))
-            forwards = 1 if special is None else special.forwards
-            outputs = [self.model(task, dict(inputs)) for _ in range(forwards)]
-        weight = extra.weights.get(task, 1.0) if self.training else 1.0
+            elif special is not None:
+                loss = special(
+                    lambda: self.model(task, dict(inputs)), inputs, targets, memory=self._memory
+                )
+                return weight * loss, None
+            outputs = self.model(task, dict(inputs))
         if fused is not None:
-            return weight * outputs[0]["logits"], None
-        if special is not None:
-            return weight * special(outputs, targets), None
-        loss = weight * self._losses[task](outputs[0], targets).sum
+            return weight * outputs["logits"], None
+        loss = weight * self._losses[task](outputs, targets).sum
         # Outputs kept in training would keep their graph and be hooked by DeepSpeed.
-        return loss, (None if self.training else outputs[0])
+        return loss, (None if self.training else outputs)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dist_ft.engine.anchors import anchor_bytes, take_anchors
+from dist_ft.engine.averages import WeightAverage
 from dist_ft.engine.base import (
     EngineOptions,
     EngineState,
@@ -27,9 +29,13 @@ from dist_ft.engine.base import (
     on_device,
     seed_random_numbers,
 )
+from dist_ft.engine.ds_groups import Partitioning
+from dist_ft.engine.gradient_probe import GradientProbe, shared_matrices
 from dist_ft.engine.held_rows import HeldRows
 from dist_ft.engine.layer_modes import LayerModes
+from dist_ft.engine.mixing import MixedGroup, Mixing
 from dist_ft.engine.trunk_pass import TrunkPass, prefix_counts
+from dist_ft.engine.turns import OwnTurn, Turn, passes_of, work_of
 from dist_ft.optim.adamw import GroupAdamW
 from dist_ft.optim.param_groups import ParamGroup
 
@@ -69,6 +75,13 @@ class ReferenceEngine:
         )
         self._held_rows = HeldRows.of(self._groups)
         self._held_rows.watch(self._parameters)
+        self._whole = Partitioning(0, "fp32", 0, 1)
+        self._sizes = {
+            g.name: [(n, self._parameters[n].numel()) for n in g.parameters] for g in self._groups
+        }
+        self._mixing = Mixing(options.seed)
+        self._probe = GradientProbe()
+        self._average = WeightAverage(options.averaging, self._sizes, self._whole)
         self._optimizer = GroupAdamW(
             [
                 {
@@ -98,36 +111,92 @@ class ReferenceEngine:
         global_count: int,
         learning_rates: Mapping[str, float],
         loss_limit: float = math.inf,
+        joined: Sequence[Turn] = (),
     ) -> StepResult:
         """Run one optimizer step; see `Engine.train_step`."""
         self._modes.enter_train(self.module)
-        loss = torch.zeros((), dtype=torch.float32, device=self._device)
-        ways = self._modes.passes.of_step(
-            step, task=task, micro_batches=micro_batches, device=self._device, in_step=False
-        )
-        lacked: str | None = None
-        for batch, way in zip(micro_batches, ways, strict=True):
-            seed = micro_batch_seed(self.options.seed, step=step, index=batch.index)
-            seed_random_numbers(seed, self._device)
-            try:
-                loss_sum, _ = self._run(task, batch, way)
-                scaled = loss_sum * (batch.loss_weight / global_count)
-                scaled.backward()
-            except torch.OutOfMemoryError as error:
-                lacked = f"{len(batch.rows)} rows: {str(error).splitlines()[0]}"
-                loss += float("nan")
-                break
-            loss += scaled.detach()
+        turns = (OwnTurn(task, micro_batches, global_count), *joined)
+        tasks = frozenset(turn.task for turn in turns)
+        ways = self._modes.passes.of_turns(step, turns=turns, device=self._device, in_step=False)
+        self._mixing.begin(step, groups=self._mixed(tasks), parameters=self._parameters)
+        with self._probe.watching(self._shared(), turns=len(turns)):
+            losses, lacked = self._accumulate(step, turns=turns, ways=ways)
+        self._mixing.end()
         norm = self._clip()
-        refused = loss_problem(float(loss), limit=loss_limit) or gradient_problem(norm)
+        shares = losses.tolist()
+        refused = loss_problem(sum(shares), limit=loss_limit) or gradient_problem(norm)
         for group, param_group in zip(self._groups, self._optimizer.param_groups, strict=True):
             param_group["lr"] = learning_rates[group.layer_group]
-            param_group["active"] = group.layer_group in self._trainable and task in group.tasks
+            param_group["active"] = group.is_active(tasks, trainable=self._trainable)
         self.before_change()
         if refused is None:
             self._optimizer.step()
+            self._update_average(step + 1)
         self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, norm, refused, lacked_memory=lacked, **prefix_counts(ways))
+        own = tuple(share * len(turns) for share in shares)
+        norms = self._probe.norms()
+        return StepResult(
+            losses.sum(), norm, refused, lacked_memory=lacked, turn_losses=own,
+            turn_shares=own, shared_norms=norms,
+            **prefix_counts(ways),
+        )  # fmt: skip
+
+    def _accumulate(
+        self, step: int, *, turns: Sequence[Turn], ways: Sequence[TrunkPass | None]
+    ) -> tuple[Tensor, str | None]:
+        """Run a step forward and backward; return each turn's loss, and what did not fit."""
+        losses = torch.zeros(len(turns), dtype=torch.float32, device=self._device)
+        for work, way in zip(work_of(turns), ways, strict=True):
+            self._probe.turn = work.turn
+            seed = micro_batch_seed(self.options.seed, step=step, index=work.batch.index)
+            seed_random_numbers(seed, self._device)
+            try:
+                for _ in range(passes_of(self.module, work.task)):
+                    loss_sum, _ = self._run(work.task, work.batch, way)
+                    scaled = loss_sum * work.share
+                    scaled.backward()
+                    losses[work.turn] += scaled.detach()
+            except torch.OutOfMemoryError as error:
+                losses[work.turn] += float("nan")
+                return losses, f"{len(work.batch.rows)} rows: {str(error).splitlines()[0]}"
+        return losses, None
+
+    def _shared(self) -> list[nn.Parameter]:
+        names = shared_matrices(self._groups, trainable=self._trainable)
+        return [self._parameters[n] for n in names] if self.options.watch_shared else []
+
+    def _mixed(self, tasks: frozenset[str]) -> list[MixedGroup]:
+        return [
+            MixedGroup(
+                g,
+                [self._parameters[n].data.view(-1) for n in g.parameters],
+                self._anchors[g.name],
+                self._whole.layouts(self._sizes[g.name]),
+            )
+            for g in self._groups
+            if g.mixout and g.is_active(tasks, trainable=self._trainable)
+        ]
+
+    def _update_average(self, done: int) -> None:
+        masters = {
+            g.name: [self._parameters[n] for n in g.parameters]
+            for g in self._groups
+            if g.layer_group in self._trainable
+        }
+        self._average.update(done, masters=masters)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Let forwards inside the context use the average of the weights, if one is kept."""
+        kept: dict[str, Tensor] = {}
+        try:
+            for name, value in self._average.whole():
+                kept[name] = self._parameters[name].detach().clone()
+                self._parameters[name].data.view(-1).copy_(value)
+            yield
+        finally:
+            for name, value in kept.items():
+                self._parameters[name].data.copy_(value)
 
     def _run(
         self, task: str, batch: MicroBatchLike, way: TrunkPass | None = None
@@ -228,7 +297,7 @@ class ReferenceEngine:
                     values["exp_avg"] = moments["exp_avg"].view(-1)
                     values["exp_avg_sq"] = moments["exp_avg_sq"].view(-1)
                 slices.append(StateSlice(name, 0, values))
-        return EngineState(slices, steps, tuple(sorted(self._trainable)))
+        return self._average.add_to(EngineState(slices, steps, tuple(sorted(self._trainable))))
 
     @torch.no_grad()
     def load_state(self, source: StateSource) -> None:
@@ -240,6 +309,7 @@ class ReferenceEngine:
             for name in group.parameters:
                 self._load_weight(source, name)
                 self._load_moments(source, name=name, steps=source.steps.get(group.name, 0))
+        self._average.load(source)
         self._modes.apply(self._trainable, weight=self._parameters.__getitem__)
 
     def _load_weight(self, source: StateSource, name: str) -> None:

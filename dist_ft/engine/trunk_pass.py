@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dist_ft import dist
 from dist_ft.engine.base import MicroBatchLike
+from dist_ft.engine.turns import Turn
 from dist_ft.freezing.activation_cache import ActivationCache
 from dist_ft.freezing.schedule import frozen_prefix
 from dist_ft.model.flat_rows import FlatRows
@@ -89,6 +90,22 @@ class TrunkPasses:
                 block += 1
                 found[block] = digest.hexdigest()
         return found
+
+    def of_turns(
+        self, step: int, *, turns: Sequence[Turn], device: torch.device, in_step: bool
+    ) -> list[TrunkPass | None]:
+        """Return the pass of each micro-batch of a step's turns, in their order; see `of_step`."""
+        return [
+            way
+            for turn in turns
+            for way in self.of_step(
+                step,
+                task=turn.task,
+                micro_batches=turn.micro_batches,
+                device=device,
+                in_step=in_step,
+            )
+        ]
 
     def of_step(
         self,

@@ -25,6 +25,7 @@ class ParamGroup:
         tasks: Tasks whose loss reaches the parameters.
         penalty: What is added to the loss for them.
         held_rows: Rows that never move, by parameter: first row and end of each range.
+        mixout: Chance of an element to be what it was at the start, for a step.
     """
 
     name: str
@@ -35,6 +36,11 @@ class ParamGroup:
     tasks: frozenset[str]
     penalty: Penalty = field(default_factory=Penalty)
     held_rows: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
+    mixout: float = 0.0
+
+    def is_active(self, tasks: frozenset[str], *, trainable: frozenset[str]) -> bool:
+        """Return whether a step of these tasks updates the group while `trainable` trains."""
+        return self.layer_group in trainable and not tasks.isdisjoint(self.tasks)
 
 
 @dataclass(frozen=True)
@@ -84,11 +90,14 @@ def build_param_groups(
         for suffix, decay in (("decay", weight_decay), ("no_decay", 0.0)):
             names = tuple(n for n in group.trained if (dimensions[n] > 1) == (suffix == "decay"))
             if names:
-                penalty = rules.of(
-                    group.name, is_head=group.kind == "head", decays=suffix == "decay"
+                decays, name = suffix == "decay", f"{group.name}/{suffix}"
+                penalty = rules.of(group.name, is_head=group.kind == "head", decays=decays)
+                mixout = rules.mixout_of(group.name, kind=group.kind, decays=decays)
+                result.append(
+                    ParamGroup(
+                        name, group.name, names, decay, lr, group.tasks, penalty, mixout=mixout
+                    )
                 )
-                name = f"{group.name}/{suffix}"
-                result.append(ParamGroup(name, group.name, names, decay, lr, group.tasks, penalty))
     return result
 
 

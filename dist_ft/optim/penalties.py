@@ -47,6 +47,7 @@ class PenaltyRules:
         l2: Of every group.
         l2_sp: Strength of L2-SP on what is pre-trained (the paper's alpha).
         l2_sp_new: Strength of L2-SP on heads and other new weights (the paper's beta).
+        mixout: Mixout's probability on pre-trained matrices of blocks (Lee et al. 2020).
         new: Layer groups beside the heads that do not start from pre-trained weights.
     """
 
@@ -54,6 +55,7 @@ class PenaltyRules:
     l2: float = 0.0
     l2_sp: float = 0.0
     l2_sp_new: float = 0.0
+    mixout: float = 0.0
     new: frozenset[str] = field(default_factory=frozenset)
 
     def of(self, layer_group: str, *, is_head: bool, decays: bool) -> Penalty:
@@ -70,6 +72,20 @@ class PenaltyRules:
             l2=(self.l2 + (self.l2_sp_new if is_new else 0.0)) if decays else 0.0,
             l2_start=0.0 if is_new else self.l2_sp,
         )
+
+    def mixout_of(self, layer_group: str, *, kind: str, decays: bool) -> float:
+        """Return mixout's probability of a parameter group.
+
+        As in the authors' code, the matrices of linear layers are mixed: biases, normalisation and
+        embeddings are not, and new weights have no start worth going back to.
+
+        Args:
+            layer_group: Its layer group.
+            kind: That group's kind.
+            decays: Whether its parameters are matrices.
+        """
+        is_new = kind in ("head", "embeddings", "unused") or layer_group in self.new
+        return self.mixout if decays and not is_new else 0.0
 
 
 @torch.no_grad()

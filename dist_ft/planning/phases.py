@@ -69,7 +69,7 @@ def schedule_of(recipe: Recipe, shape: ModelShape, *, epoch_steps: int | None = 
         units.add(duration.unit)
         return duration.steps(
             steps_per_epoch=epoch_steps or DEFAULT_EPOCH_STEPS,
-            tokens_per_step=tokens / len(recipe.tasks),
+            tokens_per_step=tokens / len(recipe.tasks) * recipe.mixture.tasks_per_step,
         )
 
     total = max(1, to_steps(recipe.train.max_duration))

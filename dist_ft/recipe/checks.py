@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from dist_ft.config import (
+    BanditMixtureConfig,
     ExplicitFreezing,
     FixedMixture,
     GradualFreezing,
@@ -46,6 +47,7 @@ def check(draft: Draft, *, needs_files: bool = True) -> list[Finding]:
         *check_augmentation(draft, recipe),
         *_check_weights(draft, recipe),
         *_check_depth(draft, recipe),
+        *_check_turns(draft, recipe),
         *_check_plateau(draft, recipe),
         *_check_durations(draft, recipe),
         *check_regularization(draft, recipe),
@@ -81,6 +83,22 @@ def _check_weights(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
     known = recipe.mixture.weights
     if missing := [n for n in names if n not in known and draft.is_sure(*path, n)]:
         yield Finding(path, f"must name every task, got none for {', '.join(missing)}: add them")
+
+
+def _check_turns(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
+    mixture = recipe.mixture
+    if not isinstance(mixture, BanditMixtureConfig):
+        return
+    if mixture.reward == "gain" and recipe.evaluation.every is None:
+        text = "is what validation gains, but evaluation.every is not given: give it"
+        yield Finding(("mixture", "reward"), text)
+    if mixture.tasks_per_step > 1:
+        text = (
+            "decides one turn at a time, which steps of several turns do not wait for: set "
+            "mixture.tasks_per_step=1 or choose another policy"
+        )
+        if draft.is_sure("mixture"):
+            yield Finding(("mixture", "tasks_per_step"), text)
 
 
 def _check_plateau(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
@@ -130,12 +148,18 @@ def _intervals(recipe: Recipe) -> Iterator[tuple[RawPath, Duration]]:
         (("evaluation", "every"), recipe.evaluation.every),
         (("checkpoint", "every"), recipe.checkpoint.every),
         (("freezing", "every"), getattr(recipe.freezing, "every", None)),
+        (
+            ("regularization", "averaging", "every"),
+            getattr(recipe.regularization.averaging, "every", None),
+        ),
     ]
     yield from ((path, duration) for path, duration in places if duration is not None)
 
 
 def _moments(recipe: Recipe) -> Iterator[tuple[RawPath, Duration]]:
     yield ("optim", "schedule", "warmup"), recipe.optim.schedule.warmup
+    if recipe.regularization.averaging is not None:
+        yield ("regularization", "averaging", "start"), recipe.regularization.averaging.start
     yield from _phase_starts(recipe)
 
 

@@ -15,12 +15,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from dist_ft.search.blocks import Block, Space
 
 MOST_RUNGS = 12
-Rank = tuple[float, float, float, Block]
+C = TypeVar("C")
+C_contra = TypeVar("C_contra", contravariant=True)
+
+
+class Costs(Protocol[C_contra]):
+    """What says how dear the candidates are."""
+
+    def cost(self, candidate: C_contra, /) -> float:
+        """Return the arithmetic of a training step, in any unit."""
+        ...
 
 
 class Score(NamedTuple):
@@ -93,36 +102,99 @@ def plan_rungs(entrants: int, *, total_steps: int, budget: float, shortest: int)
 
 
 @dataclass
-class Race:
-    """What a search has measured and decided so far.
+class Halving(Generic[C]):
+    """What successive halving has measured and decided so far.
 
     Attributes:
-        space: The candidates.
+        space: Says how dear the candidates are.
         rungs: Steps at which they are compared; the last is the whole run.
-        score: Trains a block up to a step and returns its score on validation.
-        drop: Called with every block that is given up.
+        score: Trains a candidate up to a step and returns its score on validation.
+        drop: Called with every candidate that is given up.
         allowance: Optimizer steps that the search may train in all.
-        scores: What each block scored at which step.
-        best: The block that has won so far.
+        scores: What each candidate scored at which step.
+        best: The candidate that has won so far.
     """
 
-    space: Space
+    space: Costs[C]
     rungs: tuple[int, ...]
-    score: Callable[[Block, int], Score]
-    drop: Callable[[Block], None]
+    score: Callable[[C, int], Score]
+    drop: Callable[[C], None]
     allowance: float
-    scores: dict[Block, dict[int, Score]] = field(default_factory=dict)
-    best: Block | None = None
+    scores: dict[C, dict[int, Score]] = field(default_factory=dict)
+    best: C | None = None
 
     @property
     def steps(self) -> int:
-        """Optimizer steps trained for all blocks together."""
+        """Optimizer steps trained for all candidates together."""
         return sum(max(by_step) for by_step in self.scores.values())
 
     @property
     def cost(self) -> float:
         """Arithmetic of these steps, in the unit of `Space.cost`."""
         return sum(self.space.cost(b) * max(by_step) for b, by_step in self.scores.items())
+
+    def halve(self, entrants: Sequence[C]) -> C:
+        """Return the best of `entrants` and of the best so far, which takes part for free.
+
+        The best so far has scores at every rung; a newcomer goes on if it is among the
+        better half of all at its rung.
+        """
+        pool = [*entrants] if self.best is None else [self.best, *entrants]
+        for rung in self.rungs:
+            if pool == [self.best]:
+                break
+            keep = 1 if rung == self.rungs[-1] else survivors(len(pool))
+            pool = self._compare(pool, rung=rung, keep=keep)
+        winner, former = pool[0], self.best
+        if former is not None and winner != former:
+            winner, loser = sorted((winner, former), key=lambda b: self.rank(b, self.rungs[-1]))
+            self.drop(loser)
+        self.best = winner
+        return winner
+
+    def _compare(self, pool: Sequence[C], *, rung: int, keep: int) -> list[C]:
+        """Return the `keep` best of the pool at a rung, best first.
+
+        A candidate is given up as soon as `keep` others are better, so that few need be kept.
+        """
+        leaders: list[C] = []
+        for candidate in pool:
+            self._measure(candidate, rung)
+            leaders = sorted([*leaders, candidate], key=lambda b: self.rank(b, rung))
+            for lost in leaders[keep:]:
+                if lost != self.best:
+                    self.drop(lost)
+            leaders = leaders[:keep]
+        return leaders
+
+    def _measure(self, candidate: C, rung: int) -> None:
+        known = self.scores.setdefault(candidate, {})
+        if rung not in known:
+            known[rung] = self.score(candidate, rung)
+
+    def rank(self, candidate: C, rung: int) -> Any:
+        """Return a sort key, best first: the score, and among equals the cheaper candidate."""
+        return (*self.scores[candidate][rung].key(), self.space.cost(candidate), candidate)
+
+    def ranking(self) -> list[C]:
+        """Return all candidates, best first: those that came further are before the others."""
+
+        def key(candidate: C) -> Any:
+            last = max(self.scores[candidate])
+            return (-last, self.rank(candidate, last))
+
+        return sorted(self.scores, key=key)
+
+
+@dataclass
+class Race(Halving[Block]):
+    """A search among contiguous blocks, coarse to fine.
+
+    Attributes:
+        space: The candidates.
+    """
+
+    space: Space  # pyright: ignore[reportIncompatibleVariableOverride] - nobody replaces it
 
     def run(self) -> Block:
         """Return the best block, searching coarse to fine."""
@@ -144,58 +216,6 @@ class Race:
             if winner == best:
                 return best
             best = winner
-
-    def halve(self, entrants: Sequence[Block]) -> Block:
-        """Return the best of `entrants` and of the best block so far, which takes part for free.
-
-        The best block so far has scores at every rung; a newcomer goes on if it is among the
-        better half of all at its rung.
-        """
-        pool = [*entrants] if self.best is None else [self.best, *entrants]
-        for rung in self.rungs:
-            if pool == [self.best]:
-                break
-            keep = 1 if rung == self.rungs[-1] else survivors(len(pool))
-            pool = self._compare(pool, rung=rung, keep=keep)
-        winner, former = pool[0], self.best
-        if former is not None and winner != former:
-            winner, loser = sorted((winner, former), key=lambda b: self.rank(b, self.rungs[-1]))
-            self.drop(loser)
-        self.best = winner
-        return winner
-
-    def _compare(self, pool: Sequence[Block], *, rung: int, keep: int) -> list[Block]:
-        """Return the `keep` best of the pool at a rung, best first.
-
-        A block is given up as soon as `keep` others are better, so that few need be kept.
-        """
-        leaders: list[Block] = []
-        for block in pool:
-            self._measure(block, rung)
-            leaders = sorted([*leaders, block], key=lambda b: self.rank(b, rung))
-            for lost in leaders[keep:]:
-                if lost != self.best:
-                    self.drop(lost)
-            leaders = leaders[:keep]
-        return leaders
-
-    def _measure(self, block: Block, rung: int) -> None:
-        known = self.scores.setdefault(block, {})
-        if rung not in known:
-            known[rung] = self.score(block, rung)
-
-    def rank(self, block: Block, rung: int) -> Rank:
-        """Return a sort key, best first: the score, and among equals the cheaper block."""
-        return (*self.scores[block][rung].key(), self.space.cost(block), block)
-
-    def ranking(self) -> list[Block]:
-        """Return all blocks, best first: those that came further are before the others."""
-
-        def key(block: Block) -> tuple[int, Rank]:
-            last = max(self.scores[block])
-            return (-last, self.rank(block, last))
-
-        return sorted(self.scores, key=key)
 
 
 def make_race(

@@ -47,7 +47,7 @@ class Findings:
 def write_findings(findings: Findings, *, folder: Path) -> str:
     """Write table, plot and chosen recipe into `folder`; return a summary as markdown."""
     rows = table_rows(findings)
-    (folder / TABLE).write_text(_csv(rows), encoding="utf-8")
+    (folder / TABLE).write_text(as_csv(rows), encoding="utf-8")
     (folder / PLOT).write_text(plot(findings), encoding="utf-8")
     (folder / CHOSEN).write_text(chosen_yaml(findings), encoding="utf-8")
     return (
@@ -75,14 +75,16 @@ def table_rows(findings: Findings) -> list[dict[str, Any]]:
                 "steps": step,
                 "score": race.scores[block][step].value,
                 "loss": race.scores[block][step].loss,
-                **_metrics(facts.get("metrics", {}), recipe=findings.recipe),
+                **metric_columns(facts.get("metrics", {}), recipe=findings.recipe),
                 "seconds": facts.get("seconds", 0.0),
             }
         )
     return rows
 
 
-def _metrics(metrics: Mapping[str, Mapping[str, float]], *, recipe: Recipe) -> dict[str, float]:
+def metric_columns(
+    metrics: Mapping[str, Mapping[str, float]], *, recipe: Recipe
+) -> dict[str, float]:
     """Return every metric of every task as one column each, baselines left out."""
     return {
         f"{task.name}.{name}": value
@@ -92,7 +94,8 @@ def _metrics(metrics: Mapping[str, Mapping[str, float]], *, recipe: Recipe) -> d
     }
 
 
-def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return rows as CSV with a column for each name."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,36 +15,20 @@ from dist_ft.tasks.base import Choice, LossSum
 
 @dataclass(frozen=True)
 class OutputRegularizer:
-    """The training loss of a task with label smoothing and R-Drop; evaluation keeps the task's own.
+    """The training loss of a task with label smoothing; evaluation keeps the task's own.
 
     Attributes:
         loss: The task's loss.
         choices: The task's choices among classes.
         label_smoothing: Share of the target that all classes get alike (Szegedy et al. 2016).
-        r_drop: Weight of the consistency of two forwards with other dropout (R-Drop, Liang et al.
-            2021): the loss is the mean of both plus the weight times half their symmetric
-            Kullback-Leibler divergence, as in the authors' code.
     """
 
     loss: Callable[[Any, Mapping[str, Tensor]], LossSum]
     choices: Callable[[Any, Mapping[str, Tensor]], list[Choice]]
     label_smoothing: float = 0.0
-    r_drop: float = 0.0
 
-    @property
-    def forwards(self) -> int:
-        """How often the model runs on a micro-batch."""
-        return 2 if self.r_drop else 1
-
-    def __call__(self, outputs: Sequence[Any], targets: Mapping[str, Tensor]) -> Tensor:
-        """Return the summed loss of the forwards' outputs, float32 scalar."""
-        total = torch.stack([self._plain(output, targets) for output in outputs]).mean()
-        if not self.r_drop:
-            return total
-        first, second = (self.choices(output, targets) for output in outputs)
-        return total + self.r_drop * symmetric_divergence(first, second)
-
-    def _plain(self, outputs: Any, targets: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, outputs: Any, targets: Mapping[str, Tensor]) -> Tensor:
+        """Return the summed loss of a forward's outputs, float32 scalar."""
         if not self.label_smoothing:
             return self.loss(outputs, targets).sum
         losses = [
@@ -56,6 +41,14 @@ class OutputRegularizer:
             for choice in self.choices(outputs, targets)
         ]
         return torch.stack(losses).mean()
+
+    def divergence(self, one: Any, other: Any, targets: Mapping[str, Tensor]) -> Tensor:
+        """Return half the symmetric Kullback-Leibler divergence of two forwards' outputs."""
+        return symmetric_divergence(self.choices(one, targets), self.choices(other, targets))
+
+    def jensen_shannon(self, one: Any, other: Any, targets: Mapping[str, Tensor]) -> Tensor:
+        """Return the Jensen-Shannon divergence of two forwards' outputs."""
+        return jensen_shannon(self.choices(one, targets), self.choices(other, targets))
 
 
 def symmetric_divergence(first: Sequence[Choice], second: Sequence[Choice]) -> Tensor:
@@ -70,4 +63,23 @@ def symmetric_divergence(first: Sequence[Choice], second: Sequence[Choice]) -> T
         ruled_out = p.isneginf()
         difference = p.masked_fill(ruled_out, 0.0) - q.masked_fill(ruled_out, 0.0)
         sums.append(((p.exp() - q.exp()) * difference).sum() / 2)
+    return torch.stack(sums).mean()
+
+
+def jensen_shannon(first: Sequence[Choice], second: Sequence[Choice]) -> Tensor:
+    """Return the mean divergence of two sets of choices from their mean, in nats.
+
+    It is summed over the choices of a set and the mean over sets, as a task's loss is.
+    """
+    sums = []
+    for one, other in zip(first, second, strict=True):
+        p, q = (c.logits.float().log_softmax(-1) for c in (one, other))
+        middle = torch.logaddexp(p, q) - math.log(2)
+        # A class that is ruled out has no part: 0 * (-inf - -inf) would be NaN.
+        out = middle.isneginf()
+        parts = [
+            (logs.exp() * (logs.masked_fill(out, 0.0) - middle.masked_fill(out, 0.0))).sum()
+            for logs in (p, q)
+        ]
+        sums.append(torch.stack(parts).mean())
     return torch.stack(sums).mean()

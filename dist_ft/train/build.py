@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ from dist_ft.duration import Duration
 from dist_ft.engine.loss_module import LossModule
 from dist_ft.heartbeat import Heartbeat
 from dist_ft.model.layer_groups import LayerGroup
-from dist_ft.optim.lr_schedules import LrSchedule, thaw_factor
-from dist_ft.optim.param_groups import LearningRates, ParamGroup, build_param_groups
+from dist_ft.optim.param_groups import LearningRates, build_param_groups
 from dist_ft.train.adapt import WatchGroups
+from dist_ft.train.balancing import Balance, make_balancer
 from dist_ft.train.best import Decision, TrackBest
 from dist_ft.train.callbacks import Checkpoint, Evaluate, LogSteps
 from dist_ft.train.console import Console
@@ -34,6 +34,7 @@ from dist_ft.train.loop import Run, fit
 from dist_ft.train.memory import fit_memory
 from dist_ft.train.numbers import GuardNumbers
 from dist_ft.train.parts import Parts, eval_data, load_preprocessor, make_parts
+from dist_ft.train.rates import learning_rates
 from dist_ft.train.recorder import Recorder
 from dist_ft.train.regularization import in_training, penalty_rules
 from dist_ft.train.restoring import go_back, restore
@@ -228,11 +229,15 @@ def make_run(
     )
     param_groups = with_frozen_rows(param_groups, recipe, model=parts.model)
     tasks = [t.task for t in parts.tasks]
+    names = [task.name for task in tasks]
+    balancer = make_balancer(recipe.balancing, tasks=names)
     kernels = take_kernels(recipe, parts.model, tasks=tasks, device=device, say=console.say)
+    weights = dict.fromkeys(names, 1.0) | getattr(recipe.balancing, "weights", {})
+    extra = in_training(recipe, parts.model, tasks=tasks, groups=parts.groups, weights=weights)
     module = LossModule(
         parts.model,
         {task.name: task.loss for task in tasks},
-        in_training=kernels.used_in(in_training(recipe, parts.model, tasks=tasks)),
+        in_training=kernels.used_in(extra),
     ).to(device)
     passes = make_passes(recipe, parts, folder=folder, device=device, say=console.say)
     engine = make_engine(recipe, parts, module=module, param_groups=param_groups, passes=passes)
@@ -248,10 +253,11 @@ def make_run(
         engine=engine,
         loader=loader,
         policy=parts.policy,
-        learning_rates=_learning_rates(recipe, parts, param_groups),
+        learning_rates=learning_rates(recipe, parts, param_groups),
         trainable_now=lambda: trainable_groups(module, parts.groups),
         total_steps=parts.total_steps,
         discard=passes.discard,
+        balancer=balancer,
     )
     log.info("kernels: %s", kernels.record(passes))
     if world.is_main:
@@ -259,33 +265,11 @@ def make_run(
     run.callbacks = _callbacks(recipe, parts, folder, world, console, recorder)
     guard = next(c for c in run.callbacks if isinstance(c, GuardNumbers))
     run.loss_limit = lambda task: guard.loss_limit(run, task)
+    if balancer is not None:
+        balance = Balance(balancer, weights, recorder, recipe.logging.every)
+        # After the guard, who may go back, and before the checkpoint.
+        run.callbacks.insert(run.callbacks.index(guard) + 1, balance)
     return run
-
-
-def _learning_rates(
-    recipe: Recipe, parts: Parts, param_groups: Sequence[ParamGroup]
-) -> Callable[[int, Mapping[str, int]], dict[str, float]]:
-    config = recipe.optim.schedule
-    schedule = LrSchedule(
-        config.type,
-        total_steps=parts.total_steps,
-        warmup_steps=parts.lengths.steps(config.warmup),
-        min_ratio=config.min_ratio,
-        decay=config.decay,
-    )
-    thaw_steps = parts.lengths.steps(recipe.optim.unfreeze_warmup)
-    peaks = {g.layer_group: g.lr for g in param_groups}
-
-    def rates(step: int, thawed_at: Mapping[str, int]) -> dict[str, float]:
-        factor = schedule.factor(step)
-        return {
-            name: peak
-            * factor
-            * thaw_factor(step, thawed_at=thawed_at.get(name, 0), warmup_steps=thaw_steps)
-            for name, peak in peaks.items()
-        }
-
-    return rates
 
 
 def trainable_groups(module: torch.nn.Module, groups: Sequence[LayerGroup]) -> tuple[str, ...]:
@@ -378,7 +362,7 @@ def _about(parts: Parts, world: dist.World) -> dict[str, Any]:
     if isinstance(parts.mixture, BanditMixture):
         # The rest is decided while training runs, and told by `mixture` events.
         marks = [step for step in marks if step <= parts.mixture.decided_steps]
-    drawn = [parts.mixture.steps_before(step) for step in marks]
+    drawn = [parts.mixture.steps_before(step * parts.turns) for step in marks]
     return {
         "world_size": world.world_size,
         "mixture_plan": {

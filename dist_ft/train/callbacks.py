@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,13 @@ from dist_ft.engine.base import PhaseReport, StepResult
 from dist_ft.freezing.schedule import Phase
 from dist_ft.train.console import Console
 from dist_ft.train.evaluate import EvalData, Scores, evaluate_task
+from dist_ft.train.intervals import (
+    Interval,
+    changes_over_ranks,
+    over_all_ranks,
+    peak_rss_bytes,
+    positions_of,
+)
 from dist_ft.train.loop import Run
 from dist_ft.train.recorder import Recorder
 from dist_ft.train.saving import CheckpointWriter, Saved
@@ -39,21 +45,6 @@ class Watcher:
 
 
 @dataclass
-class _Interval:
-    """What one task did since the last step event; the loss stays on the device until then."""
-
-    steps: int = 0
-    loss: Tensor | None = None
-    tokens: int = 0
-    positions: int = 0
-    grad_norm: float | None = None
-    wait_s: float = 0.0
-    prefix_rows: int = 0
-    prefix_found: int = 0
-    changes: AugmentStatistics | None = None
-
-
-@dataclass
 class LogSteps(Watcher):
     """Writes a ``step`` event per task at every interval, and a ``phase`` event per change.
 
@@ -72,7 +63,7 @@ class LogSteps(Watcher):
     every: int
     slow_ranks: SlowRanks
     about: Mapping[str, Any] = field(default_factory=dict)
-    _intervals: dict[str, _Interval] = field(default_factory=dict)
+    _intervals: dict[str, Interval] = field(default_factory=dict)
     _busy_before_s: float = 0.0
     _wait_s: float = 0.0
     _trainable_params: int = 0
@@ -115,23 +106,26 @@ class LogSteps(Watcher):
     def on_step_end(self, run: Run, batch: StepBatch, result: StepResult) -> None:
         """Add the step to its task's interval; write the events when the interval ends."""
         if result.refused is None:  # otherwise it has an event of its own
-            self._count(batch, result)
-        self._wait_s += batch.data_wait_s
+            for index, turn in enumerate(batch.turns):
+                self._count(turn, result, share=result.turn_shares[index])
+            # Of the whole step: its turns go through the trunk in one.
+            first = self._intervals[batch.task]
+            first.prefix_rows += result.prefix_rows
+            first.prefix_found += result.prefix_found
+        self._wait_s += sum(turn.data_wait_s for turn in batch.turns)
         step = run.progress.step
         if self._intervals and (step % self.every == 0 or step == run.total_steps):
             self._write(run)
         self.console.advance(step, task=batch.task)
 
-    def _count(self, batch: StepBatch, result: StepResult) -> None:
-        interval = self._intervals.setdefault(batch.task, _Interval())
+    def _count(self, batch: StepBatch, result: StepResult, *, share: float) -> None:
+        interval = self._intervals.setdefault(batch.task, Interval())
         interval.steps += 1
-        interval.loss = result.loss if interval.loss is None else interval.loss + result.loss
+        interval.loss += share
         interval.tokens += batch.global_tokens
-        interval.positions += _positions(batch)
+        interval.positions += positions_of(batch)
         interval.grad_norm = result.grad_norm
         interval.wait_s += batch.data_wait_s
-        interval.prefix_rows += result.prefix_rows
-        interval.prefix_found += result.prefix_found
         if batch.augmentation is not None:
             interval.changes = interval.changes or AugmentStatistics()
             interval.changes.merge(batch.augmentation)
@@ -141,10 +135,10 @@ class LogSteps(Watcher):
         seconds = max(1e-9, run.busy_s - self._busy_before_s)
         tasks = sorted(self._intervals)
         own_s = self._wait_s + run.engine.own_seconds()
-        sums, own_by_rank = _over_all_ranks([self._intervals[t] for t in tasks], own_s=own_s)
+        sums, own_by_rank = over_all_ranks([self._intervals[t] for t in tasks], own_s=own_s)
         if run.busy_s > seconds:  # the first interval of a process builds what later ones find
             self.slow_ranks.see(run.progress.step, own_by_rank)
-        changes = _over_ranks({t: self._intervals[t].changes for t in tasks})
+        changes = changes_over_ranks({t: self._intervals[t].changes for t in tasks})
         tokens = sum(i.tokens for i in self._intervals.values())
         rates = run.learning_rates(run.progress.step - 1, run.progress.thawed_at)
         for task, of_task in zip(tasks, sums, strict=True):
@@ -165,7 +159,7 @@ class LogSteps(Watcher):
                 task_tokens=interval.tokens,
                 task_positions=int(positions),
                 data_wait_s=round(interval.wait_s, 4),
-                peak_rss_bytes=_peak_rss_bytes(),
+                peak_rss_bytes=peak_rss_bytes(),
                 **({"prefix_hit_share": prefix_found / prefix_rows} if prefix_rows else {}),
                 **({"augmentation": changes[task].to_json()} if task in changes else {}),
             )
@@ -180,58 +174,6 @@ class LogSteps(Watcher):
         if self._intervals:
             self._write(run)
         self.console.stop()
-
-
-def _over_all_ranks(
-    intervals: Sequence[_Interval], *, own_s: float
-) -> tuple[list[tuple[float, ...]], list[float]]:
-    """Return sums of each interval's numbers, and `own_s` of every rank, by one all-reduce.
-
-    The numbers are loss, positions, rows with a cached prefix, and such as were found.
-    """
-    width = 4
-    values = [
-        value
-        for i in intervals
-        for value in (
-            0.0 if i.loss is None else float(i.loss),
-            float(i.positions),
-            float(i.prefix_rows),
-            float(i.prefix_found),
-        )
-    ]
-    own = [own_s if rank == dist.rank() else 0.0 for rank in range(dist.world_size())]
-    sums = dist.all_reduce_sum([*values, *own])
-    of_tasks = sums[: len(values)]
-    return (
-        [tuple(of_tasks[start : start + width]) for start in range(0, len(of_tasks), width)],
-        sums[len(values) :],
-    )
-
-
-def _over_ranks(changes: dict[str, AugmentStatistics | None]) -> dict[str, AugmentStatistics]:
-    """Return what all ranks changed together in the tasks that are augmented."""
-    # Which tasks these are is the same on every rank.
-    own = {task: counts for task, counts in changes.items() if counts is not None}
-    if not own:
-        return {}
-    total = {task: AugmentStatistics() for task in own}
-    for counts in dist.all_gather_object(own):
-        for task, of_rank in counts.items():
-            total[task].merge(of_rank)
-    return total
-
-
-def _positions(batch: StepBatch) -> int:
-    """Return the positions of this rank's input, padding and fillers counted."""
-    return sum(
-        b.inputs["input_ids"].numel() if "input_ids" in b.inputs else b.tokens
-        for b in batch.micro_batches
-    )
-
-
-def _peak_rss_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 @dataclass
@@ -269,8 +211,12 @@ class Evaluate(Watcher):
         return found
 
     def evaluate(self, run: Run) -> None:
-        """Score every task now."""
+        """Score every task now, with the average of the weights if one is kept."""
         self.done_at = run.progress.step
+        with run.engine.averaged():
+            self._score(run)
+
+    def _score(self, run: Run) -> None:
 
         def forward(task: str, micro_batch: MicroBatch) -> tuple[Tensor, Any]:
             run.beat("evaluation")

@@ -248,6 +248,11 @@ class CheckpointReader:
         # Checkpoints of the first runs did not have it.
         return self.trainer.get("loss_scale", {})
 
+    @property
+    def averaged(self) -> Mapping[str, int]:
+        """How many sets of weights are in each parameter group's average."""
+        return self.trainer.get("averaged", {})
+
     def read(self, kind: str, parameter: str, *, start: int, length: int) -> Tensor | None:
         """Return `length` elements of a parameter's `kind`, or None if it was never saved."""
         parts: list[Tensor] = []

@@ -102,14 +102,14 @@ def describe_step(recipe: Recipe, *, step: int, say: Say) -> Iterator[str]:
             "raise train.max_duration"
         )
     loader = make_loader(recipe, tasks, tokenizer=tokenizer, mixture=plan.mixture)
-    used = loader.rows_of(step)
-    dataset = next(t for t in tasks if t.task.name == used.task).datasets["train"]
-    sources = np.asarray(dataset.take(used.rows, columns={"source_row"})["source_row"])
-    yield f"step {step} of {plan.total_steps}: task {used.task}, {len(used.rows)} rows"
-    for epoch in np.unique(used.epochs):
-        chosen = used.epochs == epoch
-        yield f"epoch {epoch}, rows: {' '.join(map(str, used.rows[chosen]))}"
-        yield f"epoch {epoch}, rows of the source: {' '.join(map(str, sources[chosen]))}"
+    for used in loader.turns_of(step):
+        dataset = next(t for t in tasks if t.task.name == used.task).datasets["train"]
+        sources = np.asarray(dataset.take(used.rows, columns={"source_row"})["source_row"])
+        yield f"step {step} of {plan.total_steps}: task {used.task}, {len(used.rows)} rows"
+        for epoch in np.unique(used.epochs):
+            chosen = used.epochs == epoch
+            yield f"epoch {epoch}, rows: {' '.join(map(str, used.rows[chosen]))}"
+            yield f"epoch {epoch}, rows of the source: {' '.join(map(str, sources[chosen]))}"
 
 
 def show_rows(recipe: Recipe, *, task: str, number: int, say: Say) -> Iterator[str]:

@@ -35,7 +35,7 @@ def deciders(recipe: Recipe, parts: Parts, evaluate: Evaluate) -> list[Watcher]:
     found = _freeze_deciders(recipe, parts, evaluate)
     if isinstance(parts.mixture, BanditMixture):
         names = [t.task.name for t in parts.tasks]
-        found.append(FollowLosses(parts.mixture, tasks=names, recorder=evaluate.recorder))
+        found.append(FollowLosses(parts.mixture, tasks=names, evaluate=evaluate))
     return found
 
 

@@ -16,6 +16,7 @@ from dist_ft.engine.reference import ReferenceEngine
 from dist_ft.engine.trunk_pass import TrunkPasses
 from dist_ft.optim.param_groups import ParamGroup
 from dist_ft.train.parts import Parts
+from dist_ft.train.regularization import averaging
 
 
 def make_engine(
@@ -34,6 +35,8 @@ def make_engine(
         eps=recipe.optim.eps,
         seed=recipe.seed,
         returning=recipe.freezing.returning,
+        averaging=averaging(recipe, to_steps=parts.lengths.steps),
+        watch_shared=recipe.balancing.policy == "gradnorm",
     )
     modes = LayerModes.of(
         parts.model,
@@ -63,9 +66,8 @@ def make_engine(
         deepspeed_options=DeepSpeedOptions(
             zero_stage=recipe.engine.zero_stage,
             micro_batch_size=size,
-            gradient_accumulation_steps=max(
-                1, recipe.train.global_batch_size // (size * world_size)
-            ),
+            gradient_accumulation_steps=parts.turns
+            * max(1, recipe.train.global_batch_size // (size * world_size)),
             offload_optimizer=recipe.engine.offload_optimizer,
             base=None if base is None else json.loads(base.read_text()),
         ),

@@ -81,6 +81,8 @@ def open_start(
 def analyse(run: Path, *, extensions: Extensions = NO_EXTENSIONS) -> Path:
     """Write what moved, how sure the model is and what it confuses; return the file's path.
 
+    A parameter that an average is kept of gets the average: it was scored in training, too.
+
     Raises:
         ValueError: If the folder holds no run or no whole checkpoint.
     """

@@ -18,6 +18,7 @@ from dist_ft.config import (
     UnimaxMixture,
 )
 from dist_ft.data.bandit import BanditMixture
+from dist_ft.data.joined import JoinedLoader
 from dist_ft.data.loader import BatchPlan, LengthPlan, StepLoader
 from dist_ft.data.mixtures import make_mixture
 from dist_ft.data.sampling import Mixture
@@ -59,32 +60,34 @@ class StepPlan:
 
 def plan_steps(recipe: Recipe, tasks: Sequence[PreparedTask]) -> StepPlan:
     """Return the mixture and the length of a run; a pure function of recipe and data."""
-    size = recipe.train.global_batch_size
+    # Rows of a step: those of all its turns.
+    turns = recipe.mixture.tasks_per_step
+    size = recipe.train.global_batch_size * turns
     epoch = steps_per_epoch(tasks, global_batch_size=size)
     lengths = Lengths(epoch, tokens_per_step(tasks, global_batch_size=size))
     total = lengths.steps(recipe.train.max_duration)
-    mixture = _mixture(recipe, tasks, total_steps=total)
+    mixture = _mixture(recipe, tasks, turns=total * turns)
     for _ in range(_MOST_ROUNDS):
-        shares = _shares(recipe, mixture, total_steps=total)
+        shares = _shares(recipe, mixture, turns=total * turns)
         lengths = Lengths(epoch, tokens_per_step(tasks, global_batch_size=size, shares=shares))
         found = lengths.steps(recipe.train.max_duration)
         if found == total:
             break
         total = found
-        mixture = _mixture(recipe, tasks, total_steps=total)
+        mixture = _mixture(recipe, tasks, turns=total * turns)
     return StepPlan(mixture, lengths, total)
 
 
-def _mixture(recipe: Recipe, tasks: Sequence[PreparedTask], *, total_steps: int) -> Mixture:
+def _mixture(recipe: Recipe, tasks: Sequence[PreparedTask], *, turns: int) -> Mixture:
     config = recipe.mixture
-    options: dict[str, Any] = config.model_dump(exclude={"policy"})
+    options: dict[str, Any] = config.model_dump(exclude={"policy", "tasks_per_step"})
     if isinstance(config, BanditMixtureConfig):
         return BanditMixture(
             len(tasks), seed=recipe.seed, block_steps=config.every,
-            rate=config.rate, smoothing=config.smoothing,
+            rate=config.rate, smoothing=config.smoothing, reward=config.reward,
         )  # fmt: skip
     # A run of no steps has a mixture, too.
-    steps = max(1, total_steps)
+    steps = max(1, turns)
     if isinstance(config, AnnealedMixture):
         options["total_steps"] = steps
     if isinstance(config, UnimaxMixture):
@@ -95,12 +98,12 @@ def _mixture(recipe: Recipe, tasks: Sequence[PreparedTask], *, total_steps: int)
     return make_mixture(config.policy, rows=rows, seed=recipe.seed, **options)
 
 
-def _shares(recipe: Recipe, mixture: Mixture, *, total_steps: int) -> list[float] | None:
-    """Return each task's share of the run's steps; None where they take turns, or nobody knows."""
+def _shares(recipe: Recipe, mixture: Mixture, *, turns: int) -> list[float] | None:
+    """Return each task's share of the run's turns; None where they take turns, or nobody knows."""
     unknown = isinstance(recipe.mixture, RoundRobinMixture | BanditMixtureConfig)
-    if unknown or total_steps < 1:
+    if unknown or turns < 1:
         return None
-    return [count / total_steps for count in mixture.steps_before(total_steps)]
+    return [count / turns for count in mixture.steps_before(turns)]
 
 
 def make_loader(
@@ -111,7 +114,7 @@ def make_loader(
     mixture: Mixture,
     rank: int = 0,
     world_size: int = 1,
-) -> StepLoader:
+) -> StepLoader | JoinedLoader:
     """Return the loader of a rank's training steps.
 
     Raises:
@@ -125,7 +128,7 @@ def make_loader(
         if (how := make_augmentation(config, task=t.task, dataset=t.datasets["train"],
                                      tokenizer=tokenizer))
     }  # fmt: skip
-    return StepLoader(
+    loader = StepLoader(
         {t.task.name: t.datasets["train"] for t in tasks},
         specs={t.task.name: t.task.collate_spec(tokenizer, evaluation=False) for t in tasks},
         plan=BatchPlan(
@@ -140,6 +143,8 @@ def make_loader(
         augmentation=augmentation,
         pin_memory=torch.cuda.is_available(),
     )
+    turns = recipe.mixture.tasks_per_step
+    return loader if turns == 1 else JoinedLoader(loader, turns=turns)
 
 
 def _layout(recipe: Recipe, tasks: Sequence[PreparedTask], *, world_size: int) -> LengthPlan | None:

@@ -9,10 +9,12 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TypedDict
 
+from dist_ft.data.joined import JoinedLoader
 from dist_ft.data.loader import StepBatch, StepLoader
 from dist_ft.engine.base import Engine, PhaseReport, StepResult
 from dist_ft.freezing.policies import FreezePolicy
 from dist_ft.freezing.schedule import Phase
+from dist_ft.optim.balancing import Balancer
 from dist_ft.train.agreement import StepPlan, agree
 
 
@@ -90,11 +92,12 @@ class Run:
         progress: How far the run has come.
         discard: Deletes what only this run has a use for, once it is over.
         stopped_by: The signal that ended the loop before its time, or 0.
+        balancer: Decides what the tasks' losses weigh, unless the recipe fixes that.
         busy_s: Seconds spent in steps: waiting for data, and computing.
     """
 
     engine: Engine
-    loader: StepLoader
+    loader: StepLoader | JoinedLoader
     policy: FreezePolicy
     learning_rates: Callable[[int, Mapping[str, int]], dict[str, float]]
     trainable_now: Callable[[], tuple[str, ...]]
@@ -106,6 +109,7 @@ class Run:
     replan: Callable[[Run, StepResult], bool] = lambda run, result: False  # noqa: ARG005 - no
     progress: Progress = field(default_factory=Progress)
     discard: Callable[[], None] = lambda: None
+    balancer: Balancer | None = None
     stopped_by: int = 0
     busy_s: float = 0.0
 
@@ -120,6 +124,7 @@ class Run:
             "progress": asdict(self.progress),
             "data": self.loader.state_dict(self.progress.step),
             "policy": self.policy.state_dict(),
+            "balancing": None if self.balancer is None else self.balancer.state_dict(),
         }
 
 
@@ -156,24 +161,31 @@ def take_steps(run: Run) -> bool:
                 micro_batches=batch.micro_batches,
                 global_count=batch.global_count,
                 learning_rates=run.learning_rates(batch.step, run.progress.thawed_at),
-                loss_limit=run.loss_limit(batch.task),
+                loss_limit=loss_limit(run, batch),
+                joined=batch.joined,
             )
             if result.refused is not None and run.replan(run, result):
                 return False
-            run.busy_s += time.monotonic() - began + batch.data_wait_s
+            waited = sum(turn.data_wait_s for turn in batch.turns)
+            run.busy_s += time.monotonic() - began + waited
             run.progress.step += 1
-            run.progress.tokens += batch.global_tokens
+            run.progress.tokens += sum(turn.global_tokens for turn in batch.turns)
             for callback in run.callbacks:
                 callback.on_step_end(run, batch, result)
     return True
+
+
+def loss_limit(run: Run, batch: StepBatch) -> float:
+    """Return the largest loss of a step that is believed: the mean of its turns' limits."""
+    return sum(run.loss_limit(turn.task) for turn in batch.turns) / len(batch.turns)
 
 
 def plan_of(run: Run, batch: StepBatch, phase: Phase) -> StepPlan:
     """Return what this rank is about to do, for the others to compare before it is done."""
     return StepPlan(
         step=batch.step,
-        task=batch.task,
-        micro_batches=len(batch.micro_batches),
+        task="+".join(turn.task for turn in batch.turns),
+        micro_batches=sum(len(turn.micro_batches) for turn in batch.turns),
         phase=phase.index,
         trainable=phase.trainable,
         trainable_before=run.trainable_now(),

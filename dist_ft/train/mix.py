@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from dist_ft import dist
 from dist_ft.data.bandit import BanditMixture
 from dist_ft.data.loader import StepBatch
 from dist_ft.engine.base import StepResult
-from dist_ft.train.callbacks import Watcher
+from dist_ft.train.callbacks import Evaluate, Watcher
+from dist_ft.train.evaluate import Scores
 from dist_ft.train.loop import Run
-from dist_ft.train.recorder import Recorder
 
 
 class FollowLosses(Watcher):
     """Gives every step's loss to the mixture and writes a ``mixture`` event per decision.
 
-    The losses are summed over the ranks in every step, which waits for the device: the mixture
-    is part of every checkpoint, so it may not have losses that only one rank knows.
+    Losses and scores are the same on every rank, as the mixture is part of every checkpoint.
 
     Args:
         mixture: The mixture that the loader reads from.
+        evaluate: Holds the latest validation scores; it comes before this callback.
         tasks: The tasks' names in its order.
-        recorder: Where the events go.
     """
 
-    def __init__(self, mixture: BanditMixture, *, tasks: Sequence[str], recorder: Recorder) -> None:
+    def __init__(self, mixture: BanditMixture, *, tasks: Sequence[str], evaluate: Evaluate) -> None:
         self.mixture = mixture
+        self._evaluate = evaluate
         self._tasks = list(tasks)
-        self._recorder = recorder
+        self._recorder = evaluate.recorder
 
     def on_step_end(self, run: Run, batch: StepBatch, result: StepResult) -> None:
         """Observe the loss; decide if it is time to."""
+        if self._evaluate.done_at == run.progress.step:
+            scores = self._evaluate.last
+            losses = [_validation_loss(scores.get(name)) for name in self._tasks]
+            self.mixture.observe_scores(losses)
         if result.refused is not None:  # by every rank: such a loss says nothing
             return
-        (loss,) = dist.all_reduce_sum([float(result.loss)])
+        (loss,) = result.turn_losses
         task = self._tasks.index(batch.task)
         shares = self.mixture.observe(loss, task=task, done=run.progress.step)
         if shares is None:
@@ -48,3 +53,7 @@ class FollowLosses(Watcher):
             shares={name: round(share, 4) for name, share in zip(self._tasks, shares, strict=True)},
         )
         self.mixture.decide(shares)
+
+
+def _validation_loss(scores: Scores | None) -> float:
+    return math.nan if scores is None else scores.metrics["loss"]

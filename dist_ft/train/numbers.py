@@ -68,25 +68,25 @@ class GuardNumbers(Watcher):
             self._roll_back(run)
 
     def _remember(self, run: Run, batch: StepBatch, result: StepResult) -> None:
-        (loss,) = dist.all_reduce_sum([float(result.loss)])
-        losses = run.progress.losses.setdefault(batch.task, [])
-        losses.append(loss)
-        del losses[: -self.config.spike_window]
+        for turn, loss in zip(batch.turns, result.turn_losses, strict=True):
+            losses = run.progress.losses.setdefault(turn.task, [])
+            losses.append(loss)
+            del losses[: -self.config.spike_window]
 
     def _record(self, run: Run, batch: StepBatch, result: StepResult) -> None:
-        selected = run.loader.rows_of(batch.step)
-        shares = dist.all_gather_object(float(result.loss))
-        self.recorder.event(
-            "bad_numbers",
-            step=run.progress.step,
-            task=batch.task,
-            why=result.refused,
-            in_a_row=run.progress.refused,
-            # JSON has no NaN.
-            loss_by_rank=[str(share) for share in shares],
-            rows=selected.rows.tolist(),
-            epochs=selected.epochs.tolist(),
-        )
+        by_rank = dist.all_gather_object(result.turn_shares)
+        for index, selected in enumerate(run.loader.turns_of(batch.step)):
+            self.recorder.event(
+                "bad_numbers",
+                step=run.progress.step,
+                task=selected.task,
+                why=result.refused,
+                in_a_row=run.progress.refused,
+                # JSON has no NaN.
+                loss_by_rank=[str(shares[index]) for shares in by_rank],
+                rows=selected.rows.tolist(),
+                epochs=selected.epochs.tolist(),
+            )
         self.console.say(
             f"WARNING: step {run.progress.step} ({batch.task}) left out: {result.refused}; its "
             "rows are in metrics.jsonl"

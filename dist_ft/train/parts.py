@@ -39,6 +39,7 @@ class Parts:
     total_steps: int
     lengths: Lengths
     mixture: Mixture
+    turns: int = 1
 
 
 def make_parts(
@@ -81,8 +82,9 @@ def make_parts(
     )
     prepare_model(recipe, model, groups=groups, trains=policy.universe())
     return Parts(
-        tokenizer, tasks, model, groups, policy, steps.total_steps, steps.lengths, steps.mixture
-    )
+        tokenizer, tasks, model, groups, policy, steps.total_steps, steps.lengths, steps.mixture,
+        recipe.mixture.tasks_per_step,
+    )  # fmt: skip
 
 
 def check_vocabulary(tasks: Sequence[PreparedTask], *, model: torch.nn.Module) -> None:

@@ -51,6 +51,8 @@ def restore(run: Run, *, folder: RunFolder, recorder: Recorder, console: Console
 def _load(run: Run, reader: CheckpointReader) -> None:
     run.progress = Progress(**reader.trainer["progress"])
     run.policy.load_state_dict(reader.trainer["policy"])
+    if run.balancer is not None and reader.trainer.get("balancing") is not None:
+        run.balancer.load_state_dict(reader.trainer["balancing"])
     run.engine.set_trainable(reader.trainer["trainable"])
     run.engine.load_state(reader)
 

@@ -114,6 +114,7 @@ class CheckpointWriter:
             "steps": state.steps,
             "trainable": list(state.trainable),
             "loss_scale": state.loss_scale,
+            "averaged": state.averaged,
         }
         needed = _bytes_of(state)
         (total,) = dist.all_reduce_sum([float(needed)])

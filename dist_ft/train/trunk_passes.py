@@ -17,7 +17,7 @@ from dist_ft.freezing.policies import ScheduledPolicy
 from dist_ft.freezing.schedule import frozen_prefix
 from dist_ft.model.trunk import Trunk
 from dist_ft.train.parts import Parts
-from dist_ft.train.regularization import changes_embeddings
+from dist_ft.train.regularization import changes_hidden_states
 from dist_ft.train.run_folder import RunFolder
 
 # How often a row must come, on average, while some prefix is frozen, to be worth keeping.
@@ -41,7 +41,7 @@ def make_passes(
         ValueError: If the recipe insists on what the model can't do.
     """
     wants_cache = _wants_cache(recipe, parts)
-    if wants_cache and (reason := changes_embeddings(recipe)):
+    if wants_cache and (reason := changes_hidden_states(recipe)):
         say(f"the frozen prefix is not cached: {reason}")
         wants_cache = False
     if recipe.model.padding == "padded" and not wants_cache:
@@ -148,7 +148,10 @@ def tasks_that_return(recipe: Recipe, parts: Parts) -> frozenset[str]:
             own = sum(end - start for start, end in steps) / len(parts.tasks)
         else:
             before = parts.mixture.steps_before
-            own = sum(before(end)[index] - before(start)[index] for start, end in steps)
+            own = sum(
+                before(end * parts.turns)[index] - before(start * parts.turns)[index]
+                for start, end in steps
+            )
         if t.task.name in names and own * size >= _LEAST_VISITS * len(t.datasets["train"]):
             found.add(t.task.name)
     return frozenset(found)

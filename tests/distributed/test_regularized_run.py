@@ -5,59 +5,102 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_ft.engine.base import Engine, EngineOptions
+from dist_ft.engine.adversary import FreeLB, Smart
+from dist_ft.engine.base import Engine, EngineOptions, micro_batch_seed
 from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
 from dist_ft.engine.ds_config import DeepSpeedOptions
 from dist_ft.engine.loss_module import InTraining, LossModule
-from dist_ft.engine.reference import ReferenceEngine
-from dist_ft.model.backbone import HeadSpec, build_model
+from dist_ft.engine.objective import Cutoff, Objective
+from dist_ft.model.backbone import HeadSpec, MultiTaskModel, build_model
 from dist_ft.model.dropout import set_dropout
 from dist_ft.model.embedding_noise import EmbeddingNoise
+from dist_ft.model.hidden_mixup import HiddenMixup
 from dist_ft.model.layer_groups import find_layer_groups
-from dist_ft.optim.param_groups import LearningRates, build_param_groups
+from dist_ft.model.word_embeddings import WordEmbeddings
+from dist_ft.optim.param_groups import LearningRates, ParamGroup, build_param_groups
 from dist_ft.optim.penalties import PenaltyRules
 from dist_ft.tasks.output_regularization import OutputRegularizer
 from dist_ft.tasks.text_classification import TextClassification
+from dist_ft.train.checkpoint import CheckpointReader
+from dist_ft.train.finished import evaluate, open_finished
+from tests.helpers.drawn import drawn
 from tests.helpers.phases import largest_difference
+from tests.helpers.plain_objectives import PlainObjective
 from tests.helpers.run_distributed import run_distributed
 from tests.helpers.tiny import TinyBatch
 from tests.helpers.tiny_models import tiny_config
-from tests.helpers.tiny_run import events, state_hash, train, write_recipe
+from tests.helpers.tiny_run import events, newest_checkpoint, state_hash, train, write_recipe
 
 STEPS = 20
 # A key's bias has no gradient (softmax drops what all keys share), so what Adam divides there is
 # rounding, 1e-10, which an epsilon of 1e-8 and the pull to the start blow up to 4e-4 under ZeRO-3;
 # every other parameter agrees to 1e-7 with either epsilon.
-OPTIONS = EngineOptions(seed=5, eps=1e-5)
+EPS = 1e-5
+OPTIONS = EngineOptions(seed=5, eps=EPS, max_grad_norm=0.0)
+L2_SP = 0.1
+
+SMOOTH_TWICE = PlainObjective(smoothing=0.1, r_drop=2.0, neftune=5.0)
+CUT_AND_SMOOTH = PlainObjective(cutoff=(0.3, 0.7, 1.3), smart=(3.0, 2, 1e-2, 2e-2, 1e-2))
+FREE_AND_MIXED = PlainObjective(
+    smoothing=0.1, freelb=(3, 0.1, 0.25, 0.1), mixup=(0.4, (0, 2)), cutoff=(0.2, 1.0, 1.0)
+)
 
 
-def _engine(stage: int | None) -> Engine:
+def _model() -> MultiTaskModel:
     heads = [HeadSpec("a", "AutoModelForSequenceClassification", {"num_labels": 3})]
     model = build_model(tiny_config("bert"), heads=heads, dtype=torch.float32, seed=0)
     groups = find_layer_groups(model)
     set_dropout(model, groups=groups, probabilities={"attention": 0.2, "hidden": 0.05})
-    task = TextClassification(name="a", labels=("x", "y", "z"))
-    special = OutputRegularizer(task.loss, task.choices, label_smoothing=0.1, r_drop=2.0)
-    extra = InTraining(
-        {"a": special}, EmbeddingNoise(model, alpha=5.0), frozenset({"a"}), {"a": 0.5}
-    )
-    module = LossModule(model, {"a": task.loss}, in_training=extra)
-    param_groups = build_param_groups(
-        groups,
+    return model
+
+
+def _param_groups(model: MultiTaskModel) -> list[ParamGroup]:
+    return build_param_groups(
+        find_layer_groups(model),
         dimensions={n: p.dim() for n, p in model.named_parameters()},
         rates=LearningRates(1e-3),
         weight_decay=0.0,
-        penalties=PenaltyRules(l2_sp=0.1, l2_sp_new=0.01),
+        penalties=PenaltyRules(l2_sp=L2_SP, l2_sp_new=0.01),
     )
-    if stage is None:
-        return ReferenceEngine(module, param_groups=param_groups, options=OPTIONS)
+
+
+def _objective(plain: PlainObjective, model: MultiTaskModel, task: TextClassification) -> Objective:
+    adversary = None
+    if plain.smart is not None:
+        weight, steps, size, radius, noise = plain.smart
+        adversary = Smart(weight, steps=steps, step_size=size, radius=radius, noise=noise)
+    elif plain.freelb is not None:
+        steps, size, radius, init = plain.freelb
+        adversary = FreeLB(steps=steps, step_size=size, radius=radius, init=init)
+    mixup = None
+    if plain.mixup is not None:
+        alpha, blocks = plain.mixup
+        groups = find_layer_groups(model)
+        mixup = HiddenMixup(model, groups=groups, blocks=blocks, alpha=alpha)
+    return Objective(
+        OutputRegularizer(task.loss, task.choices, plain.smoothing),
+        r_drop=plain.r_drop,
+        words=WordEmbeddings(model, key="test"),
+        cutoff=None if plain.cutoff is None else Cutoff(*plain.cutoff),
+        adversary=adversary,
+        mixup=mixup,
+    )
+
+
+def _engine(plain: PlainObjective, *, stage: int) -> Engine:
+    model = _model()
+    task = TextClassification(name="a", labels=("x", "y", "z"))
+    noise = EmbeddingNoise(model, alpha=plain.neftune) if plain.neftune else None
+    extra = InTraining({"a": _objective(plain, model, task)}, noise, frozenset({"a"}), {"a": 0.5})
     return DeepSpeedEngine(
-        module,
-        param_groups=param_groups,
+        LossModule(model, {"a": task.loss}, in_training=extra),
+        param_groups=_param_groups(model),
         options=OPTIONS,
         deepspeed_options=DeepSpeedOptions(
             zero_stage=stage, micro_batch_size=3, gradient_accumulation_steps=1
@@ -65,46 +108,119 @@ def _engine(stage: int | None) -> Engine:
     )
 
 
-def _train(engine: Engine, *, share: tuple[int, int] = (0, 1)) -> dict[str, Tensor]:
+def _batches(step: int) -> list[Any]:
+    batches: list[Any] = []
+    for index in range(2):
+        draw = torch.Generator().manual_seed(100 * step + index)
+        ids = torch.randint(3, 40, (3, 7), generator=draw)
+        mask = torch.tensor([[1] * n + [0] * (7 - n) for n in (7, 4, 2)])
+        labels = torch.randint(3, (3,), generator=draw)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        batches.append(TinyBatch(inputs, {"labels": labels}, index))
+    return batches
+
+
+def _trains(step: int, groups: Any) -> Any:
+    """Return what trains from a step on: the top, everything, all but the bottom."""
+    return {0: groups[-3:], 7: groups, 14: groups[1:]}.get(step)
+
+
+def _written_out(plain: PlainObjective) -> dict[str, Tensor]:
+    """Train in plain torch, with the pull to the start in the loss."""
+    model = _model().train()
+    groups = _param_groups(model)
+    values = dict(model.named_parameters())
+    start = {n: v.detach().clone() for n, v in values.items()}
+    optimizers = {
+        g.name: torch.optim.AdamW([values[n] for n in g.parameters], lr=1e-3, eps=EPS,
+                                  weight_decay=0.0)
+        for g in groups
+    }  # fmt: skip
+    active: list[ParamGroup] = []
+    for step in range(STEPS):
+        names = _trains(step, [g.name for g in find_layer_groups(model)])
+        if names is not None:
+            active = [g for g in groups if g.layer_group in names]
+            for group in groups:
+                for name in group.parameters:
+                    values[name].requires_grad_(group in active)
+        loss = torch.zeros(())
+        for batch in _batches(step):
+            torch.manual_seed(micro_batch_seed(OPTIONS.seed, step=step, index=batch.index))
+            loss = loss + 0.5 * plain.loss(model, batch.inputs, batch.targets["labels"]) / 6
+        for name in (n for g in active for n in g.parameters):
+            if not name.startswith("heads."):
+                loss = loss + L2_SP / 2 * (values[name] - start[name]).square().sum()
+            elif values[name].dim() > 1:
+                loss = loss + 0.01 / 2 * values[name].square().sum()
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        for group in active:
+            optimizers[group.name].step()
+    return {n: v.detach() for n, v in values.items()}
+
+
+def _train(engine: Engine, *, share: tuple[int, int]) -> dict[str, Tensor]:
     module: Any = engine.module
     groups = [g.name for g in find_layer_groups(module.model)]
     for step in range(STEPS):
-        if step in (0, 8):
-            engine.set_trainable(groups[-3:] if step == 0 else groups)
-        batches: list[Any] = []
-        for index in range(2):
-            draw = torch.Generator().manual_seed(100 * step + index)
-            ids = torch.randint(3, 40, (3, 7), generator=draw)
-            mask = torch.tensor([[1] * n + [0] * (7 - n) for n in (7, 4, 2)])
-            labels = torch.randint(3, (3,), generator=draw)
-            inputs = {"input_ids": ids, "attention_mask": mask}
-            batches.append(TinyBatch(inputs, {"labels": labels}, index))
+        names = _trains(step, groups)
+        if names is not None:
+            engine.set_trainable(names)
         engine.train_step(
             step,
             task="a",
-            micro_batches=batches[share[0] :: share[1]],
+            micro_batches=_batches(step)[share[0] :: share[1]],
             global_count=6,
             learning_rates=dict.fromkeys(groups, 1e-3),
         )
     return engine.full_weights()
 
 
-def _follows(expected: dict[str, Tensor]) -> None:
-    for stage in range(4):
-        weights = _train(_engine(stage), share=(dist.get_rank(), dist.get_world_size()))
-        if dist.get_rank() == 0:
-            assert largest_difference(weights, expected) <= 1e-5, stage
+def _follows(cases: list[tuple[PlainObjective, dict[str, Tensor], tuple[int, ...]]]) -> None:
+    for plain, expected, stages in cases:
+        for stage in stages:
+            share = (dist.get_rank(), dist.get_world_size())
+            weights = _train(_engine(plain, stage=stage), share=share)
+            if dist.get_rank() == 0:
+                assert largest_difference(weights, expected) <= 1e-5, (stage, plain)
 
 
-def test_zero_follows_the_reference() -> None:
-    run_distributed(_follows, _train(_engine(None)))
+@st.composite
+def _combinations(draw: Any) -> PlainObjective:
+    adversary = draw(st.sampled_from(("none", "smart", "freelb")))
+    return PlainObjective(
+        smoothing=draw(st.sampled_from((0.0, 0.2))),
+        # FreeLB's forwards take the place of R-Drop's.
+        r_drop=0.0 if adversary == "freelb" else draw(st.sampled_from((0.0, 1.0))),
+        neftune=draw(st.sampled_from((0.0, 5.0))),
+        cutoff=draw(st.sampled_from((None, (0.5, 1.0, 2.0)))),
+        smart=(1.0, 1, 1e-2, 2e-2, 1e-2) if adversary == "smart" else None,
+        freelb=(2, 0.1, 0.6, 0.05) if adversary == "freelb" else None,
+        mixup=draw(st.sampled_from((None, (1.0, (1,))))),
+    )
+
+
+def test_objectives_equal_plain_torch_in_every_stage() -> None:
+    plain = [SMOOTH_TWICE, CUT_AND_SMOOTH, FREE_AND_MIXED]
+    cases = [(p, _written_out(p), (0, 1, 2, 3)) for p in plain]
+    nothing = _written_out(PlainObjective())
+    for _, weights, _ in cases:
+        assert largest_difference(weights, nothing) > 1e-3
+    combinations = drawn(_combinations(), count=3)
+    cases += [(p, _written_out(p), (i % 4,)) for i, p in enumerate(combinations)]
+    run_distributed(_follows, cases)
 
 
 def test_a_regularised_run_resumes_to_the_bit(tmp_path: Path) -> None:
     rules: dict[str, Any] = {
         "l2_sp": {"strength": 0.1, "heads": 0.01},
+        "mixout": 0.3,
+        "averaging": {"type": "ema", "decay": 0.5, "start": "1step"},
         "label_smoothing": 0.1,
-        "r_drop": 1.0,
+        "adversarial": {"type": "freelb"},
+        "cutoff": {"share": 0.2},
+        "mixup": {"blocks": [1, 2]},
         "neftune_alpha": 5,
         "tasks": ["text"],
         "dropout": {"attention": 0.2, "embeddings": 0.1},
@@ -134,3 +250,19 @@ def test_a_regularised_run_resumes_to_the_bit(tmp_path: Path) -> None:
     # The noise on the embeddings is not in a kept prefix, so none is kept.
     assert [p["cached_blocks"] for p in phases] == [0] * len(phases)
     assert all(p["anchor_bytes_per_rank"] > 0 for p in phases)
+    _scores_are_those_of_the_average(runs / "whole")
+
+
+def _scores_are_those_of_the_average(run: Path) -> None:
+    reader = CheckpointReader(newest_checkpoint(run))
+    names = {name for kind, name in reader.saved() if kind == "average"}
+    assert any(name.startswith("heads.") for name in names)
+    scored = [e for e in events(run) if e["event"] == "eval"][-1]["metrics"]["loss"]
+    again = evaluate(run)["text"]["validation"]["loss"]
+    assert again == pytest.approx(scored, abs=1e-5)
+    # Nearly the same, but not the newest weights' loss.
+    _, parts, _, _ = open_finished(run)
+    value = dict(parts.model.named_parameters())[min(names)].detach().flatten()
+    newest = reader.read("weight", min(names), start=0, length=value.numel())
+    assert newest is not None
+    assert not torch.equal(value, newest)

@@ -138,3 +138,25 @@ def test_a_loader_that_reads_ahead_never_asks_too_early() -> None:
 def test_module_does_not_import_torch() -> None:
     code = "import sys, dist_ft.data.bandit; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_task_whose_validation_gains_most_comes_most() -> None:
+    mixture = make(3, block_steps=24, rate=4.0, smoothing=0.0, reward="gain")
+    scores = [2.0, 2.0, 2.0]
+    counts = [0, 0, 0]
+    for step in range(240):
+        task = mixture.task_of(step)
+        counts[task] += 1
+        # Only the second still learns; the third gets worse.
+        scores = [scores[0], scores[1] * (0.99 if task == 1 else 1.0), scores[2] + 0.001]
+        if (step + 1) % 12 == 0:
+            mixture.observe_scores(scores)
+        shares = mixture.observe(1.0, task=task, done=step + 1)
+        if shares is not None:
+            mixture.decide(shares)
+            saved = json.loads(json.dumps(mixture.state()))
+            again = make(3, block_steps=24, rate=4.0, smoothing=0.0, reward="gain")
+            again.load_state(saved)
+            assert again.state() == mixture.state()
+    assert counts[1] > 0.7 * 240
+    assert min(counts) > 0.04 * 240  # exploration

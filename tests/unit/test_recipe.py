@@ -142,7 +142,7 @@ GOLDEN: dict[str, tuple[list[str], list[str]]] = {
     ),
     "unknown key without a neighbour": (
         ["mixture.xyz=1"],
-        ["mixture.xyz: unknown key, got 1: remove it or use one of policy"],
+        ["mixture.xyz: unknown key, got 1: remove it or use one of tasks_per_step, policy"],
     ),
     "wrong type": (
         ["seed=abc"],

@@ -29,11 +29,13 @@ def errors_of(recipe: Path, *overrides: str) -> list[str]:
         {"policy": "annealed", "start": 1.0, "end": 0.5, "cap": 5},
         {"policy": "fixed", "weights": {"topics": 1.0, "spans": 2.0}},
         {"policy": "unimax", "max_epochs": 2.0},
-        {"policy": "bandit", "every": 16, "rate": 1.0, "smoothing": 0.0},
+        {"policy": "bandit", "reward": "gain", "every": 16, "rate": 1.0, "smoothing": 0.0},
     ],
 )
 def test_mixtures_are_read_and_kept(folder: Path, mixture: dict[str, object]) -> None:
-    recipe = load_recipe(folder / "demo.yaml", overrides=[f"mixture={json.dumps(mixture)}"])
+    mixture = {**mixture, "tasks_per_step": 2 if mixture["policy"] != "bandit" else 1}
+    overrides = [f"mixture={json.dumps(mixture)}", "evaluation.every=1step"]
+    recipe = load_recipe(folder / "demo.yaml", overrides=overrides)
     assert recipe.mixture.model_dump() == mixture
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
 

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from dist_ft.engine.base import EngineOptions
 from dist_ft.engine.layer_modes import LayerModes
 from dist_ft.engine.loss_module import InTraining, LossModule
+from dist_ft.engine.objective import Objective, PassMemory
 from dist_ft.engine.reference import ReferenceEngine
 from dist_ft.engine.trunk_pass import TrunkPasses
 from dist_ft.freezing.activation_cache import ActivationCache
@@ -51,7 +52,7 @@ TASK = TextClassification(name="a", labels=("x", "y", "z"))
 
 def test_r_drop_and_label_smoothing_equal_plain_torch() -> None:
     model = _model()
-    special = OutputRegularizer(TASK.loss, TASK.choices, label_smoothing=0.1, r_drop=2.0)
+    special = Objective(OutputRegularizer(TASK.loss, TASK.choices, 0.1), r_drop=2.0)
     module = LossModule(model, {"a": TASK.loss}, in_training=InTraining({"a": special}))
     module.train()
     torch.manual_seed(1)
@@ -82,8 +83,9 @@ def test_r_drop_of_spans_leaves_out_what_can_be_no_answer() -> None:
     }
     logits = torch.randn(4, 1, 4, requires_grad=True)
     outputs = [{"start_logits": a, "end_logits": b} for a, b in logits.view(2, 2, 1, 4)]
-    loss = OutputRegularizer(task.loss, task.choices, r_drop=1.0)(outputs, targets)
-    loss.backward()
+    special = Objective(OutputRegularizer(task.loss, task.choices), r_drop=1.0)
+    forwards = iter(outputs)
+    special(lambda: next(forwards), {}, targets, memory=PassMemory()).backward()
     gradient = logits.grad
     assert gradient is not None
     assert gradient.isfinite().all()
@@ -176,6 +178,15 @@ def test_contradictions_are_refused(tmp_path: Path) -> None:
     assert "nothing to keep" in errors("neftune_alpha=5", "!cache.policy=on")
     assert "nothing to keep" in errors("dropout={embeddings: 0.1}", "!cache.policy=on")
     assert "must be at most 4" in errors("reinitialize_blocks=5")
+    freelb, smart = "adversarial={type: freelb}", "adversarial={type: smart}"
+    text_only = "tasks=[text]"
+    assert "two forwards of its own" in errors("r_drop=1", freelb)
+    assert "lost in the rounding of bf16" in errors(smart, "!engine.precision=bf16", text_only)
+    assert "label for each token" in errors("mixup={blocks: [1]}", "tasks=[text, tags]")
+    recomputed = "!model.activation_checkpointing=non_reentrant"
+    assert "would not mix again" in errors("mixup={blocks: [1]}", text_only, recomputed)
+    assert "nothing to keep" in errors("cutoff={}", "!cache.policy=on")
+    assert "must come before" in errors("averaging={type: swa, start: 24step}")
     load_recipe(path, overrides=["regularization.r_drop=1", "regularization.l1=0.1"])
 
 
@@ -219,7 +230,7 @@ def _with_prefix(folder: Path | None) -> tuple[dict[str, torch.Tensor], int]:
             folder, lengths={"a": np.array([7, 4, 2])}, width=trunk.width,
             dtype=torch.float32, budget_bytes=10**6,
         )  # fmt: skip
-    special = OutputRegularizer(TASK.loss, TASK.choices, r_drop=2.0)
+    special = Objective(OutputRegularizer(TASK.loss, TASK.choices), r_drop=2.0)
     engine = ReferenceEngine(
         LossModule(model, {"a": TASK.loss}, in_training=InTraining({"a": special})),
         param_groups=build_param_groups(

@@ -22,7 +22,7 @@ from dist_ft.search.halving import (
     plan_rungs,
     rung_steps,
 )
-from dist_ft.search.study import SearchRecord
+from dist_ft.search.study import BlockCodes, SearchRecord
 from dist_ft.search.writing import Findings, write_findings
 from tests.helpers.tiny_run import write_recipe
 
@@ -166,7 +166,7 @@ class Trainer:
     """Stands for the runs: scores are recorded as a search records them, and it can be killed."""
 
     def __init__(self, folder: Path, *, killed_after: int | None = None) -> None:
-        self.record = SearchRecord(folder, name="s", blocks=8, total_steps=32)
+        self.record = SearchRecord(folder, name="s", codes=BlockCodes(8), total_steps=32)
         self.left = killed_after
         self.trained: list[tuple[Block, int]] = []
 
@@ -217,16 +217,16 @@ def test_a_search_that_was_killed_goes_on_and_trains_nothing_twice(
 
 @pytest.mark.parametrize("lost", [1, 2, 40, 300])
 def test_a_journal_whose_end_was_never_written_goes_on(tmp_path: Path, lost: int) -> None:
-    record = SearchRecord(tmp_path, name="s", blocks=4, total_steps=9)
+    record = SearchRecord(tmp_path, name="s", codes=BlockCodes(4), total_steps=9)
     for block in QUALITY:
         record.record(block, 3, score=Score(0.5, 0.1), facts={})
     journal = tmp_path / "study.journal"
     journal.write_bytes(journal.read_bytes()[:-lost])
-    mended = SearchRecord(tmp_path, name="s", blocks=4, total_steps=9)
+    mended = SearchRecord(tmp_path, name="s", codes=BlockCodes(4), total_steps=9)
     assert mended.score(Block(0, 4), 3) == Score(0.5, 0.1)
     assert mended.score(Block(4, 4), 3) is None
     mended.record(Block(4, 4), 3, score=Score(0.7, 0.2), facts={})
-    again = SearchRecord(tmp_path, name="s", blocks=4, total_steps=9)
+    again = SearchRecord(tmp_path, name="s", codes=BlockCodes(4), total_steps=9)
     assert again.score(Block(4, 4), 3) == Score(0.7, 0.2)
 
 

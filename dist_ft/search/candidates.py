@@ -1,0 +1,150 @@
+"""Trains the candidates of a search in turn on all ranks, and remembers what they scored."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+from dist_ft import dist
+from dist_ft.config import Recipe
+from dist_ft.search.halving import Score
+from dist_ft.search.study import Codes, SearchRecord
+from dist_ft.train.console import Console
+from dist_ft.train.run_folder import RunFolder
+from dist_ft.train.segment import Place, Segment, on_main, train_until
+
+C = TypeVar("C")
+C_contra = TypeVar("C_contra", contravariant=True)
+
+
+class Subject(Protocol[C_contra]):
+    """What a search is about: how a candidate is named and trained."""
+
+    def recipe_for(self, candidate: C_contra, /) -> Recipe:
+        """Return the recipe that trains a candidate, to the end."""
+        ...
+
+    def run_name(self, candidate: C_contra, /) -> str:
+        """Return the name of a candidate's run."""
+        ...
+
+    def describe(self, candidate: C_contra, /) -> str:
+        """Return a candidate in words."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a search ended.
+
+    Attributes:
+        exit_code: 0, or 75 if it was stopped and can go on.
+        table: All candidates as markdown, with the cost; only on rank 0 and at the end.
+    """
+
+    exit_code: int
+    table: str | None = None
+
+
+class SearchFolder(RunFolder):
+    """Paths inside ``<output_dir>/<name>-search``."""
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe and the options of the search.
+
+        Under a run's name the folder would pass for a run that can be evaluated and exported.
+        """
+        return self.root / "search.json"
+
+    @property
+    def runs(self) -> Path:
+        """The candidates' runs."""
+        return self.root / "runs"
+
+
+class Candidates(Generic[C]):
+    """Trains candidates on all ranks and remembers their scores on rank 0."""
+
+    def __init__(
+        self, recipe: Recipe, *, subject: Subject[C], place: Place, console: Console
+    ) -> None:
+        """Search for `recipe`; `open` comes next."""
+        self.folder = SearchFolder(recipe.output_dir / f"{recipe.name}-search")
+        self.record: SearchRecord[C] | None = None
+        self._recipe, self._subject = recipe, subject
+        self._place, self._console = place, console
+
+    def open(
+        self, options: dict[str, Any], *, codes: Codes[C], total_steps: int, resume: bool
+    ) -> None:
+        """Make the folder and the record, or open those of the search that goes on.
+
+        Args:
+            options: Of the search; another search may not go on in its folder.
+            codes: How the record writes candidates.
+            total_steps: Length of a whole run.
+            resume: Go on with the search that is there.
+
+        Raises:
+            ValueError: If the folder holds a search that is not to be resumed or is another one.
+        """
+
+        def open_folder() -> None:
+            body = self._recipe.model_dump(mode="json")
+            self.folder.start({**body, "search": options}, resume=resume)
+
+        on_main(open_folder)
+        self.folder.log_to_file(self._place.world)
+        if self._place.world.is_main:
+            self.record = SearchRecord(
+                self.folder.root,
+                name=f"{self._recipe.name}-search",
+                codes=codes,
+                total_steps=total_steps,
+            )
+
+    def score(self, candidate: C, step: int) -> Score:
+        """Return what `candidate` scores on validation after `step` steps, the same everywhere."""
+        known = self.record.score(candidate, step) if self.record else None
+        known = dist.broadcast_object(known)
+        if known is not None:
+            return known
+        segment = train_until(self._candidate_recipe(candidate), step=step, place=self._place)
+        self._write_down(candidate, step, segment)
+        return _score(segment)
+
+    def _write_down(self, candidate: C, step: int, segment: Segment) -> None:
+        self._console.say(
+            f"search: {self._subject.describe(candidate)}: {segment.score:.4f} after {step} steps "
+            f"({segment.seconds:.1f} s)"
+        )
+        if self.record is not None:
+            before = self.record.facts(candidate).get("seconds", 0.0)
+            facts = {"metrics": segment.metrics, "seconds": round(before + segment.seconds, 3)}
+            self.record.record(candidate, step, score=_score(segment), facts=facts)
+
+    def drop(self, candidate: C) -> None:
+        """Give a candidate up and free its checkpoints; its record and metrics stay."""
+        if self.record is not None:
+            self.record.settle(candidate)
+            folder = self.folder.runs / self._subject.run_name(candidate)
+            shutil.rmtree(RunFolder(folder).checkpoints, ignore_errors=True)
+
+    def _candidate_recipe(self, candidate: C) -> Recipe:
+        recipe = self._subject.recipe_for(candidate)
+        changes = {
+            "name": self._subject.run_name(candidate),
+            "output_dir": self.folder.runs,
+            # A candidate is scored where it is compared, and only its newest state matters.
+            "evaluation": recipe.evaluation.model_copy(update={"every": None}),
+            "checkpoint": recipe.checkpoint.model_copy(update={"keep_last": 1}),
+        }
+        return recipe.model_copy(update=changes)
+
+
+def _score(segment: Segment) -> Score:
+    losses = [metrics["loss"] for metrics in segment.metrics.values()]
+    return Score(segment.score, sum(losses) / len(losses))
