@@ -27,6 +27,9 @@ import torch.distributed as dist
 import yaml
 from torch.multiprocessing.spawn import start_processes
 
+if not __package__:  # run as a file: the repository is not on the path
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from benchmarks.common import Claim, claim, markdown_table, parse_arguments, report, say
 from dist_ft.data.loader import StepBatch
 from dist_ft.dist import World

@@ -15,10 +15,13 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+if not __package__:  # run as a file: the repository is not on the path
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.common import Claim, claim, markdown_table, parse_arguments, report, say
 from benchmarks.ranks import on_ranks
@@ -29,7 +32,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import BertConfig, BertModel
 
-from benchmarks.stepping import Stepper, gemm_peak
+from benchmarks.stepping import Stepper, around_collectives, gemm_peak
 from benchmarks.training.own_run import prepare_shards, write_recipe
 from benchmarks.training.workload import MODEL, RANKS, Job, load_tokenizer, write_mixed
 from dist_ft.data.loader import StepBatch
@@ -56,10 +59,6 @@ COLUMNS = {
     "peak_gflops": "GEMM peak, GFLOP/s a rank",
     "mfu": "MFU, %",
 }
-_COLLECTIVES = (
-    "all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter",
-    "reduce_scatter_tensor", "barrier",
-)  # fmt: skip
 COMMUNICATION, OPTIMIZER = "communication", "optimizer, clipping"
 # Names of a profile's operators by what they are for, the first that fits.
 KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -180,20 +179,14 @@ def _profile(stepper: Stepper, batches: Sequence[StepBatch]) -> dict[str, float]
 @contextmanager
 def _marked(engine: Any) -> Iterator[None]:
     """Mark the optimizer's step and every collective in a profile inside the context."""
+    step = engine.step
 
-    def marked(name: str, function: Any) -> Any:
-        @functools.wraps(function)
-        def call(*arguments: Any, **options: Any) -> Any:
-            with record_function(f"bench::{name}"):
-                return function(*arguments, **options)
+    def marked(*arguments: Any, **options: Any) -> Any:
+        with record_function("bench::optimizer"):
+            return step(*arguments, **options)
 
-        return call
-
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(engine, "step", marked("optimizer", engine.step)))
-        for name in _COLLECTIVES:
-            real = getattr(dist, name)
-            stack.enter_context(mock.patch.object(dist, name, marked("communication", real)))
+    mark = functools.partial(record_function, "bench::communication")
+    with mock.patch.object(engine, "step", marked), around_collectives(mark):
         yield
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -13,6 +18,10 @@ from benchmarks.training.own_run import open_run
 from dist_ft.data.loader import StepBatch
 from dist_ft.engine.base import DTYPES, PhaseReport
 
+_COLLECTIVES = (
+    "all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter",
+    "reduce_scatter_tensor", "barrier",
+)  # fmt: skip
 # Square matrices; on a CPU with AMX the best of 512 to 4,096 is at 1,024 or 2,048.
 _GEMM_SIZES = (1024, 2048)
 
@@ -75,3 +84,37 @@ def gemm_peak(precision: str, *, repeats: int = 5) -> float:
             left @ right
             best = max(best, 2 * size**3 / (time.perf_counter() - began))
     return best
+
+
+@contextmanager
+def around_collectives(make: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Enter a context of its own around each of torch's collectives inside the context."""
+
+    def inside(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*arguments: Any, **options: Any) -> Any:
+            with make():
+                return function(*arguments, **options)
+
+        return call
+
+    with ExitStack() as stack:
+        for name in _COLLECTIVES:
+            stack.enter_context(mock.patch.object(dist, name, inside(getattr(dist, name))))
+        yield
+
+
+@dataclass
+class Stopwatch:
+    """Adds up the seconds spent inside of it."""
+
+    seconds: float = 0.0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Count the seconds of the context."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - began
