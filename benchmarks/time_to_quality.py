@@ -100,7 +100,7 @@ class Size:
         return self.epochs * math.ceil(self.train / GLOBAL_BATCH)
 
 
-FULL, QUICK = Size(1536, 512, 3, 3, 24), Size(192, 64, 2, 1, 3)
+FULL, QUICK = Size(960, 400, 3, 3, 15), Size(128, 64, 1, 1, 2)
 
 
 def write_set(folder: Path, path: str, *, size: Size) -> None:
