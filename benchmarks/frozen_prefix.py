@@ -7,7 +7,6 @@ epoch fills the cache, the others find it. Ratios are to the unfrozen steps of t
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import tempfile
@@ -16,21 +15,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Before torch.distributed: two ranks share the cores.
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-import torch
-import torch._inductor.compile_fx  # pyright: ignore[reportUnusedImport]
-import torch.distributed as dist
-import yaml
-from torch.multiprocessing.spawn import start_processes
+if not __package__:  # run as a file: the repository is not on the path
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.common import Claim, claim, markdown_table, parse_arguments, report, say
+from benchmarks.ranks import on_ranks
+
+# isort: split
+import torch
+import torch.distributed as dist
+import yaml
+
 from dist_ft.data.loader import StepBatch
 from dist_ft.dist import World
-from dist_ft.engine.heap import keep_freed_memory
 from dist_ft.freezing.schedule import LayerOrder
 from dist_ft.recipe import load_recipe
 from dist_ft.train.build import make_run
@@ -140,18 +137,9 @@ class Bench:
         return time.perf_counter() - began
 
 
-def _rank(rank: int, folder: str, rounds: int, steps: int) -> None:
-    torch.set_num_threads(1)
-    keep_freed_memory()  # as `dist-ft train` does
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+def _measure(folder: str, rounds: int, steps: int) -> list[list[tuple[float, float]]]:
     bench = Bench(Path(folder), steps=steps)
-    found = [[bench.epochs(d, cached=c) for d, c in SETTINGS] for _ in range(rounds)]
-    if rank == 0:
-        torch.save(found, f"{folder}/found.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return [[bench.epochs(d, cached=c) for d, c in SETTINGS] for _ in range(rounds)]
 
 
 def rows_of(found: Sequence[Sequence[tuple[float, float]]]) -> list[dict[str, Any]]:
@@ -203,8 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (Path(folder) / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
         # Prepared here, once, and by the ranks only found.
         make_parts(load_recipe(Path(folder) / "recipe.yaml"), say)
-        start_processes(_rank, args=(folder, rounds, steps), nprocs=2, start_method="fork")
-        found = torch.load(f"{folder}/found.pt", weights_only=True)
+        found = on_ranks(_measure, folder, rounds, steps)
     rows = rows_of(found)
     say(markdown_table(rows, columns=COLUMNS))
     packages = ("torch", "deepspeed", "transformers", "dist-ft")

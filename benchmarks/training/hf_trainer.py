@@ -1,93 +1,118 @@
-"""The peer: transformers' Trainer on two ranks, as it comes or at its best settings.
+"""The peer: transformers' Trainer, as it comes, at its best settings, and with DeepSpeed ZeRO-2.
 
-Run by ``torch.distributed.run``; rank 0 writes a JSON file with seconds and loss.
+At its best settings: bf16 autocast, rows grouped by length, fused AdamW. What was tried besides and
+is not used, as it is slower here: dataloader workers (they share the two cores), `torch.compile`
+(every shape of a padded batch is compiled anew).
+
+The Trainer multiplies the loss by the number of ranks when the model's forward takes keyword
+arguments, expecting it to divide by `num_items_in_batch`; transformers' sequence classifiers take
+them and return the plain mean (transformers 5.23, `Trainer.compute_loss`). So gradients before
+clipping and the reported `eval_loss` are both twice as large on two ranks.
+`average_tokens_across_devices=False` switches that off: every peer trains on the mean.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-from pathlib import Path
+import functools
 from typing import Any
 
-import torch
-from datasets import load_dataset
 from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
+    PrinterCallback,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
 
+from benchmarks.training.workload import (
+    MICRO_BATCH,
+    WEIGHT_DECAY,
+    Clock,
+    Encoded,
+    Job,
+    Outcome,
+    load_model,
+    load_tokenizer,
+    score,
+)
 
-def main() -> None:
-    """Train and write what it took."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--depth", type=int, required=True)
-    parser.add_argument("--epochs", type=int, required=True)
-    parser.add_argument("--tuned", action="store_true")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    trainer = _trainer(options)
-    result = trainer.train()
-    loss = trainer.evaluate()["eval_loss"]
-    if os.environ["RANK"] == "0":
-        body = {"seconds": result.metrics["train_runtime"], "loss": loss}
-        options.out.write_text(json.dumps(body))
+TUNED: dict[str, Any] = {"bf16": True, "train_sampling_strategy": "group_by_length"}
+# As accelerate's documentation has it; the Trainer fills in what is "auto".
+DEEPSPEED: dict[str, Any] = {
+    "zero_optimization": {"stage": 2, "overlap_comm": False, "contiguous_gradients": True},
+    "bf16": {"enabled": True},
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+    "gradient_clipping": "auto",
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "steps_per_print": 10**9,
+}
+# Name of a setting to the arguments that it changes.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "Trainer": {},
+    "Trainer, tuned": TUNED,
+    "Trainer, tuned, DeepSpeed": {**TUNED, "deepspeed": DEEPSPEED},
+}
 
 
-def _trainer(options: argparse.Namespace) -> Trainer:
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    files = {s: str(options.data / f"{s}.jsonl") for s in ("train", "validation")}
-    names = sorted(
-        {json.loads(line)["label"] for line in Path(files["train"]).read_text().splitlines()}
+def train_trainer(job: Job, data: Encoded, *, setting: str) -> Outcome:
+    """Return what a run of the Trainer took; the process group must be up."""
+    if "deepspeed" in SETTINGS[setting]:
+        from dist_ft.engine.ds_setup import set_up_deepspeed
+
+        set_up_deepspeed()  # gloo, nothing compiled, as for ours
+    model = load_model(job, labels=len(data.labels))
+    pad = DataCollatorWithPadding(load_tokenizer())
+    clock = Clock(functools.partial(score, model, data.validation, pad=pad), every=job.score_every)
+    trainer = Trainer(
+        model=model,
+        args=_arguments(job, setting=setting),
+        train_dataset=data.train,  # pyright: ignore[reportArgumentType] - a list will do
+        data_collator=pad,
+        callbacks=[_Timed(clock)],
     )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return clock.outcome()
 
-    def encode(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        encoded = tokenizer(rows["text"], truncation=True, max_length=128)
-        return {**encoded, "labels": [names.index(label) for label in rows["label"]]}
 
-    data: Any = load_dataset("json", data_files=files)
-    data = data.map(encode, batched=True, remove_columns=["text", "label"])
-    model = AutoModelForSequenceClassification.from_pretrained(options.model, num_labels=len(names))
-    if options.depth:
-        frozen = [model.bert.embeddings, *model.bert.encoder.layer[: options.depth]]
-        for module in frozen:
-            module.requires_grad_(False)
-    tuned: dict[str, Any] = {}
-    if options.tuned:
-        tuned = {"bf16": True, "train_sampling_strategy": "group_by_length"}
-    arguments = TrainingArguments(
-        output_dir=str(options.out.with_suffix(".run")),
-        per_device_train_batch_size=32,
-        per_device_eval_batch_size=64,
-        num_train_epochs=options.epochs,
-        learning_rate=1e-4,
-        weight_decay=0.01,
+def _arguments(job: Job, *, setting: str) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(job.folder / "trainer"),
+        per_device_train_batch_size=MICRO_BATCH,
+        num_train_epochs=job.epochs,
+        learning_rate=job.lr,
+        weight_decay=WEIGHT_DECAY,
         optim="adamw_torch_fused",
         save_strategy="no",
+        eval_strategy="no",
         report_to=[],
         logging_strategy="no",
         disable_tqdm=True,
         use_cpu=True,
         ddp_backend="gloo",
-        seed=0,
-        **tuned,
-    )
-    return Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=data["train"],
-        eval_dataset=data["validation"],
-        data_collator=DataCollatorWithPadding(tokenizer),
-        processing_class=tokenizer,
+        ddp_find_unused_parameters=False,
+        average_tokens_across_devices=False,
+        dataloader_pin_memory=False,
+        seed=job.seed,
+        **SETTINGS[setting],
     )
 
 
-if __name__ == "__main__":
-    main()
+class _Timed(TrainerCallback):
+    """Starts the clock when the model is wrapped and the first batch is about to be fetched."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start."""
+        del args, state, control, kwargs
+        self.clock.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count an optimizer step."""
+        del args, control, kwargs
+        self.clock.step_ended(is_last=state.global_step == state.max_steps)

@@ -45,6 +45,11 @@ def write_folder(folder: Path, *, lengths: Sequence[int], target_bytes: int = 20
     features = [feature(row, length=length) for row, length in enumerate(lengths)]
     for start in range(0, len(features), 7):
         writer.add(features[start : start + 7])
+    return finish_folder(folder, writer=writer, schema=schema)
+
+
+def finish_folder(folder: Path, *, writer: ShardWriter, schema: pa.Schema) -> Manifest:
+    """Close the writer of an invented data set and write its manifest."""
     manifest = Manifest(
         task=folder.name,
         split="train",

@@ -1,0 +1,201 @@
+"""Step time between two hosts on a slow network, by ZeRO stage, trainable share and cache.
+
+The hosts are network namespaces of this machine whose virtual Ethernet is shaped to 250 Mbit/s in
+each direction by the kernel's token bucket (tc tbf). Each runs one rank of one thread; MiniLM-L6
+fine-tunes in bf16. "half" freezes the embeddings, which are half of the parameters; "3 of 6" half
+of the blocks besides; "head" everything but pooler and classifier. Needs root, iproute2 and
+util-linux, and says so otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a file: the repository is not on the path
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.common import Claim, claim, markdown_table, parse_arguments, report, say
+from benchmarks.ranks import free_port
+from benchmarks.training.own_run import prepare_shards, write_recipe
+from benchmarks.training.workload import RANKS, Job, write_mixed
+from tests.helpers.cluster import Cluster, running_cluster, why_not
+
+MBIT_PER_S = 250
+# Longest time that both ranks together may take, seconds; the cluster ends itself soon after.
+PATIENCE_S = 540
+FREEZING: dict[str, dict[str, Any]] = {
+    "all": {"policy": "none"},
+    "half": {"policy": "static", "frozen": ["embeddings"]},
+    "3 of 6": {"policy": "static", "depth": 3},
+    "head": {"policy": "static", "depth": 6},
+}
+# Share, whether the frozen prefix is cached.
+SETTINGS = (
+    ("all", False), ("half", False), ("3 of 6", False), ("3 of 6", True), ("head", False),
+    ("head", True),
+)  # fmt: skip
+STAGES = (1, 2, 3)
+# A prototype's step on such a link with half of its parameters frozen, x all of them training.
+PROTOTYPE = {1: 723 / 1557, 2: 839 / 1607, 3: 1176 / 1606}
+COLUMNS = {
+    "stage": "ZeRO stage",
+    "share": "trains",
+    "percent": "of parameters, %",
+    "cache": "cached blocks",
+    "sent_mb": "MB sent a step",
+    "step_ms": "ms a step",
+    "of_all": "of all training",
+}
+
+
+def name_of(stage: int, share: str, *, cached: bool) -> str:
+    """Return the name of a setting's recipe."""
+    return f"z{stage}-{share.replace(' ', '-')}{'-cached' if cached else ''}"
+
+
+def write_recipes(folder: Path, *, settings: Sequence[tuple[int, str, bool]]) -> list[Path]:
+    """Write a recipe for each setting, and prepare their data."""
+    recipes = [
+        write_recipe(
+            Job(folder, 0, 100),
+            name=name_of(stage, share, cached=cached),
+            freezing=FREEZING[share],
+            cache={"policy": "on" if cached else "off"},
+            engine={"zero_stage": stage, "precision": "bf16"},
+        )
+        for stage, share, cached in settings
+    ]
+    prepare_shards(recipes[0])
+    return recipes
+
+
+def measure(folder: Path, *, recipes: Sequence[Path], steps: int) -> dict[str, Any]:
+    """Return what rank 0 found, on a cluster that is up only for that.
+
+    Raises:
+        RuntimeError: If a rank failed, with the end of its log.
+    """
+    out, port = folder / "found.json", str(free_port())
+    logs = [folder / f"node{n + 1}.log" for n in range(RANKS)]
+    with running_cluster(folder / "cluster", slurm=False) as cluster:
+        for n in range(RANKS):
+            _shape(cluster, f"node{n + 1}", folder=folder)
+        started = [
+            cluster.start_on(
+                f"node{n + 1}", "env", f"RANK={n}", "LOCAL_RANK=0", f"WORLD_SIZE={RANKS}",
+                "MASTER_ADDR=node1", f"MASTER_PORT={port}", "GLOO_SOCKET_IFNAME=eth0",
+                sys.executable, "-m", "benchmarks.shaped.rank", "--out", str(out),
+                "--steps", str(steps), *map(str, recipes), cwd=folder, log=logs[n],
+            )
+            for n in range(RANKS)
+        ]  # fmt: skip
+        codes = [_wait(process) for process in started]
+    if any(codes):
+        ends = "\n".join(log.read_text()[-1500:] for log in logs)
+        raise RuntimeError(f"the ranks ended with {codes}:\n{ends}")
+    return json.loads(out.read_text())
+
+
+def _shape(cluster: Cluster, node: str, *, folder: Path) -> None:
+    """Limit what a node sends. The bucket holds two of the largest packets that TCP hands over."""
+    words = f"tc qdisc add dev eth0 root tbf rate {MBIT_PER_S}mbit burst 128kb latency 50ms"
+    log = folder / f"{node}.tc.log"
+    if cluster.start_on(node, *words.split(), cwd=folder, log=log).wait(timeout=30):
+        raise RuntimeError(f"tc cannot shape the link of {node}: {log.read_text()}")
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int | None:
+    """Return a process's exit code, None if it took too long; the cluster's end ends it."""
+    try:
+        return process.wait(timeout=PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        return -1
+
+
+def rows_of(
+    found: Mapping[str, Any], *, settings: Sequence[tuple[int, str, bool]]
+) -> list[dict[str, Any]]:
+    """Return the table: medians over the steps."""
+    medians = {name: statistics.median(run["times"]) for name, run in found["runs"].items()}
+    return [
+        {
+            "stage": stage,
+            "share": share,
+            "percent": 100 * found["runs"][name]["trainable_share"],
+            "cache": found["runs"][name]["cached_blocks"],
+            "cached": cached,
+            "sent_mb": found["runs"][name]["sent_bytes"] / 1e6,
+            "step_ms": 1000 * medians[name],
+            "of_all": medians[name] / medians[name_of(stage, "all", cached=False)],
+        }
+        for stage, share, cached in settings
+        for name in [name_of(stage, share, cached=cached)]
+    ]
+
+
+def claims_of(rows: Sequence[Mapping[str, Any]], *, link_bits_per_s: float) -> list[Claim]:
+    """Return what must hold; what a quick run leaves out does not."""
+    by = {(r["stage"], r["share"], r["cached"]): r for r in rows}
+    claims = [
+        claim(
+            "the link lets through no more than it should, Mbit/s",
+            value=link_bits_per_s / 1e6,
+            bound=1.1 * MBIT_PER_S,
+            direction="at most",
+        )
+    ]
+    for stage, bound in PROTOTYPE.items():
+        row = by.get((stage, "half", False))
+        claims.append(
+            claim(
+                f"ZeRO-{stage}, half of the parameters frozen, step of all training",
+                value=None if row is None else row["of_all"],
+                bound=bound,
+                direction="at most",
+            )
+        )
+    bare, cached = (by.get((3, "3 of 6", c)) for c in (False, True))
+    gain = bare["step_ms"] / cached["step_ms"] if bare and cached else None
+    claims.append(
+        claim(
+            "ZeRO-3, 3 of 6 frozen, step without cache over step with it",
+            value=gain,
+            bound=1.1,
+            direction="at least",
+        )
+    )
+    return claims
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; return the exit code."""
+    options = parse_arguments(__doc__ or "", arguments)
+    reason = why_not(slurm=False)
+    if reason is not None:
+        say(f"not measured: {reason}")
+        return report([], claims=claims_of([], link_bits_per_s=float("nan")), packages=(),
+                      options=options)  # fmt: skip
+    stages, steps = ((2,), 2) if options.quick else (STAGES, 5)
+    shares = (SETTINGS[0], SETTINGS[1], SETTINGS[3]) if options.quick else SETTINGS
+    settings = [(stage, share, cached) for stage in stages for share, cached in shares]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_mixed(folder, rows=512)
+        recipes = write_recipes(folder, settings=settings)
+        found = measure(folder, recipes=recipes, steps=steps)
+    rows = rows_of(found, settings=settings)
+    say(markdown_table(rows, columns=COLUMNS))
+    packages = ("torch", "deepspeed", "transformers", "dist-ft")
+    claims = claims_of(rows, link_bits_per_s=found["link_bits_per_s"])
+    return report(rows, claims=claims, packages=packages, options=options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

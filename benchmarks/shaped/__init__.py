@@ -1,0 +1,1 @@
+"""What `network.py` runs on each of its hosts."""

@@ -1,0 +1,71 @@
+"""One rank of `network.py`: step times of several recipes.
+
+Run once on each host with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set; rank 0 writes JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.stepping import Stepper
+
+PAYLOAD_BYTES = 8 * 2**20
+SENT = Path("/sys/class/net/eth0/statistics/tx_bytes")
+
+
+def link_bits_per_s() -> float:
+    """Return what a plain all-reduce of two ranks gets, bit/s in each direction."""
+    payload = torch.zeros(PAYLOAD_BYTES // 4)
+    dist.all_reduce(payload)
+    began = time.perf_counter()
+    dist.all_reduce(payload)
+    # Each of two ranks sends half of it to be added up and half of the sums.
+    return 8 * PAYLOAD_BYTES / (time.perf_counter() - began)
+
+
+def time_recipe(recipe: Path, *, folder: Path, steps: int) -> dict[str, object]:
+    """Return the times of a recipe's steps, after a pass that allocates and fills the cache."""
+    stepper = Stepper(recipe, folder=folder, steps=steps)
+    report = stepper.train()
+    stepper.seconds()
+    before = int(SENT.read_text())
+    times = stepper.seconds()
+    sent = int(SENT.read_text()) - before
+    stepper.close()
+    total = report.trainable_params + report.frozen_params
+    return {
+        "times": times,
+        "sent_bytes": sent / len(times),
+        "trainable_share": report.trainable_params / total,
+        "cached_blocks": report.cached_blocks,
+    }
+
+
+def main() -> None:
+    """Time each recipe and write what was found."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("recipes", type=Path, nargs="+")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    found = {"link_bits_per_s": link_bits_per_s()}
+    runs = {
+        recipe.stem: time_recipe(recipe, folder=recipe.with_suffix(".run"), steps=options.steps)
+        for recipe in options.recipes
+    }
+    if dist.get_rank() == 0:
+        options.out.write_text(json.dumps(found | {"runs": runs}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
