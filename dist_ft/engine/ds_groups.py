@@ -174,6 +174,10 @@ class GroupStates:
                 steps=self._steps.get(name, 0),
             )
 
+    def layouts(self, name: str) -> list[OwnerLayout]:
+        """Return what each tensor holds that the optimizer updates for the group `name`."""
+        return self.partitioning.layouts(self.sizes[name])
+
     def masters_of(self, layer_groups: frozenset[str]) -> dict[str, list[Tensor]]:
         """Return the tensors that the optimizer updates for these layer groups, by group."""
         return {
@@ -184,7 +188,7 @@ class GroupStates:
 
     def _capture(self, index: int) -> list[Owner]:
         attached = self._engine
-        layouts = self.partitioning.layouts(self.sizes[attached.held[index].name])
+        layouts = self.layouts(attached.held[index].name)
         return capture(attached.masters(index), layouts=layouts, inner=attached.inner)
 
     def _whole(self, index: int) -> list[Owner]:
@@ -239,7 +243,7 @@ class GroupStates:
                 continue
             self._parked[name] = [
                 read_owner(layout, source=source, stepped=steps > 0)
-                for layout in self.partitioning.layouts(self.sizes[name])
+                for layout in self.layouts(name)
             ]
             if name in index_of:
                 self._install(index_of[name])
