@@ -32,6 +32,10 @@ class JoinedLoader:
         self._loader = loader
         self._turns = turns
 
+    def replan(self, micro_batch_size: int, *, max_tokens: int | None) -> None:
+        """Divides later steps into other micro-batches; see `StepLoader.replan`."""
+        self._loader.replan(micro_batch_size, max_tokens=max_tokens)
+
     def turns_of(self, step: int) -> list[StepRows]:
         """Returns which rows each turn of a step uses, over all ranks."""
         return [self._loader.rows_of(turn) for turn in self._numbers(step)]

@@ -17,6 +17,9 @@ from dist_ft.model.scoring_head import ScoringHead
 from dist_ft.tasks.base import Task
 from dist_ft.tasks.generation import Generation
 
+# Parts of `regularization` whose losses are made of outputs, in more than one forward.
+_WHOLE_LOGITS = ("r_drop", "adversarial", "cutoff", "mixup")
+
 
 @dataclass(frozen=True)
 class Kernels:
@@ -89,8 +92,9 @@ def _fused_losses(
     problem: str | None = None
     for task in tasks:
         regularized = config.tasks is None or task.name in config.tasks
-        if regularized and config.r_drop:
-            problem = f"task {task.name}: R-Drop compares whole logits"
+        whole = [k for k in _WHOLE_LOGITS if regularized and getattr(config, k)]
+        if whole:
+            problem = f"task {task.name}: regularization.{whole[0]} needs whole logits"
             continue
         try:
             head = ScoringHead.find(model, task.name)

@@ -12,6 +12,7 @@ from dist_ft.engine.base import EngineOptions
 from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
 from dist_ft.engine.ds_config import DeepSpeedOptions
 from dist_ft.engine.loss_module import FusedLoss, InTraining, LossModule
+from dist_ft.engine.objective import Objective
 from dist_ft.engine.reference import ReferenceEngine
 from dist_ft.model.backbone import HeadSpec, build_model
 from dist_ft.model.layer_groups import find_layer_groups
@@ -37,7 +38,7 @@ def _module(name: str, style: Literal["causal", "seq2seq"], *, fused: bool, tied
     head = ScoringHead.find(model, "a")
     assert (head.head.weight is model.get_parameter(groups[0].parameters[0])) == tied
     extra = InTraining(
-        {"a": OutputRegularizer(task.loss, task.choices, label_smoothing=SMOOTHING)},
+        {"a": Objective(OutputRegularizer(task.loss, task.choices, label_smoothing=SMOOTHING))},
         fused={"a": FusedLoss(head, task.logit_labels, SMOOTHING)} if fused else {},
     )
     if name == "bart":  # zeros as it comes, Marian's are not

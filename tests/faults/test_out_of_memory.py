@@ -110,8 +110,8 @@ def _steps(engine: Any, *, full_at: int | None, where: str) -> None:
 
 
 def _stays_in_step() -> None:
-    precision: Precision
-    for precision, most in (("fp32", 1e-6), ("bf16", 2e-3)):
+    bounds: tuple[tuple[Precision, float], ...] = (("fp32", 1e-6), ("bf16", 2e-3))
+    for precision, most in bounds:
         for stage, where in IN_STEP:
             if precision == "bf16" and stage == 0:
                 continue  # nothing differs from fp32 there

@@ -17,7 +17,8 @@ CPU = torch.device("cpu")
 
 
 def _take(model: str, said: list[str], policy: str = "auto", **settings: Any) -> Kernels:
-    regularization = {"label_smoothing": None, "r_drop": None, "tasks": None} | settings
+    unset = dict.fromkeys(("label_smoothing", "r_drop", "adversarial", "cutoff", "mixup", "tasks"))
+    regularization = unset | settings
     recipe: Any = SimpleNamespace(
         kernels=policy,
         engine=SimpleNamespace(precision="fp32"),
@@ -70,7 +71,7 @@ def test_generation_computes_its_loss_in_the_head() -> None:
     ("model", "settings", "reason"),
     [
         ("gemma2", {}, "task a: it changes its logits after the head"),
-        ("gpt2", {"r_drop": 1.0}, "task a: R-Drop compares whole logits"),
+        ("gpt2", {"r_drop": 1.0}, "task a: regularization.r_drop needs whole logits"),
     ],
 )
 def test_a_fallback_is_said_once_and_strict_refuses_it(

@@ -56,9 +56,11 @@ def opened(path: Path, *overrides: str) -> tuple[Recipe, list[PreparedTask], Ste
 def loader_of(path: Path, *overrides: str, rank: int = 0, world_size: int = 1) -> StepLoader:
     loaded, tasks, plan = opened(path, *overrides)
     tokenizer = load_tokenizer(model_source(loaded.model))
-    return make_loader(
+    loader = make_loader(
         loaded, tasks, tokenizer=tokenizer, mixture=plan.mixture, rank=rank, world_size=world_size
     )
+    assert isinstance(loader, StepLoader)
+    return loader
 
 
 def test_fixed_weights_go_by_name(recipe: Path) -> None:
