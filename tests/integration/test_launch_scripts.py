@@ -244,6 +244,8 @@ def test_constraints_hold_every_dependency_in_its_range() -> None:
     for extra in project["optional-dependencies"].values():
         texts.extend(extra)
     for requirement in map(Requirement, texts):
+        if requirement.name == project["name"]:  # an extra made of others
+            continue
         version = constraints.get(requirement.name.lower())
         assert version is not None, f"{requirement.name} is not in constraints.txt"
         assert requirement.specifier.contains(version), requirement
@@ -267,6 +269,8 @@ def test_data_packages_are_those_that_are_read_and_have_hashes() -> None:
     needed = {packaged.package: packaged.version for packaged in PACKAGED.values()}
     for model in PACKAGED_MODELS.values():
         needed |= dict(text.split("==") for text in (model.package, *model.needs))
+    # Its wheels differ by platform, so no one hash would do; only the digits are read from it.
+    needed.pop("scikit-learn")
     assert data == needed
     text = (ROOT / "requirements-data.txt").read_text()
     assert len(re.findall(r"--hash=sha256:[0-9a-f]{64}", text)) == len(data)
