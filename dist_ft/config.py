@@ -338,6 +338,7 @@ class CacheConfig(Section):
     policy: Literal["auto", "on", "off"] = "auto"
     dir: Path | None = None
     budget_gb: Annotated[float, Field(gt=0)] = 50.0
+    variants: Positive | None = None
 
 
 class LoggingConfig(Section):

@@ -31,10 +31,17 @@ class Augmentation:
     Attributes:
         augmenter: changes raw rows.
         encode: raw rows -> features, the same function that the data were prepared with.
+        variants: epochs after which the changes repeat, so that what a model makes of the changed
+            rows can be kept; None draws others in each epoch.
     """
 
     augmenter: Augmenter
     encode: Callable[[list[Row]], Sequence[Mapping[str, Any]]]
+    variants: int | None = None
+
+    def version(self, epochs: Int64Array) -> Int64Array:
+        """Return the epoch whose changes rows of some epochs have, int64 [n]."""
+        return epochs if self.variants is None else epochs % self.variants
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,18 @@ class AugmentedReader:
 
     def describe(self) -> dict[str, Any]:
         """Returns what the changes depend on, as JSON."""
-        return self._augmentation.augmenter.describe()
+        found = self._augmentation.augmenter.describe()
+        variants = self._augmentation.variants
+        return found if variants is None else {**found, "variants": variants}
+
+    def variants_of(self, epochs: Int64Array) -> Int64Array | None:
+        """Returns which of a fixed number of versions rows have, None if there is no such number.
+
+        Args:
+            epochs: the epoch of each row, int64 [n].
+        """
+        fixed = self._augmentation.variants is not None
+        return self._augmentation.version(epochs) if fixed else None
 
     def read(
         self, rows: Int64Array, epochs: Int64Array, *, columns: Collection[str] | None = None
@@ -115,7 +133,8 @@ class AugmentedReader:
         """
         statistics = AugmentStatistics()
         try:
-            features = self._features(rows, epochs, statistics=statistics)
+            versions = self._augmentation.version(epochs)
+            features = self._features(rows, versions, statistics=statistics)
         except ValueError as error:
             place = place_of(rows, dataset=self._dataset)
             raise ValueError(f"augmenting {place}: {error}") from error
@@ -141,13 +160,14 @@ class AugmentedReader:
             epoch: the epoch whose changes are shown.
         """
         raw = self._dataset.take(rows, columns={RAW_COLUMN, "source_row"})
+        (version,) = self._augmentation.version(np.array([epoch])).tolist()
         sources = np.asarray(raw["source_row"]).tolist()
         for source, text, count in zip(
             sources, raw[RAW_COLUMN], self._count[rows].tolist(), strict=True
         ):
             before = json.loads(str(text))
             after, changes = self._augmentation.augmenter.apply(
-                before, seed=self._seed, epoch=epoch, row=source
+                before, seed=self._seed, epoch=version, row=source
             )
             if changes.changed:
                 (features,) = self._encoded([{**after, "source_row": 0}])

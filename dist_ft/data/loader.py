@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -111,6 +111,7 @@ class StepLoader:
         augmentation: how the tasks named are augmented; the others are read as prepared.
         pin_memory: `iterate` delivers tensors in page-locked memory, from which a GPU copies while
             it computes; needs a GPU.
+        on_read: called by `iterate`, in the thread that reads ahead, with each step's batch.
 
     Raises:
         ValueError: tasks, specs, mixture and augmentation don't agree.
@@ -125,6 +126,7 @@ class StepLoader:
         mixture: Mixture,
         augmentation: Mapping[str, Augmentation] | None = None,
         pin_memory: bool = False,
+        on_read: Callable[[StepBatch], None] | None = None,
     ) -> None:
         if mixture.tasks != len(datasets):
             raise ValueError(
@@ -138,6 +140,7 @@ class StepLoader:
         self._plan = plan
         self._mixture = mixture
         self._pin_memory = pin_memory
+        self._on_read = on_read
         self._tasks = tuple(datasets)
         self._readers = {
             task: AugmentedReader(datasets[task], augmentation=how, seed=plan.seed, task=task)
@@ -182,6 +185,10 @@ class StepLoader:
         if len(np.unique(selected.rows)) < len(selected.rows):
             for micro_batch in micro_batches:
                 micro_batch.distinct = False
+        if (reader := self._readers.get(selected.task)) is not None:
+            versions = reader.variants_of(selected.epochs)
+            for part, micro_batch in zip(parts, micro_batches, strict=True):
+                micro_batch.variants = None if versions is None else versions[part.places]
         return StepBatch(
             step=step,
             task=selected.task,
@@ -280,6 +287,8 @@ class StepLoader:
             # Here, in the thread: it is a copy, into memory that torch keeps for the next ones.
             for micro_batch in batch.micro_batches:
                 micro_batch.pin()
+        if self._on_read is not None:
+            self._on_read(batch)
         return batch
 
     def state_dict(self, step: int) -> dict[str, Any]:

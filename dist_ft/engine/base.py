@@ -61,6 +61,11 @@ class MicroBatchLike(Protocol):
         ...
 
     @property
+    def variants(self) -> npt.NDArray[np.int64] | None:
+        """Which augmented version of each row this is; None if rows have only one."""
+        ...
+
+    @property
     def distinct(self) -> bool:
         """Whether no other micro-batch of the step has one of the rows."""
         ...
@@ -90,6 +95,21 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
+class PrefixCounts:
+    """What a step found of the frozen prefix in the cache.
+
+    Attributes:
+        rows: Rows of this rank that start from a cached frozen prefix.
+        found: Those of them for which the cache had the hidden states.
+        wait_s: How long the step waited for them, seconds.
+    """
+
+    rows: int = 0
+    found: int = 0
+    wait_s: float = 0.0
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What one optimizer step did.
 
@@ -98,16 +118,14 @@ class StepResult:
             ranks is the mean over the global batch.
         grad_norm: Global L2 norm of the gradient before clipping; None when the engine has none,
             as after a step that was skipped because its fp16 gradients overflowed.
-        prefix_rows: Rows of this rank that start from a cached frozen prefix.
-        prefix_found: Those of them for which the cache had the hidden states.
         refused: Why the update was left out, the same on every rank; None if it was made.
+        prefix: How much of the frozen prefix this rank found in the cache.
     """
 
     loss: Tensor
     grad_norm: float | None
     refused: str | None = None
-    prefix_rows: int = 0
-    prefix_found: int = 0
+    prefix: PrefixCounts = PrefixCounts()
 
 
 @dataclass(frozen=True)

@@ -254,7 +254,7 @@ class DeepSpeedEngine:
             if not engine.was_step_applied() and self.options.precision != "fp16":
                 refused = refused or gradient_problem(math.nan)
         norm = None if norm is None else float(norm)
-        return StepResult(loss, norm, refused, **prefix_counts(ways))
+        return StepResult(loss, norm, refused, prefix=prefix_counts(ways))
 
     def _skipped(self) -> bool:
         """Return whether fp16 gradients overflowed: the step moved nothing but the loss scale."""

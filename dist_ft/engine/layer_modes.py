@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from dist_ft.engine.trunk_pass import TrunkPasses
+from dist_ft.engine.trunk_passes import TrunkPasses
 from dist_ft.freezing.schedule import frozen_prefix
 from dist_ft.model.backbone import MultiTaskModel
 from dist_ft.model.layer_groups import LayerGroup

@@ -109,7 +109,7 @@ class ReferenceEngine:
         if refused is None:
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss, norm, refused, **prefix_counts(ways))
+        return StepResult(loss, norm, refused, prefix=prefix_counts(ways))
 
     def _run(
         self, task: str, batch: MicroBatchLike, way: TrunkPass | None = None

@@ -223,7 +223,9 @@ def make_run(
         {task.name: task.loss for task in tasks},
         in_training=in_training(recipe, parts.model, tasks=tasks),
     ).to(device)
-    passes = make_passes(recipe, parts, folder=folder, device=device, say=console.say)
+    passes = make_passes(
+        recipe, parts, folder=folder, device=device, say=console.say, recorder=recorder
+    )
     engine = make_engine(recipe, parts, module=module, param_groups=param_groups, passes=passes)
     loader = make_loader(
         recipe,
@@ -232,6 +234,12 @@ def make_run(
         mixture=parts.mixture,
         rank=world.rank,
         world_size=world.world_size,
+        on_read=lambda batch: passes.read_ahead(
+            batch.step,
+            task=batch.task,
+            micro_batches=batch.micro_batches,
+            pin=device.type == "cuda",
+        ),
     )
     run = Run(
         engine=engine,

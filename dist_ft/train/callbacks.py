@@ -49,6 +49,7 @@ class _Interval:
     wait_s: float = 0.0
     prefix_rows: int = 0
     prefix_found: int = 0
+    prefix_wait_s: float = 0.0
     changes: AugmentStatistics | None = None
 
 
@@ -125,8 +126,9 @@ class LogSteps(Watcher):
         interval.positions += _positions(batch)
         interval.grad_norm = result.grad_norm
         interval.wait_s += batch.data_wait_s
-        interval.prefix_rows += result.prefix_rows
-        interval.prefix_found += result.prefix_found
+        interval.prefix_rows += result.prefix.rows
+        interval.prefix_found += result.prefix.found
+        interval.prefix_wait_s += result.prefix.wait_s
         if batch.augmentation is not None:
             interval.changes = interval.changes or AugmentStatistics()
             interval.changes.merge(batch.augmentation)
@@ -158,7 +160,7 @@ class LogSteps(Watcher):
                 task_positions=int(positions),
                 data_wait_s=round(interval.wait_s, 4),
                 peak_rss_bytes=_peak_rss_bytes(),
-                **({"prefix_hit_share": prefix_found / prefix_rows} if prefix_rows else {}),
+                **_prefix(prefix_rows, found=prefix_found, wait_s=interval.prefix_wait_s),
                 **({"augmentation": changes[task].to_json()} if task in changes else {}),
             )
             self.console.losses[task] = loss
@@ -171,6 +173,13 @@ class LogSteps(Watcher):
         if self._intervals:
             self._write(run)
         self.console.stop()
+
+
+def _prefix(rows: float, *, found: float, wait_s: float) -> dict[str, float]:
+    """Return what a step event says of the cached frozen prefix, if there is one."""
+    if not rows:
+        return {}
+    return {"prefix_hit_share": found / rows, "cache_wait_s": round(wait_s, 4)}
 
 
 def _sums_over_ranks(intervals: Sequence[_Interval]) -> list[tuple[float, ...]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from dist_ft.config import (
     UnimaxMixture,
 )
 from dist_ft.data.bandit import BanditMixture
-from dist_ft.data.loader import BatchPlan, LengthPlan, StepLoader
+from dist_ft.data.loader import BatchPlan, LengthPlan, StepBatch, StepLoader
 from dist_ft.data.mixtures import make_mixture
 from dist_ft.data.sampling import Mixture
 from dist_ft.duration import Duration
@@ -111,6 +111,7 @@ def make_loader(
     mixture: Mixture,
     rank: int = 0,
     world_size: int = 1,
+    on_read: Callable[[StepBatch], None] | None = None,
 ) -> StepLoader:
     """Return the loader of a rank's training steps.
 
@@ -123,7 +124,7 @@ def make_loader(
         config.name: how
         for config, t in zip(recipe.tasks, tasks, strict=True)
         if (how := make_augmentation(config, task=t.task, dataset=t.datasets["train"],
-                                     tokenizer=tokenizer))
+                                     tokenizer=tokenizer, variants=recipe.cache.variants))
     }  # fmt: skip
     return StepLoader(
         {t.task.name: t.datasets["train"] for t in tasks},
@@ -139,6 +140,7 @@ def make_loader(
         mixture=mixture,
         augmentation=augmentation,
         pin_memory=torch.cuda.is_available(),
+        on_read=on_read,
     )
 
 

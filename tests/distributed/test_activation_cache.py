@@ -10,7 +10,8 @@ import pytest
 import torch
 import yaml
 
-from dist_ft.freezing.activation_cache import ActivationCache
+from dist_ft.freezing.activation_cache import ActivationCache, CachedTask
+from dist_ft.freezing.row_store import RowKeys
 from tests.helpers.tiny_run import state_hash, train, write_recipe
 
 UNCACHED = ["cache.policy=off", "freezing.prefix_dropout=false"]
@@ -121,31 +122,82 @@ def test_weights_that_trained_below_the_boundary_are_noticed(tmp_path: Path) -> 
     assert state_hash(tmp_path / "runs/cached") == state_hash(tmp_path / "runs/uncached")
 
 
+def _keys(rows: list[int], *, variants: list[int] | None = None) -> RowKeys:
+    lengths = np.array([3, 1, 2])
+    which = np.array(variants or [0] * len(rows))
+    return RowKeys("a", np.array(rows), which, lengths[rows] + which)
+
+
+def _cache(folder: Path, **tasks: Any) -> ActivationCache:
+    return ActivationCache(folder / "c", tasks, 4, torch.float32, budget_bytes=10**6)
+
+
 def test_a_row_is_there_from_the_next_step_on(tmp_path: Path) -> None:
-    lengths = {"a": np.array([3, 1, 2])}
-    cache = ActivationCache(tmp_path / "c", lengths, 4, torch.float32, budget_bytes=10**6)
+    task = CachedTask(np.array([3, 1, 2]))
+    cache = _cache(tmp_path, a=task)
     assert cache.open([(2, "f")]) == 6 * 4 * 4
-    rows, hidden = np.array([2, 0]), torch.randn(5, 4)
-    cache.write("a", 2, rows=rows, hidden=hidden, step=7)
-    there, found = cache.read("a", 2, rows=np.array([0, 1, 2]), step=7)
-    assert not there.any()
-    assert found.shape == (0, 4)
-    other = ActivationCache(tmp_path / "c", lengths, 4, torch.float32, budget_bytes=10**6)
+    hidden = torch.randn(5, 4)
+    cache.write(2, keys=_keys([2, 0]), hidden=hidden, step=7)
+    found = cache.read(2, keys=_keys([0, 1, 2]), step=7)
+    assert not found.there.any()
+    assert found.hidden.shape == (0, 4)
+    other = _cache(tmp_path, a=task)
     other.open([(2, "f")])  # another process of the host
-    there, found = other.read("a", 2, rows=np.array([0, 1, 2]), step=8)
-    assert there.tolist() == [True, False, True]
-    assert torch.equal(found, torch.cat([hidden[2:], hidden[:2]]))
+    found = other.read(2, keys=_keys([0, 1, 2]), step=8)
+    assert found.there.tolist() == [True, False, True]
+    assert torch.equal(found.hidden, torch.cat([hidden[2:], hidden[:2]]))
+    assert not other.complete(2)
     other.open([(2, "g")])  # other weights below the boundary
-    assert other.missing("a", 2, rows=rows, step=9, verify=False)
+    assert not other.read(2, keys=_keys([2, 0]), step=9).there.any()
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["a.2.g.data", "a.2.g.index"]
+    other = _cache(tmp_path, a=CachedTask(task.room, data="others"))
+    other.open([(2, "g")])  # other data under the same name
+    assert not list((tmp_path / "c").glob("a.2.g.data"))
+
+
+def test_versions_of_a_row_are_kept_apart_and_what_is_too_long_is_not(tmp_path: Path) -> None:
+    cache = _cache(tmp_path, a=CachedTask(np.array([4, 2, 2]), variants=2))
+    assert cache.open([(1, "f")]) == 2 * 8 * 4 * 4
+    keys = _keys([0, 2, 0], variants=[0, 1, 1])  # the second has 3 tokens and room for 2
+    hidden = torch.randn(int(keys.lengths.sum()), 4)
+    cache.write(1, keys=keys, hidden=hidden, step=0)
+    found = cache.read(1, keys=keys, step=1)
+    assert found.there.tolist() == [True, False, True]
+    assert torch.equal(found.hidden, torch.cat([hidden[:3], hidden[6:]]))
+    other = RowKeys("a", keys.rows, keys.variants, keys.lengths - 1)
+    assert not cache.read(1, keys=other, step=1).there.any()  # not the same rows
+
+
+def test_what_was_read_ahead_is_used_unless_more_is_there(tmp_path: Path) -> None:
+    cache = _cache(tmp_path, a=CachedTask(np.array([3, 1, 2])))
+    cache.open([(1, "f")])
+    keys, hidden = _keys([1, 2]), torch.randn(3, 4)
+    early = cache.read_ahead(1, keys=keys, step=2)
+    assert early is not None
+    assert cache.read(1, keys=keys, step=2, early=early) is early
+    cache.write(1, keys=keys, hidden=hidden, step=1)
+    found = cache.read(1, keys=keys, step=2, early=early)
+    assert torch.equal(found.hidden, hidden)
+    early = cache.read_ahead(1, keys=keys, step=3)
+    assert cache.read(1, keys=keys, step=3, early=early) is early
+    path = next((tmp_path / "c").glob("*.data"))
+    path.write_bytes(path.read_bytes()[:-8])  # the last row is cut
+    early = cache.read_ahead(1, keys=keys, step=4)
+    found = cache.read(1, keys=keys, step=4, early=early)
+    assert found.there.tolist() == [True, False]
+    assert torch.equal(found.hidden, hidden[:1])
+    assert cache.damaged == 1
+    cache.open([(1, "f")])
+    assert cache.read(1, keys=keys, step=4, early=early) is not early  # of another phase
 
 
 def test_a_full_disk_turns_the_cache_off_and_not_the_run_down(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    lengths = {"a": np.array([3, 2**40])}  # more than any disk of a test machine has
-    cache = ActivationCache(tmp_path / "c", lengths, 4, torch.float32, budget_bytes=2**62)
+    # More than any disk of a test machine has.
+    tasks = {"a": CachedTask(np.array([3, 2**40]))}
+    cache = ActivationCache(tmp_path / "c", tasks, 4, torch.float32, budget_bytes=2**62)
     assert cache.open([(2, "f")]) == 0
     assert "can't hold" in caplog.text
-    cache.write("a", 2, rows=np.array([0]), hidden=torch.zeros(3, 4), step=0)
-    assert cache.missing("a", 2, rows=np.array([0]), step=5, verify=False)
+    cache.write(2, keys=_keys([0]), hidden=torch.zeros(3, 4), step=0)
+    assert not cache.read(2, keys=_keys([0]), step=5).there.any()
