@@ -180,7 +180,7 @@ class RowStore:
             assert self._index is not None
             file = self._data.fileno()
             slots = self._slots_of(keys)[places]
-            buffer = memoryview(hidden.view(torch.uint8).view(-1).numpy())
+            buffer = hidden.view(torch.uint8).view(-1).numpy().data
             ends = np.cumsum(tokens * self._token_bytes).tolist()
             start = 0
             hashes = self._index["hash"][slots].tolist()
@@ -202,8 +202,8 @@ class RowStore:
         """Keep the hidden states of rows, [their tokens, width] one row after the other."""
         if self._index is None or self._data is None:
             return
-        values = hidden.to("cpu", self.dtype).contiguous().view(torch.uint8).view(-1).numpy()
-        buffer = memoryview(values)
+        values = hidden.to("cpu", self.dtype).contiguous().view(torch.uint8).view(-1)
+        buffer = values.numpy().data
         file = self._data.fileno()
         ends = np.cumsum(keys.lengths * self._token_bytes)
         assert ends[-1] == len(values), "hidden states are not those of the rows"
