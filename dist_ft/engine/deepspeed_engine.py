@@ -219,8 +219,7 @@ class DeepSpeedEngine:
     ) -> StepResult:
         """Run one optimizer step; see `Engine.train_step`."""
         engine = self._engine
-        engine.train()
-        self._modes.enter_train()
+        self._modes.enter_train(engine.module)
         loss = torch.zeros((), dtype=torch.float32, device=engine.device)
         last = len(micro_batches) - 1
         ways = self._modes.passes.of_step(

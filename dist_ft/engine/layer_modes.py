@@ -40,6 +40,7 @@ class LayerModes:
     prefix_dropout: bool = True
     passes: TrunkPasses = field(default_factory=TrunkPasses)
     _prefix: list[str] = field(default_factory=list)
+    _are_set: bool = False
 
     @classmethod
     def none(cls) -> LayerModes:
@@ -86,6 +87,7 @@ class LayerModes:
             weight: Returns a whole parameter by name; every rank calls it for the same ones.
         """
         self.passes.enter_phase(trainable, weight=weight)
+        self._are_set = False
         self._prefix = frozen_prefix(self.order, trainable)
         if self.checkpointing == "none":
             return
@@ -100,10 +102,16 @@ class LayerModes:
                         vars(layer)["gradient_checkpointing"] = recompute
             below = below or name in trainable
 
-    def enter_train(self) -> None:
-        """Switch the frozen prefix's dropout off again after ``module.train()``."""
-        if self.prefix_dropout:
+    def enter_train(self, module: nn.Module) -> None:
+        """Switch `module` to training, but a frozen prefix to evaluation if it has no dropout.
+
+        It walks hundreds of modules, so only when the phase or an evaluation has changed them.
+        """
+        if module.training and self._are_set:
             return
-        for name in self._prefix:
-            for module in self.modules[name]:
-                module.eval()
+        module.train()
+        if not self.prefix_dropout:
+            for name in self._prefix:
+                for part in self.modules[name]:
+                    part.eval()
+        self._are_set = True

@@ -88,8 +88,7 @@ class ReferenceEngine:
         loss_limit: float = math.inf,
     ) -> StepResult:
         """Run one optimizer step; see `Engine.train_step`."""
-        self.module.train()
-        self._modes.enter_train()
+        self._modes.enter_train(self.module)
         loss = torch.zeros((), dtype=torch.float32, device=self._device)
         ways = self._modes.passes.of_step(
             step, task=task, micro_batches=micro_batches, device=self._device, in_step=False

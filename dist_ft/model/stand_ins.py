@@ -24,15 +24,16 @@ class _StandIn(nn.Module):
 class SkippedBlock(_StandIn):
     """Hands the hidden states that it gets on, or what `change` makes of them."""
 
-    def __init__(
-        self,
-        original: nn.Module,
-        *,
-        returns_tuple: bool,
-        change: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
+    def __init__(self, original: nn.Module) -> None:
         super().__init__(original)
+        self.set(returns_tuple=False)
+
+    def set(
+        self, *, returns_tuple: bool, change: Callable[[Tensor], Tensor] | None = None
+    ) -> SkippedBlock:
+        """Say what the next forward returns; return this block."""
         vars(self).update(returns_tuple=returns_tuple, change=change)
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return hidden states as the block would, alone or in a tuple."""
@@ -46,9 +47,14 @@ class SkippedBlock(_StandIn):
 class NoEmbedding(_StandIn):
     """Returns zeros that take no memory, in the shape of the embeddings."""
 
-    def __init__(self, original: nn.Module, *, like: Tensor, width: int) -> None:
+    def __init__(self, original: nn.Module, *, width: int) -> None:
         super().__init__(original)
-        vars(self).update(like=like, width=width)
+        vars(self).update(like=None, width=width)
+
+    def set(self, *, like: Tensor) -> NoEmbedding:
+        """Say which type and device the zeros have; return this module."""
+        vars(self)["like"] = like
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return zeros [rows, length, width], rows and length as in the first argument."""
@@ -57,19 +63,27 @@ class NoEmbedding(_StandIn):
         return vars(self)["like"].new_zeros(1).expand(rows, length, vars(self)["width"])
 
 
-@contextmanager
-def swapped(root: nn.Module, stand_ins: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
-    """Put stand-ins in the places of modules below `root` inside the context."""
-    places = [
-        (owner, name, child)
-        for owner in root.modules()
-        for name, child in owner._modules.items()
-        if child is not None and child in stand_ins
-    ]
-    for owner, name, child in places:
-        owner._modules[name] = stand_ins[child]
-    try:
-        yield
-    finally:
-        for owner, name, child in places:
-            owner._modules[name] = child
+class Places:
+    """Where modules hang below a root: found once, as looking for them walks the whole tree."""
+
+    def __init__(self, root: nn.Module) -> None:
+        """Look at everything below `root`, which must keep its modules."""
+        self._found: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+        for owner in root.modules():
+            for name, child in owner._modules.items():
+                if child is not None:
+                    self._found.setdefault(child, []).append((owner, name))
+
+    @contextmanager
+    def swapped(self, stand_ins: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
+        """Put stand-ins in the places of modules inside the context."""
+        try:
+            self._put(stand_ins)
+            yield
+        finally:
+            self._put({module: module for module in stand_ins})
+
+    def _put(self, modules: Mapping[nn.Module, nn.Module]) -> None:
+        for module, instead in modules.items():
+            for owner, name in self._found[module]:
+                owner._modules[name] = instead

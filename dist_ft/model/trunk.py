@@ -27,7 +27,7 @@ from dist_ft.kernels import unpadded_attention
 from dist_ft.model.backbone import MultiTaskModel
 from dist_ft.model.flat_rows import FlatRows
 from dist_ft.model.layer_groups import LayerGroup
-from dist_ft.model.stand_ins import NoEmbedding, SkippedBlock, swapped
+from dist_ft.model.stand_ins import NoEmbedding, Places, SkippedBlock
 
 
 @dataclass
@@ -58,6 +58,9 @@ class Trunk:
     captured: dict[int, Tensor] = field(default_factory=dict)
     _capture: frozenset[int] = frozenset()
     _returns_tuple: bool = False
+    _places: Places = field(init=False)
+    _skips: dict[nn.Module, SkippedBlock] = field(default_factory=dict)
+    _empty: dict[nn.Module, NoEmbedding] = field(default_factory=dict)
     _attention: dict[int, tuple[Any, str | None]] = field(default_factory=dict)
 
     @classmethod
@@ -84,6 +87,8 @@ class Trunk:
 
     def _install(self) -> None:
         unpadded_attention.register()
+        self._places = Places(self.root)
+        self._skips = {block: SkippedBlock(block) for block in self.blocks}
         for index, block in enumerate(self.blocks):
             block.register_forward_pre_hook(self._before, with_kwargs=True)
             block.register_forward_hook(self._after_block(index))
@@ -142,8 +147,10 @@ class Trunk:
             given = self.rows.pad(given)
         stand_ins = self._skipped(self.blocks[:boundary], change=lambda _: given)
         for module, width in self.widths.items():
-            stand_ins[module] = NoEmbedding(module, like=given, width=width)
-        with swapped(self.root, stand_ins):
+            if module not in self._empty:
+                self._empty[module] = NoEmbedding(module, width=width)
+            stand_ins[module] = self._empty[module].set(like=given)
+        with self._places.swapped(stand_ins):
             yield
 
     @torch.no_grad()
@@ -166,7 +173,7 @@ class Trunk:
         self.prepare(rows)
         self._capture, self.captured = frozenset(boundaries), {}
         try:
-            with swapped(self.root, stand_ins):
+            with self._places.swapped(stand_ins):
                 self._run_root(inputs)
             return self.captured
         finally:
@@ -176,14 +183,13 @@ class Trunk:
         self, blocks: Sequence[nn.Module], *, change: Callable[[Tensor], Tensor] | None
     ) -> dict[nn.Module, nn.Module]:
         """Return stand-ins for neighbouring blocks, the last of which changes what it gets."""
-        made: dict[nn.Module, nn.Module] = {
-            b: SkippedBlock(b, returns_tuple=self._returns_tuple) for b in blocks
-        }
-        if blocks:
-            made[blocks[-1]] = SkippedBlock(
-                blocks[-1], returns_tuple=self._returns_tuple, change=change
+        last = len(blocks) - 1
+        return {
+            block: self._skips[block].set(
+                returns_tuple=self._returns_tuple, change=change if i == last else None
             )
-        return made
+            for i, block in enumerate(blocks)
+        }
 
     def _run_root(self, inputs: Mapping[str, Tensor]) -> Any:
         names = ("input_ids", "attention_mask", "token_type_ids")
