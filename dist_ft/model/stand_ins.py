@@ -26,13 +26,21 @@ class SkippedBlock(_StandIn):
 
     def __init__(self, original: nn.Module) -> None:
         super().__init__(original)
-        self.set(returns_tuple=False)
+        self.set(others=None)
 
     def set(
-        self, *, returns_tuple: bool, change: Callable[[Tensor], Tensor] | None = None
+        self,
+        *,
+        others: tuple[Any, ...] | None,
+        change: Callable[[Tensor], Tensor] | None = None,
     ) -> SkippedBlock:
-        """Say what the next forward returns; return this block."""
-        vars(self).update(returns_tuple=returns_tuple, change=change)
+        """Say what the next forwards return; return this block.
+
+        Args:
+            others: What comes after the hidden states; None returns these alone, in no tuple.
+            change: Makes the hidden states that are returned from those that come in.
+        """
+        vars(self).update(others=others, change=change)
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -41,7 +49,8 @@ class SkippedBlock(_StandIn):
         change = vars(self)["change"]
         if change is not None:
             hidden = change(hidden)
-        return (hidden,) if vars(self)["returns_tuple"] else hidden
+        others = vars(self)["others"]
+        return hidden if others is None else (hidden, *others)
 
 
 class NoEmbedding(_StandIn):

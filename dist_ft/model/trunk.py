@@ -15,6 +15,7 @@ architecture that it is right.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from dist_ft.kernels import unpadded_attention
 from dist_ft.model.backbone import MultiTaskModel
 from dist_ft.model.flat_rows import FlatRows
 from dist_ft.model.layer_groups import LayerGroup
+from dist_ft.model.relative_positions import handed_on, limit_length, modules_with_bias
 from dist_ft.model.stand_ins import NoEmbedding, Places, SkippedBlock
 
 
@@ -57,7 +59,7 @@ class Trunk:
     rows: FlatRows | None = None
     captured: dict[int, Tensor] = field(default_factory=dict)
     _capture: frozenset[int] = frozenset()
-    _returns_tuple: bool = False
+    _others: tuple[Any, ...] | None = None
     _places: Places = field(init=False)
     _skips: dict[nn.Module, SkippedBlock] = field(default_factory=dict)
     _empty: dict[nn.Module, NoEmbedding] = field(default_factory=dict)
@@ -90,14 +92,38 @@ class Trunk:
         self._places = Places(self.root)
         self._skips = {block: SkippedBlock(block) for block in self.blocks}
         for index, block in enumerate(self.blocks):
+            for module in modules_with_bias(block):
+                limit_length(module, self._longest)
             block.register_forward_pre_hook(self._before, with_kwargs=True)
             block.register_forward_hook(self._after_block(index))
             for module in block.modules():
                 vars(module)["row_source"] = self
-        for module in self.root.modules():
+        for config in self._own_configs():
+            self._attention[id(config)] = (config, config._attn_implementation)
+
+    def _own_configs(self) -> list[Any]:
+        """Return the configurations that say which attention runs, none of them used elsewhere.
+
+        The encoder and decoder of some models read one object: the encoder then gets a copy.
+        """
+        inside = set(self.root.modules())
+        outside = {
+            id(getattr(m, "config", None))
+            for m in self.whole.modules()
+            if m is not self.whole and m not in inside
+        }
+        found: dict[int, Any] = {}
+        for module in inside:
             config: Any = getattr(module, "config", None)
-            if config is not None and hasattr(config, "_attn_implementation"):
-                self._attention[id(config)] = (config, config._attn_implementation)
+            if config is None or not hasattr(config, "_attn_implementation"):
+                continue
+            if id(config) not in found:
+                found[id(config)] = copy.copy(config) if id(config) in outside else config
+            vars(module)["config"] = found[id(config)]
+        return list(found.values())
+
+    def _longest(self) -> int | None:
+        return self.rows.runs.longest if self.flat and self.rows is not None else None
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         del module
@@ -109,14 +135,15 @@ class Trunk:
     def _after_block(self, index: int) -> Any:
         def after(module: nn.Module, args: Any, output: Any) -> Any:
             del module, args
-            self._returns_tuple = isinstance(output, tuple)
-            hidden = output[0] if self._returns_tuple else output
+            # What blocks return besides is None where they are left out.
+            self._others = (None,) * (len(output) - 1) if isinstance(output, tuple) else None
+            hidden = output if self._others is None else output[0]
             if index + 1 in self._capture:
                 self.captured[index + 1] = self._flattened(hidden)
             if not self.flat or self.rows is None or index + 1 < len(self.blocks):
                 return None
             padded = self.rows.pad(hidden)
-            return (padded, *output[1:]) if self._returns_tuple else padded
+            return padded if self._others is None else (padded, *output[1:])
 
         return after
 
@@ -184,12 +211,19 @@ class Trunk:
     ) -> dict[nn.Module, nn.Module]:
         """Return stand-ins for neighbouring blocks, the last of which changes what it gets."""
         last = len(blocks) - 1
+        others = self._biases_of(blocks[0]) if blocks else None
         return {
-            block: self._skips[block].set(
-                returns_tuple=self._returns_tuple, change=change if i == last else None
-            )
+            block: self._skips[block].set(others=others, change=change if i == last else None)
             for i, block in enumerate(blocks)
         }
+
+    def _biases_of(self, first: nn.Module) -> tuple[Any, ...] | None:
+        """Return what blocks that are left out, the lowest of them `first`, hand on."""
+        if self._others is None or first is not self.blocks[0]:
+            return self._others
+        assert self.rows is not None
+        biases = handed_on(first, length=self.rows.shape[1])
+        return (*biases, *self._others[len(biases) :])
 
     def _run_root(self, inputs: Mapping[str, Tensor]) -> Any:
         names = ("input_ids", "attention_mask", "token_type_ids")
@@ -207,8 +241,6 @@ class Trunk:
             absent if it can.
         """
         problems: dict[str, str] = {}
-        if self._shares_attention():
-            problems["unpadded"] = "its decoder shares the attention's setting"
         with ExitStack() as stack:
             stack.enter_context(_evaluating(self.root))
             stack.callback(self.prepare, None)
@@ -231,15 +263,6 @@ class Trunk:
                     text = str(error).strip().splitlines() or [type(error).__name__]
                     problems[what] = text[0]
         return problems
-
-    def _shares_attention(self) -> bool:
-        """Return whether modules outside the trunk read the same configuration."""
-        inside = set(self.root.modules())
-        return any(
-            id(getattr(m, "config", None)) in self._attention
-            for m in self.whole.modules()
-            if m is not self.whole and m not in inside
-        )
 
     def _unpadded(self, inputs: Mapping[str, Tensor], rows: FlatRows) -> Tensor:
         self.prepare(rows)
