@@ -339,6 +339,7 @@ class CacheConfig(Section):
     dir: Path | None = None
     budget_gb: Annotated[float, Field(gt=0)] = 50.0
     variants: Positive | None = None
+    drop_prefix: bool = False
 
 
 class LoggingConfig(Section):

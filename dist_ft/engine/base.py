@@ -102,11 +102,13 @@ class PrefixCounts:
         rows: Rows of this rank that start from a cached frozen prefix.
         found: Those of them for which the cache had the hidden states.
         wait_s: How long the step waited for them, seconds.
+        parked_bytes: Weights of the prefix that were away from the device in this step.
     """
 
     rows: int = 0
     found: int = 0
     wait_s: float = 0.0
+    parked_bytes: int = 0
 
 
 @dataclass(frozen=True)

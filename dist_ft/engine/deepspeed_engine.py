@@ -40,7 +40,8 @@ from dist_ft.engine.ds_loss_scale import read_loss_scale, write_loss_scale
 from dist_ft.engine.ds_setup import set_up_deepspeed
 from dist_ft.engine.ds_weights import FloatBuffers, WeightAccess, group_sizes
 from dist_ft.engine.layer_modes import LayerModes
-from dist_ft.engine.trunk_pass import TrunkPass, prefix_counts
+from dist_ft.engine.parking import ParkedPrefix
+from dist_ft.engine.trunk_pass import TrunkPass, needs_prefix, prefix_counts
 from dist_ft.optim.adamw import GroupAdamW
 from dist_ft.optim.param_groups import ParamGroup
 
@@ -86,6 +87,10 @@ class DeepSpeedEngine:
         self._world = dist.get_world_size()
         self._sizes = group_sizes(module, self._groups)
         self._weights = WeightAccess(module, zero_stage=deepspeed_options.zero_stage)
+        passes = self._modes.passes
+        # Stage 3 has only a share of the weights, and an in-place engine keeps them in one buffer.
+        drops = passes.drop_prefix and deepspeed_options.zero_stage < 3 and switch == "rebuild"
+        self._prefix = ParkedPrefix((lambda: passes.droppable(module)) if drops else None)
         self._anchors = take_anchors(
             self._groups,
             weights=self._weights.parameters(),
@@ -113,6 +118,7 @@ class DeepSpeedEngine:
     def set_trainable(self, groups: Iterable[str]) -> PhaseReport:
         """Train exactly these layer groups from the next step on; see `Engine.set_trainable`."""
         began = time.monotonic()
+        self._prefix.bring_back()
         wanted = frozenset(groups)
         returning = wanted - self._trainable
         held = self._universe | wanted if self.switch == "in_place" else wanted
@@ -229,6 +235,7 @@ class DeepSpeedEngine:
             device=engine.device,
             in_step=self._ds.zero_stage == 3,
         )
+        self._prefix.settle(needed=needs_prefix(ways))
         for position, (batch, way) in enumerate(zip(micro_batches, ways, strict=True)):
             engine.set_gradient_accumulation_boundary(position == last)
             torch.manual_seed(micro_batch_seed(self.options.seed, step=step, index=batch.index))
@@ -253,7 +260,8 @@ class DeepSpeedEngine:
             if not engine.was_step_applied() and self.options.precision != "fp16":
                 refused = refused or gradient_problem(math.nan)
         norm = None if norm is None else float(norm)
-        return StepResult(loss, norm, refused, prefix=prefix_counts(ways))
+        counts = prefix_counts(ways, parked_bytes=self._prefix.parked_bytes)
+        return StepResult(loss, norm, refused, prefix=counts)
 
     def _skipped(self) -> bool:
         """Return whether fp16 gradients overflowed: the step moved nothing but the loss scale."""
@@ -285,6 +293,7 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def eval_forward(self, task: str, micro_batch: MicroBatchLike) -> tuple[Tensor, Any]:
         """Return summed loss and outputs without gradients, dropout off."""
+        self._prefix.bring_back()
         self._engine.eval()
         self._modes.passes.none()
         return self._run(task, micro_batch)
@@ -298,6 +307,7 @@ class DeepSpeedEngine:
 
     def state(self) -> EngineState:
         """Return this rank's share of weights, masters, moments and step counts, as views."""
+        self._prefix.bring_back()
         slices, steps = self._states.export()
         slices = [*self._weights.slices(), *slices]
         scale = read_loss_scale(self._engine, precision=self.options.precision)
@@ -306,6 +316,7 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def load_state(self, source: StateSource) -> None:
         """Take over saved state; the phase that it was saved in, or another, must be set."""
+        self._prefix.bring_back()
         self._weights.load(source)
         self._states.load(source)
         self._states.settle(self._trainable)
@@ -314,6 +325,7 @@ class DeepSpeedEngine:
 
     def full_weights(self) -> dict[str, Tensor]:
         """Return whole parameters by name on the host: on rank 0, elsewhere an empty dict."""
+        self._prefix.bring_back()
         return self._weights.gather()
 
     def close(self) -> None:
@@ -322,6 +334,7 @@ class DeepSpeedEngine:
         Letting go of the object is not enough: DeepSpeed's hooks and attributes keep engine and
         parameters alive through references that no collection sees (0.2 GiB for MiniLM).
         """
+        self._prefix.bring_back()
         if self._engine is not None:
             self._take_down()
         self._states.clear()

@@ -89,6 +89,10 @@ class LayerModes:
         self.passes.enter_phase(trainable, weight=weight)
         self._are_set = False
         self._prefix = frozen_prefix(self.order, trainable)
+        if (trunk := self.passes.trunk) is not None:
+            below = self.order[: self.order.index(trunk.group_names[0])]
+            frozen = bool(below) and set(below) <= set(self._prefix)
+            trunk.still = frozen and not self.prefix_dropout
         if self.checkpointing == "none":
             return
         below = False

@@ -168,11 +168,17 @@ def _eval(module: nn.Module) -> Iterator[None]:
             m.training = True
 
 
-def prefix_counts(ways: Sequence[TrunkPass | None]) -> PrefixCounts:
+def needs_prefix(ways: Sequence[TrunkPass | None]) -> bool:
+    """Return whether this rank runs the frozen prefix in a step."""
+    return any(way is None or way.prefix is None or way.prefix.computes for way in ways)
+
+
+def prefix_counts(ways: Sequence[TrunkPass | None], *, parked_bytes: int = 0) -> PrefixCounts:
     """Return what a step found of the frozen prefix in the cache."""
     cached = [way.prefix for way in ways if way is not None and way.prefix is not None]
     return PrefixCounts(
         rows=sum(len(prefix.keys.rows) for prefix in cached),
         found=sum(prefix.rows_found for prefix in cached),
         wait_s=sum(prefix.wait_s for prefix in cached),
+        parked_bytes=parked_bytes,
     )

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_ft import dist
 from dist_ft.engine.base import MicroBatchLike
 from dist_ft.engine.cache_probe import CacheDecision, CacheProbe
+from dist_ft.engine.parking import only_used_in
 from dist_ft.engine.trunk_pass import CachedPrefix, TrunkPass, flat_rows, token_mask
 from dist_ft.freezing.activation_cache import ActivationCache
 from dist_ft.freezing.row_store import FoundRows, RowKeys
@@ -41,6 +42,7 @@ class TrunkPasses:
         probe: measures whether the cache pays; None keeps it in any case, or as was decided.
         decision: what the probe found, in this process or an earlier one of the run.
         tell: hears of the decision, on every rank.
+        drop_prefix: whether an engine may take the weights of a prefix that is not run away.
         boundary: the first block of the trunk that runs; 0 for the whole model.
     """
 
@@ -52,6 +54,7 @@ class TrunkPasses:
     probe: CacheProbe | None = None
     decision: CacheDecision | None = None
     tell: Callable[[CacheDecision], None] = _keep_to_oneself
+    drop_prefix: bool = False
     boundary: int = 0
     cached_bytes: int = 0
     _kept: tuple[int, ...] = ()
@@ -206,6 +209,12 @@ class TrunkPasses:
                 prefix.read(step=step, early=ahead)
             made.append(prefix)
         return made
+
+    def droppable(self, root: nn.Module) -> list[nn.Parameter]:
+        """Return the parameters below `root` that only the prefix uses."""
+        if self.trunk is None or not self.boundary:
+            return []
+        return only_used_in(root, self.trunk.left_out(self.boundary))
 
     def discard(self) -> None:
         """Delete what is cached: the run is over."""

@@ -45,6 +45,8 @@ class Trunk:
         widths: the size of the hidden states that those return which return any.
         width: size of the hidden states between blocks, known after `check`.
         flat: whether the blocks run without padding.
+        still: whether dropout between the embeddings and the first block is off: they are frozen,
+            and what they return is to be the same each time.
         rows: the micro-batch that runs, or ran last: its backward may run blocks again.
     """
 
@@ -56,10 +58,12 @@ class Trunk:
     widths: dict[nn.Module, int] = field(default_factory=dict)
     width: int = 0
     flat: bool = False
+    still: bool = False
     rows: FlatRows | None = None
     captured: dict[int, Tensor] = field(default_factory=dict)
     _capture: frozenset[int] = frozenset()
     _others: tuple[Any, ...] | None = None
+    _held: list[nn.Module] = field(default_factory=list)
     _places: Places = field(init=False)
     _skips: dict[nn.Module, SkippedBlock] = field(default_factory=dict)
     _empty: dict[nn.Module, NoEmbedding] = field(default_factory=dict)
@@ -89,6 +93,7 @@ class Trunk:
 
     def _install(self) -> None:
         unpadded_attention.register()
+        self.root.register_forward_pre_hook(self._hold)
         self._places = Places(self.root)
         self._skips = {block: SkippedBlock(block) for block in self.blocks}
         for index, block in enumerate(self.blocks):
@@ -125,8 +130,24 @@ class Trunk:
     def _longest(self) -> int | None:
         return self.rows.runs.longest if self.flat and self.rows is not None else None
 
+    def _hold(self, module: nn.Module, args: Any) -> None:
+        """Switch off what the root itself drops, until the first block begins."""
+        del args
+        if self.still:
+            # T5 drops by one module below and above its blocks, BART by a function.
+            own = [module, *(m for m in module.children() if isinstance(m, nn.Dropout))]
+            self._held = [m for m in own if m.training]
+            for m in self._held:
+                m.training = False
+
+    def _release(self) -> None:
+        for m in self._held:
+            m.training = True
+        self._held = []
+
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         del module
+        self._release()
         if not self.flat or self.rows is None:
             return None
         known = self.rows.flatten_known
@@ -172,13 +193,25 @@ class Trunk:
         given = hidden[None]
         if not self.flat or boundary == len(self.blocks):
             given = self.rows.pad(given)
-        stand_ins = self._skipped(self.blocks[:boundary], change=lambda _: given)
+
+        def begin(hidden: Tensor) -> Tensor:
+            del hidden
+            self._release()
+            return given
+
+        stand_ins = self._skipped(self.blocks[:boundary], change=begin)
         for module, width in self.widths.items():
             if module not in self._empty:
                 self._empty[module] = NoEmbedding(module, width=width)
             stand_ins[module] = self._empty[module].set(like=given)
         with self._places.swapped(stand_ins):
             yield
+
+    def left_out(self, boundary: int) -> list[nn.Module]:
+        """Return the modules that a forward from `boundary` on does not use in any way."""
+        # The lowest block still makes the position bias that it hands on.
+        lowest = 1 if modules_with_bias(self.blocks[0]) else 0
+        return [*self.widths, *self.blocks[lowest:boundary]]
 
     @torch.no_grad()
     def prefix(

@@ -50,6 +50,7 @@ class _Interval:
     prefix_rows: int = 0
     prefix_found: int = 0
     prefix_wait_s: float = 0.0
+    parked_bytes: int = 0
     changes: AugmentStatistics | None = None
 
 
@@ -129,6 +130,7 @@ class LogSteps(Watcher):
         interval.prefix_rows += result.prefix.rows
         interval.prefix_found += result.prefix.found
         interval.prefix_wait_s += result.prefix.wait_s
+        interval.parked_bytes = result.prefix.parked_bytes
         if batch.augmentation is not None:
             interval.changes = interval.changes or AugmentStatistics()
             interval.changes.merge(batch.augmentation)
@@ -160,7 +162,7 @@ class LogSteps(Watcher):
                 task_positions=int(positions),
                 data_wait_s=round(interval.wait_s, 4),
                 peak_rss_bytes=_peak_rss_bytes(),
-                **_prefix(prefix_rows, found=prefix_found, wait_s=interval.prefix_wait_s),
+                **_prefix(interval, rows=prefix_rows, found=prefix_found),
                 **({"augmentation": changes[task].to_json()} if task in changes else {}),
             )
             self.console.losses[task] = loss
@@ -175,11 +177,13 @@ class LogSteps(Watcher):
         self.console.stop()
 
 
-def _prefix(rows: float, *, found: float, wait_s: float) -> dict[str, float]:
+def _prefix(interval: _Interval, *, rows: float, found: float) -> dict[str, float]:
     """Return what a step event says of the cached frozen prefix, if there is one."""
     if not rows:
         return {}
-    return {"prefix_hit_share": found / rows, "cache_wait_s": round(wait_s, 4)}
+    about = {"prefix_hit_share": found / rows, "cache_wait_s": round(interval.prefix_wait_s, 4)}
+    # Whether the weights were away in the interval's last step, on this rank.
+    return {**about, "prefix_parked_bytes": interval.parked_bytes}
 
 
 def _sums_over_ranks(intervals: Sequence[_Interval]) -> list[tuple[float, ...]]:

@@ -88,6 +88,7 @@ def make_passes(
     if visits and "boundary" not in problems:
         if isinstance(parts.policy, ScheduledPolicy):
             passes.schedule = tuple(frozenset(p.trainable) for p in parts.policy.phases)
+        passes.drop_prefix = recipe.cache.drop_prefix
         passes.cache = _cache(recipe, parts, tasks=visits.keys(), folder=folder, width=trunk.width)
         if recipe.cache.policy == "auto":
             _measure(passes, visits=visits, folder=folder, recorder=recorder, say=say)
