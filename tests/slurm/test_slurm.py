@@ -1,4 +1,4 @@
-"""Real Slurm jobs: pre-empted, out of time, and with a node that loses power."""
+"""Real Slurm jobs: pre-empted, out of time, cancelled, and with a node that loses power."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from tests.helpers.cluster import Cluster, running_cluster, wait_for, why_not
 from tests.helpers.supervised import fingerprint, supervise
-from tests.helpers.tiny_run import events, write_recipe
+from tests.helpers.tiny_run import events, newest_checkpoint, write_recipe
 
 REASON = why_not(slurm=True)
 pytestmark = [
@@ -126,10 +126,26 @@ def test_a_two_node_job_is_pre_empted_loses_a_node_and_ends_as_if_nothing_had_be
     assert fingerprint(job.run) == fingerprint(tmp_path / "runs/oracle")
 
 
-def test_a_job_whose_time_is_up_saves_and_requeues_itself(slow_job: Job) -> None:
-    wait_for(lambda: "attempt 0: saved; requeued" in slow_job.said, seconds=150, log=slow_job.log)
-    wait_for(lambda: len(slow_job.of("resume")) > 1, seconds=60, log=slow_job.log)
-    assert 0 < slow_job.of("stop")[0]["step"] == slow_job.of("resume")[1]["step"]
+def test_a_job_whose_time_is_up_saves_and_requeues_and_a_cancelled_one_saves(
+    cluster: Cluster, slow_job: Job
+) -> None:
+    job = slow_job
+    wait_for(lambda: "attempt 0: saved; requeued" in job.said, seconds=150, log=job.log)
+    wait_for(lambda: len(job.of("resume")) > 1, seconds=60, log=job.log)
+    assert 0 < job.of("stop")[0]["step"] == job.of("resume")[1]["step"]
+    # Time enough for the next attempt: this one's may be up at once.
+    cluster("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
+
+    def trains() -> bool:
+        return [e["event"] for e in job.of("resume", "step", "stop")[-3:]] == ["step"] * 3
+
+    wait_for(trains, seconds=120, log=job.log)
+    before = len(job.of("stop"))
+    cluster("scancel", job.number)
+    assert job.wait_for_the_end() == "CANCELLED"
+    wait_for(lambda: len(job.of("stop")) == before + 1, seconds=20, log=job.log)
+    last = job.of("stop")[-1]["step"]
+    assert newest_checkpoint(job.run).name == f"step-{last:08d}"
 
 
 def test_a_bad_recipe_fails_the_job_without_requeueing_it(cluster: Cluster, tmp_path: Path) -> None:
