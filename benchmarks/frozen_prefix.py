@@ -28,6 +28,7 @@ import yaml
 
 from dist_ft.data.loader import StepBatch
 from dist_ft.dist import World
+from dist_ft.engine.heap import keep_freed_memory
 from dist_ft.freezing.schedule import LayerOrder
 from dist_ft.recipe import load_recipe
 from dist_ft.train.build import make_run
@@ -138,6 +139,7 @@ class Bench:
 
 
 def _measure(folder: str, rounds: int, steps: int) -> list[list[tuple[float, float]]]:
+    keep_freed_memory()  # as `dist-ft train` does
     bench = Bench(Path(folder), steps=steps)
     return [[bench.epochs(d, cached=c) for d, c in SETTINGS] for _ in range(rounds)]
 
