@@ -123,8 +123,8 @@ def _measure(run: Run, report: PhaseReport, *, stage: int) -> dict[str, int]:
         return tensor
 
     inner.step, inner.backward = watch(inner.step), watch(inner.backward)
-    if engine._step is not None:  # it takes the place of DeepSpeed's
-        engine._step.apply = watch(engine._step.apply)
+    if engine._stepper._step is not None:  # it takes the place of DeepSpeed's
+        engine._stepper._step.apply = watch(engine._stepper._step.apply)
     batch = next(run.loader.iterate(0))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         engine.train_step(
