@@ -86,6 +86,7 @@ class Batch:
     rows: npt.NDArray[np.int64]
     loss_weight: float = 1.0
     distinct: bool = True
+    variants: None = None
 
 
 def batch(rank: int) -> Batch:

@@ -272,6 +272,8 @@ class CacheConfig(Section):
     policy: Literal["auto", "on", "off"] = "auto"
     dir: Path | None = None
     budget_gb: Annotated[float, Field(gt=0)] = 50.0
+    variants: Positive | None = None
+    drop_prefix: bool = False
 
 
 class LoggingConfig(Section):

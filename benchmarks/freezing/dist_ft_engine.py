@@ -47,6 +47,7 @@ class _MicroBatch:
     rows: npt.NDArray[np.int64] = field(default_factory=lambda: np.arange(0))
     loss_weight: float = 1.0
     distinct: bool = True
+    variants: None = None
 
 
 def param_groups(model: TinyTransformer, *, tasks: Sequence[str]) -> list[ParamGroup]:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from dist_ft.data.augment.augmenter import Augmenter, AugmentStatistics, Changes
 from dist_ft.data.files import Row
-from dist_ft.data.micro_batches import place_of
+from dist_ft.data.micro_batches import MicroBatch, Part, place_of
 from dist_ft.data.schema import RAW_COLUMN, column_kind
 from dist_ft.data.shards import Columns, ShardedDataset
 
@@ -31,10 +31,17 @@ class Augmentation:
     Attributes:
         augmenter: changes raw rows.
         encode: raw rows -> features, the same function that the data were prepared with.
+        variants: epochs after which the changes repeat, so that what a model makes of the changed
+            rows can be kept; None draws others in each epoch.
     """
 
     augmenter: Augmenter
     encode: Callable[[list[Row]], Sequence[Mapping[str, Any]]]
+    variants: int | None = None
+
+    def version(self, epochs: Int64Array) -> Int64Array:
+        """Return the epoch whose changes rows of some epochs have, int64 [n]."""
+        return epochs if self.variants is None else epochs % self.variants
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,32 @@ class AugmentedReader:
 
     def describe(self) -> dict[str, Any]:
         """Returns what the changes depend on, as JSON."""
-        return self._augmentation.augmenter.describe()
+        found = self._augmentation.augmenter.describe()
+        variants = self._augmentation.variants
+        return found if variants is None else {**found, "variants": variants}
+
+    def variants_of(self, epochs: Int64Array) -> Int64Array | None:
+        """Returns which of a fixed number of versions rows have, None if there is no such number.
+
+        Args:
+            epochs: the epoch of each row, int64 [n].
+        """
+        fixed = self._augmentation.variants is not None
+        return self._augmentation.version(epochs) if fixed else None
+
+    def number_versions(
+        self, micro_batches: Sequence[MicroBatch], *, parts: Sequence[Part], epochs: Int64Array
+    ) -> None:
+        """Notes in micro-batches which version of each row they have, if versions come again.
+
+        Args:
+            micro_batches: of a step.
+            parts: where their rows are among the step's.
+            epochs: the epoch of each of the step's rows, int64.
+        """
+        versions = self.variants_of(epochs)
+        for part, micro_batch in zip(parts, micro_batches, strict=True):
+            micro_batch.variants = None if versions is None else versions[part.places]
 
     def read(
         self, rows: Int64Array, epochs: Int64Array, *, columns: Collection[str] | None = None
@@ -115,7 +147,8 @@ class AugmentedReader:
         """
         statistics = AugmentStatistics()
         try:
-            features = self._features(rows, epochs, statistics=statistics)
+            versions = self._augmentation.version(epochs)
+            features = self._features(rows, versions, statistics=statistics)
         except ValueError as error:
             place = place_of(rows, dataset=self._dataset)
             raise ValueError(f"augmenting {place}: {error}") from error
@@ -141,13 +174,14 @@ class AugmentedReader:
             epoch: the epoch whose changes are shown.
         """
         raw = self._dataset.take(rows, columns={RAW_COLUMN, "source_row"})
+        (version,) = self._augmentation.version(np.array([epoch])).tolist()
         sources = np.asarray(raw["source_row"]).tolist()
         for source, text, count in zip(
             sources, raw[RAW_COLUMN], self._count[rows].tolist(), strict=True
         ):
             before = json.loads(str(text))
             after, changes = self._augmentation.augmenter.apply(
-                before, seed=self._seed, epoch=epoch, row=source
+                before, seed=self._seed, epoch=version, row=source
             )
             if changes.changed:
                 (features,) = self._encoded([{**after, "source_row": 0}])

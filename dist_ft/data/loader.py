@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -116,8 +116,8 @@ class StepLoader:
         plan: sizes, seed and this rank.
         mixture: assigns steps to tasks.
         augmentation: how the tasks named are augmented; the others are read as prepared.
-        pin_memory: `iterate` delivers tensors in page-locked memory, from which a GPU copies while
-            it computes; needs a GPU.
+        pin_memory: `iterate` delivers tensors in page-locked memory; needs a GPU.
+        on_read: called by `iterate`, in the thread that reads ahead, with each step's batch.
 
     Raises:
         ValueError: tasks, specs, mixture and augmentation don't agree.
@@ -132,6 +132,7 @@ class StepLoader:
         mixture: Mixture,
         augmentation: Mapping[str, Augmentation] | None = None,
         pin_memory: bool = False,
+        on_read: Callable[[StepBatch], None] | None = None,
     ) -> None:
         if mixture.tasks != len(datasets):
             raise ValueError(
@@ -145,6 +146,7 @@ class StepLoader:
         self._plan = plan
         self._mixture = mixture
         self._pin_memory = pin_memory
+        self._on_read = on_read
         self._tasks = tuple(datasets)
         self._readers = {
             task: AugmentedReader(datasets[task], augmentation=how, seed=plan.seed, task=task)
@@ -207,6 +209,8 @@ class StepLoader:
         if len(np.unique(selected.rows)) < len(selected.rows):
             for micro_batch in micro_batches:
                 micro_batch.distinct = False
+        if (reader := self._readers.get(selected.task)) is not None:
+            reader.number_versions(micro_batches, parts=parts, epochs=selected.epochs)
         return StepBatch(
             step=step,
             task=selected.task,
@@ -305,6 +309,8 @@ class StepLoader:
             # Here, in the thread: it is a copy, into memory that torch keeps for the next ones.
             for micro_batch in batch.micro_batches:
                 micro_batch.pin()
+        if self._on_read is not None:
+            self._on_read(batch)
         return batch
 
     def state_dict(self, step: int) -> dict[str, Any]:

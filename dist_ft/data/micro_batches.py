@@ -80,6 +80,8 @@ class MicroBatch:
         tokens: useful tokens, padding not counted; 0 for a filler.
         loss_weight: 1.0, or 0.0 for a filler, which only keeps the ranks in step.
         distinct: whether no other micro-batch of the step, on any rank, has one of the rows.
+        variants: which augmented version of each row this is, int64 [n]; None if the versions are
+            not numbered: rows are not augmented, or each epoch anew.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -90,6 +92,7 @@ class MicroBatch:
     tokens: int
     loss_weight: float
     distinct: bool = True
+    variants: Int64Array | None = None
 
     def pin(self) -> None:
         """Moves the tensors into page-locked memory."""

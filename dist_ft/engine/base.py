@@ -62,6 +62,23 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
+class PrefixCounts:
+    """What a step found of the frozen prefix in the cache.
+
+    Attributes:
+        rows: Rows of this rank that start from a cached frozen prefix.
+        found: Those of them for which the cache had the hidden states.
+        wait_s: How long the step waited for them, seconds.
+        parked_bytes: Weights of the prefix that were away from the device in this step.
+    """
+
+    rows: int = 0
+    found: int = 0
+    wait_s: float = 0.0
+    parked_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What one optimizer step did.
 
@@ -74,8 +91,7 @@ class StepResult:
         turn_shares: This rank's share of each: the sum over ranks is the turn's loss.
         shared_norms: Global L2 norm of each turn's gradient in the topmost matrices that all tasks
             share, of the loss as it is weighed; None unless it was asked for.
-        prefix_rows: Rows of this rank that start from a cached frozen prefix.
-        prefix_found: Those of them for which the cache had the hidden states.
+        prefix: How much of the frozen prefix this rank found in the cache.
         refused: Why the update was left out, the same on every rank; None if it was made.
         lacked_memory: What this rank's device had no room for; the step is then refused.
     """
@@ -84,8 +100,7 @@ class StepResult:
     grad_norm: float | None
     refused: str | None = None
     lacked_memory: str | None = None
-    prefix_rows: int = 0
-    prefix_found: int = 0
+    prefix: PrefixCounts = PrefixCounts()
     turn_losses: tuple[float, ...] = ()
     turn_shares: tuple[float, ...] = ()
     shared_norms: tuple[float, ...] | None = None

@@ -47,7 +47,8 @@ from dist_ft.engine.held_rows import HeldRows, held_elements, row_widths
 from dist_ft.engine.layer_modes import LayerModes
 from dist_ft.engine.mixing import Mixing
 from dist_ft.engine.own_time import OwnTime
-from dist_ft.engine.trunk_pass import TrunkPass, prefix_counts
+from dist_ft.engine.parking import ParkedPrefix
+from dist_ft.engine.trunk_pass import TrunkPass, needs_prefix, prefix_counts
 from dist_ft.engine.turns import OwnTurn, Turn
 from dist_ft.optim.adamw import GroupAdamW
 from dist_ft.optim.param_groups import ParamGroup
@@ -112,13 +113,15 @@ class DeepSpeedEngine:
             deepspeed_options.zero_stage, options.precision, dist.get_rank(), self._world
         )
         self._states = GroupStates(self._sizes, partitioning)
+        whole = deepspeed_options.zero_stage < 3 and switch == "rebuild"
+        self._prefix = ParkedPrefix.of(self._modes.passes, module, can_go=whole)
         self._mixing = Mixing(options.seed)
         self._average = WeightAverage(options.averaging, self._sizes, partitioning)
         self._loss_scale: dict[str, float] = {}  # of the engine that was taken down last
         self._own_time = OwnTime()
         self._engine: Any = None
-        self._inner: GroupAdamW | None = None
         self._stepper: Any = None
+        self._inner: GroupAdamW | None = None
         self._probe = GradientProbe(gradient_factor(deepspeed_options))
         self._universe: frozenset[str] = frozenset(g.layer_group for g in self._groups)
 
@@ -128,7 +131,7 @@ class DeepSpeedEngine:
 
     def set_trainable(self, groups: Iterable[str]) -> PhaseReport:
         """Train exactly these layer groups from the next step on; see `Engine.set_trainable`."""
-        self.before_change()
+        self._have_all_weights()
         began = time.monotonic()
         wanted = frozenset(groups)
         returning = wanted - self._trainable
@@ -146,6 +149,10 @@ class DeepSpeedEngine:
         self._average.park(wanted)
         self._modes.apply(wanted, weight=self._weights.whole)
         return self._report(how, seconds=time.monotonic() - began)
+
+    def _have_all_weights(self) -> None:
+        self.before_change()
+        self._prefix.bring_back()
 
     def _rebuild(self, held: frozenset[str], *, wanted: frozenset[str]) -> None:
         self._take_down()
@@ -255,19 +262,15 @@ class DeepSpeedEngine:
         self._modes.enter_train(self.module)
         turns = (OwnTurn(task, micro_batches, global_count), *joined)
         tasks = frozenset(turn.task for turn in turns)
-        ways = self._modes.passes.of_turns(
-            step, turns=turns, device=engine.device, in_step=self._ds.zero_stage == 3
-        )
+        stage3 = self._ds.zero_stage == 3
+        passes = self._modes.passes
+        ways = passes.of_turns(step, turns=turns, device=engine.device, in_step=stage3)
+        self._prefix.settle(needed=needs_prefix(ways))
         mixed = self._begin_mixing(step, tasks=tasks)
         accumulation = Accumulation(
-            engine,
-            run=self._run,
-            passes=self._modes.passes,
-            own_time=self._own_time,
-            probe=self._probe,
-            options=self.options,
-            deepspeed_options=self._ds,
-        )
+            engine, run=self._run, passes=passes, own_time=self._own_time, probe=self._probe,
+            options=self.options, deepspeed_options=self._ds,
+        )  # fmt: skip
         with self._probe.watching(self._shared(), turns=len(turns)):
             losses = accumulation.over(step, turns=turns, ways=ways)
         self._mixing.end()
@@ -288,10 +291,10 @@ class DeepSpeedEngine:
             done.norm,
             done.refused,
             lacked_memory=accumulation.lacked,
+            prefix=prefix_counts(ways, parked_bytes=self._prefix.parked_bytes),
             turn_losses=tuple(total * len(turns) for total in done.sums),
             turn_shares=tuple(share * len(turns) for share in shares),
             shared_norms=self._probe.norms(),
-            **prefix_counts(ways),
         )
 
     def _reached(self, tasks: frozenset[str]) -> list[int]:
@@ -325,7 +328,7 @@ class DeepSpeedEngine:
 
     def averaged(self) -> AbstractContextManager[None]:
         """Let forwards inside the context use the average of the weights, if one is kept."""
-        self.before_change()
+        self._have_all_weights()
         working = WorkingWeights(self._engine, self._ds.zero_stage)
         return replaced(self._average, working=working, weights=self._weights)
 
@@ -356,16 +359,17 @@ class DeepSpeedEngine:
 
     def state(self) -> EngineState:
         """Return this rank's share of weights, masters, moments and step counts, as views."""
+        self._prefix.bring_back()
         slices, steps = self._states.export()
-        slices = [*self._weights.slices(), *slices]
         scale = read_loss_scale(self._engine, precision=self.options.precision)
+        slices = [*self._weights.slices(), *slices]
         state = EngineState(slices, steps, tuple(sorted(self._trainable)), scale)
         return self._average.add_to(state)
 
     @torch.no_grad()
     def load_state(self, source: StateSource) -> None:
         """Take over saved state; the phase that it was saved in, or another, must be set."""
-        self.before_change()
+        self._have_all_weights()
         self._weights.load(source)
         self._states.load(source)
         self._states.settle(self._trainable)
@@ -376,15 +380,16 @@ class DeepSpeedEngine:
 
     def full_weights(self) -> dict[str, Tensor]:
         """Return whole parameters by name on the host: on rank 0, elsewhere an empty dict."""
+        self._have_all_weights()
         return self._weights.gather()
 
     def close(self) -> None:
         """Free weights and optimizer state; neither the engine nor its module is of use then.
 
-        Letting go of the object is not enough: DeepSpeed's hooks and attributes keep engine and
-        parameters alive through references that no collection sees (0.2 GiB for MiniLM).
+        Letting go of the object is not enough: DeepSpeed's hooks keep engine and parameters alive
+        through references that no collection sees.
         """
-        self.before_change()
+        self._have_all_weights()
         if self._engine is not None:
             self._take_down()
         self._states.clear()

@@ -14,7 +14,8 @@ from dist_ft.engine.ds_config import DeepSpeedOptions, averages
 from dist_ft.engine.gradient_probe import GradientProbe
 from dist_ft.engine.out_of_memory import MemoryGuard, OneRow
 from dist_ft.engine.own_time import OwnTime
-from dist_ft.engine.trunk_pass import TrunkPass, TrunkPasses
+from dist_ft.engine.trunk_pass import TrunkPass
+from dist_ft.engine.trunk_passes import TrunkPasses
 from dist_ft.engine.turns import Turn, Work, passes_of, work_of
 
 

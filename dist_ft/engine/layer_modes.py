@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from dist_ft.engine.trunk_pass import TrunkPasses
+from dist_ft.engine.trunk_passes import TrunkPasses
 from dist_ft.freezing.schedule import frozen_prefix
 from dist_ft.model.backbone import MultiTaskModel
 from dist_ft.model.layer_groups import LayerGroup
@@ -89,6 +89,10 @@ class LayerModes:
         self._trains = None
         self.passes.enter_phase(trainable, weight=weight)
         self._prefix = frozen_prefix(self.order, trainable)
+        if (trunk := self.passes.trunk) is not None:
+            below = self.order[: self.order.index(trunk.group_names[0])]
+            frozen = bool(below) and set(below) <= set(self._prefix)
+            trunk.still = frozen and not self.prefix_dropout
         if self.checkpointing == "none":
             return
         below = False

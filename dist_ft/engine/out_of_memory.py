@@ -36,6 +36,7 @@ class OneRow:
     rows: npt.NDArray[np.int64] = field(default_factory=lambda: np.arange(0))
     loss_weight: float = 0.0
     distinct: bool = False
+    variants: npt.NDArray[np.int64] | None = None
 
     @classmethod
     def of(cls, batch: MicroBatchLike) -> OneRow:
@@ -45,6 +46,7 @@ class OneRow:
             {name: value[:1] for name, value in batch.targets.items()},
             index=batch.index,
             rows=batch.rows[:1],
+            variants=None if batch.variants is None else batch.variants[:1],
         )
 
 

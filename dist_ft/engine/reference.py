@@ -138,7 +138,7 @@ class ReferenceEngine:
         return StepResult(
             losses.sum(), norm, refused, lacked_memory=lacked, turn_losses=own,
             turn_shares=own, shared_norms=norms,
-            **prefix_counts(ways),
+            prefix=prefix_counts(ways),
         )  # fmt: skip
 
     def _accumulate(

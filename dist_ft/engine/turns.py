@@ -40,6 +40,11 @@ class MicroBatchLike(Protocol):
         ...
 
     @property
+    def variants(self) -> npt.NDArray[np.int64] | None:
+        """Which augmented version of each row this is; None if rows have only one."""
+        ...
+
+    @property
     def distinct(self) -> bool:
         """Whether no other micro-batch of the step has one of the rows."""
         ...

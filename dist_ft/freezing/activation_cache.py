@@ -1,7 +1,7 @@
 """The activation cache: what a frozen prefix returns for a row, computed once and kept on disk.
 
 A store holds one task's rows at one boundary. Its rows lie one after the other without padding, so
-where a row is follows from the lengths alone, every rank of a host maps the same file, and nothing
+where a row is follows from the lengths alone, every rank of a host uses the same file, and nothing
 has to be announced or merged: a row is there when its index entry says so. An entry names the
 optimizer step that wrote the row and a hash of what was written.
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,13 +24,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import xxhash
 from torch import Tensor
+
+from dist_ft.freezing.row_store import FoundRows, RowKeys, RowStore
 
 log = logging.getLogger("dist_ft")
 
-Int64Array = npt.NDArray[np.int64]
-_INDEX = np.dtype([("step", "<i8"), ("hash", "<u8")])
+
+@dataclass(frozen=True)
+class CachedTask:
+    """A task whose rows are kept.
+
+    Attributes:
+        room: tokens that each row may have, int [rows].
+        variants: how many augmented versions of each row there are; 1 without augmentation.
+        data: names the data and their augmentation: what was kept of others is not taken for it.
+    """
+
+    room: npt.NDArray[Any]
+    variants: int = 1
+    data: str = ""
 
 
 @dataclass
@@ -42,7 +54,7 @@ class ActivationCache:
 
     Attributes:
         folder: where the stores lie; nothing else may lie there.
-        lengths: tokens of each row of each task that is cached, int [rows].
+        tasks: the tasks whose rows are kept.
         width: size of a hidden state.
         dtype: type of its values, that of the model's weights.
         budget_bytes: the most bytes of all stores together. Boundaries come in the order in which
@@ -51,12 +63,12 @@ class ActivationCache:
     """
 
     folder: Path
-    lengths: Mapping[str, npt.NDArray[Any]]
+    tasks: Mapping[str, CachedTask]
     width: int
     dtype: torch.dtype
     budget_bytes: int
     damaged: int = 0
-    _stores: dict[tuple[str, int], _Store] = field(default_factory=dict)
+    _stores: dict[tuple[str, int], RowStore] = field(default_factory=dict)
 
     def open(self, boundaries: Sequence[tuple[int, str]]) -> int:
         """Keep these boundaries and forget all others; return the bytes that they may take.
@@ -67,101 +79,89 @@ class ActivationCache:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         wanted = {
-            (task, boundary): f"{task}.{boundary}.{fingerprint}"
+            (task, boundary): ".".join((task, str(boundary), fingerprint, about.data)).strip(".")
             for boundary, fingerprint in boundaries
-            for task in self.lengths
+            for task, about in self.tasks.items()
         }
         for path in self.folder.iterdir():
             if path.name.rpartition(".")[0] not in wanted.values():
                 path.unlink(missing_ok=True)  # another rank may have been quicker
         left = self.budget_bytes
         # Opened anew even if known: with less to keep there may be room for more of its rows.
-        self._stores = {}
+        stores: dict[tuple[str, int], RowStore] = {}
         for key, name in wanted.items():
-            self._stores[key] = self._make(name, task=key[0], budget=left)
-            left -= self._stores[key].nbytes
+            stores[key] = self._make(name, task=key[0], budget=left)
+            left -= stores[key].nbytes
+        self._stores = stores
         return self.budget_bytes - left
 
-    def _make(self, name: str, *, task: str, budget: int) -> _Store:
-        row_bytes = self.lengths[task].astype(np.int64) * self.width * self.dtype.itemsize
-        ends = np.cumsum(row_bytes)
-        rows = int(np.searchsorted(ends, budget, side="right"))
-        store = _Store(name, row_bytes[:rows], ends[:rows] - row_bytes[:rows])
+    def _make(self, name: str, *, task: str, budget: int) -> RowStore:
+        about = self.tasks[task]
+        room = about.room.astype(np.int64)
+        store = RowStore(name, room, about.variants, self.width, self.dtype)
+        store.fit(budget)
         try:
             store.open(self.folder)
         except OSError as error:
             log.warning("%s can't hold %s (%s): its rows are not kept", self.folder, name, error)
-            store = _Store(name, row_bytes[:0], ends[:0])
+            store.fit(0)
         return store
-
-    def tasks(self) -> frozenset[str]:
-        """Return the tasks whose rows are kept."""
-        return frozenset(self.lengths)
 
     def nbytes(self) -> int:
         """Return the bytes of all stores."""
         return sum(store.nbytes for store in self._stores.values())
 
     def read(
-        self, task: str, boundary: int, *, rows: Int64Array, step: int
-    ) -> tuple[npt.NDArray[np.bool_], Tensor]:
-        """Return which rows are there, and their hidden states one after the other.
+        self, boundary: int, *, keys: RowKeys, step: int, early: FoundRows | None = None
+    ) -> FoundRows:
+        """Return the hidden states of rows that are there.
 
         Args:
-            task: the task.
             boundary: the boundary.
-            rows: rows of the task, int64 [n].
+            keys: the rows.
             step: the step that reads; rows that it or a later one wrote are not there.
-
-        Returns:
-            Bool [n], and [tokens of the rows that are there, width] on the CPU.
+            early: what `read_ahead` returned for these rows; read again if more is there by now.
         """
-        store = self._stores[task, boundary]
-        parts: list[npt.NDArray[np.uint8]] = []
-        there = np.zeros(len(rows), dtype=np.bool_)
-        for place in np.flatnonzero(store.written(rows, before=step)).tolist():
-            part = store.row(int(rows[place]))
-            if part is None:
-                self.damaged += 1
-                log.warning("%s: row %d is damaged and is computed again", store.name, rows[place])
-                continue
-            there[place] = True
-            parts.append(part)
-        if not parts:
-            return there, torch.empty(0, self.width, dtype=self.dtype)
-        flat = torch.from_numpy(np.concatenate(parts))
-        return there, flat.view(self.dtype).view(-1, self.width)
+        store = self._stores[keys.task, boundary]
+        if early is not None and early.store is store and early.keys.same_as(keys):
+            written = store.written(keys, before=step)
+            if np.array_equal(written, early.there):
+                return early
+        found = store.read(keys, before=step)
+        if len(found.damaged):
+            self.damaged += len(found.damaged)
+            rows = ", ".join(map(str, found.damaged[:8].tolist()))
+            log.warning("%s: rows %s are damaged and are computed again", store.name, rows)
+        return found
 
-    def missing(
-        self, task: str, boundary: int, *, rows: Int64Array, step: int, verify: bool
-    ) -> bool:
-        """Return whether a row is not there for `step`.
+    def read_ahead(
+        self, boundary: int, *, keys: RowKeys, step: int, pin: bool = False
+    ) -> FoundRows | None:
+        """Return what is there now for a later step, from any thread; None if nothing is kept.
 
         Args:
-            task: the task.
             boundary: the boundary.
-            rows: rows of the task, int64 [n].
-            step: the step that is to read.
-            verify: read the rows, too; a damaged one is not there.
+            keys: the rows.
+            step: the step that will want them.
+            pin: read into page-locked memory.
         """
-        store = self._stores[task, boundary]
-        if not store.written(rows, before=step).all():
-            return True
-        return verify and any(store.row(row) is None for row in rows.tolist())
+        store = self._stores.get((keys.task, boundary))
+        return None if store is None else store.read(keys, before=step, pin=pin)
 
-    def write(
-        self, task: str, boundary: int, *, rows: Int64Array, hidden: Tensor, step: int
-    ) -> None:
+    def write(self, boundary: int, *, keys: RowKeys, hidden: Tensor, step: int) -> None:
         """Keep the hidden states of rows, [their tokens, width] one row after the other."""
-        store = self._stores.get((task, boundary))
-        if store is None:
-            return
-        values = hidden.to("cpu", self.dtype).contiguous().view(torch.uint8).view(-1).numpy()
-        sizes = self.lengths[task][rows].astype(np.int64) * self.width * self.dtype.itemsize
-        ends = np.cumsum(sizes)
-        assert ends[-1] == len(values), "rows have another length than they had when prepared"
-        for row, start, end in zip(rows.tolist(), ends - sizes, ends, strict=True):
-            store.put(row, values[start:end], step=step)
+        store = self._stores.get((keys.task, boundary))
+        if store is not None:
+            store.write(keys, hidden=hidden, step=step)
+
+    def complete(self, boundary: int) -> bool:
+        """Return whether every row of every task is there for later steps."""
+        return all(self._stores[task, boundary].complete() for task in self.tasks)
+
+    def drop_from_memory(self) -> None:
+        """Let the system forget what it keeps of the files in memory; a read is then the disk's."""
+        for store in self._stores.values():
+            store.drop_from_memory()
 
     def close(self) -> None:
         """Forget and delete everything."""
@@ -169,62 +169,3 @@ class ActivationCache:
         shutil.rmtree(self.folder, ignore_errors=True)  # other ranks do the same
         with contextlib.suppress(OSError):
             self.folder.parent.rmdir()  # unless another host has its folder there
-
-
-@dataclass
-class _Store:
-    """One task's rows at one boundary; rows beyond the budget are never there."""
-
-    name: str
-    sizes: Int64Array
-    starts: Int64Array
-    _index: npt.NDArray[Any] | None = None
-    _data: npt.NDArray[np.uint8] | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return int(self.sizes.sum())
-
-    def open(self, folder: Path) -> None:
-        if not len(self.sizes):
-            return
-        data, index = folder / f"{self.name}.data", folder / f"{self.name}.index"
-        for path, size in ((data, self.nbytes), (index, len(self.sizes) * _INDEX.itemsize)):
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                # All at once: a full disk is an error here, and not a bus error at some later row.
-                os.posix_fallocate(file, 0, size)
-            except OSError:
-                path.unlink(missing_ok=True)
-                raise
-            finally:
-                os.close(file)
-        self._data = np.memmap(data, dtype=np.uint8, mode="r+")
-        self._index = np.memmap(index, dtype=_INDEX, mode="r+")
-
-    def written(self, rows: Int64Array, *, before: int) -> npt.NDArray[np.bool_]:
-        found = np.zeros(len(rows), dtype=np.bool_)
-        if self._index is not None:
-            inside = rows < len(self.sizes)
-            steps = self._index["step"][rows[inside]]  # a new file is all 0; steps are kept plus 1
-            found[inside] = (steps > 0) & (steps <= before)
-        return found
-
-    def row(self, row: int) -> npt.NDArray[np.uint8] | None:
-        assert self._data is not None
-        assert self._index is not None
-        start = int(self.starts[row])
-        part = self._data[start : start + int(self.sizes[row])]
-        return (
-            part if xxhash.xxh3_64_intdigest(part.data) == int(self._index["hash"][row]) else None
-        )
-
-    def put(self, row: int, values: npt.NDArray[np.uint8], *, step: int) -> None:
-        if row >= len(self.sizes):
-            return
-        assert self._data is not None
-        assert self._index is not None
-        start = int(self.starts[row])
-        self._data[start : start + len(values)] = values
-        self._index["hash"][row] = xxhash.xxh3_64_intdigest(values.data)
-        self._index["step"][row] = step + 1  # last: now the row is there

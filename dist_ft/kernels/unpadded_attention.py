@@ -87,6 +87,7 @@ def unpadded_attention(
     dropout: float = 0.0,
     *,
     flash: bool = True,
+    position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Return the attention of each row of a flat stream to itself.
@@ -102,6 +103,8 @@ def unpadded_attention(
         scaling: factor of the scores; by default 1 / sqrt(head size).
         dropout: share of attention weights that are dropped.
         flash: whether GPUs may run torch's variable-length flash attention.
+        position_bias: added to the scores of each row, [1, heads, longest, longest] with the
+            longest row's length; a shorter row gets its upper left corner.
         kwargs: what else transformers passes; a truth value of its own for `is_causal`.
 
     Returns:
@@ -120,14 +123,22 @@ def unpadded_attention(
     rows: RowRuns = source.rows.runs
     causal = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", False) if causal is None else causal)
+    if position_bias is not None and (causal or position_bias.shape[-1] < rows.longest):
+        raise ValueError(
+            f"{type(module).__name__} has a position bias of shape {tuple(position_bias.shape)}"
+            f" for rows of {rows.longest} tokens{', and is causal' if causal else ''}, which "
+            "rows without padding do not support: set model.padding: padded"
+        )
     if (
         flash
+        and position_bias is None
         and query.is_cuda
         and dropout == 0.0
         and query.dtype in (torch.float16, torch.bfloat16)
     ):
         return _flash(query, key, value, rows=rows, scaling=scaling, causal=causal), None
-    return _by_run(query, key, value, rows, scaling=scaling, dropout=dropout, causal=causal), None
+    options = {"scale": scaling, "dropout_p": dropout, "is_causal": causal}
+    return _by_run(query, key, value, rows, bias=position_bias, options=options), None
 
 
 def _flash(
@@ -150,9 +161,8 @@ def _by_run(
     value: Tensor,
     rows: RowRuns,
     *,
-    scaling: float | None,
-    dropout: float,
-    causal: bool,
+    bias: Tensor | None,
+    options: dict[str, Any],
 ) -> Tensor:
     """Run one dense attention for each run of rows of one length."""
     sizes = [count * length for count, length in rows.runs]
@@ -165,8 +175,8 @@ def _by_run(
         for (count, length), part in zip(rows.runs, parts, strict=True):
             q, k, v = (t.unflatten(1, (count, length)).transpose(0, 1) for t in part)
             out = F.scaled_dot_product_attention(
-                q, k, v, dropout_p=dropout, is_causal=causal, scale=scaling,
-                enable_gqa=q.shape[1] != k.shape[1],
+                q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options,
+                attn_mask=None if bias is None else bias[:, :, :length, :length].to(q.dtype),
             )  # fmt: skip
             outputs.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[None]

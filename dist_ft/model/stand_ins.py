@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,15 +24,24 @@ class _StandIn(nn.Module):
 class SkippedBlock(_StandIn):
     """Hands the hidden states that it gets on, or what `change` makes of them."""
 
-    def __init__(
-        self,
-        original: nn.Module,
-        *,
-        returns_tuple: bool,
-        change: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
+    def __init__(self, original: nn.Module) -> None:
         super().__init__(original)
-        vars(self).update(returns_tuple=returns_tuple, change=change)
+        self.set(others=None)
+
+    def set(
+        self,
+        *,
+        others: tuple[Any, ...] | None,
+        change: Callable[[Tensor], Tensor] | None = None,
+    ) -> SkippedBlock:
+        """Say what the next forwards return; return this block.
+
+        Args:
+            others: What comes after the hidden states; None returns these alone, in no tuple.
+            change: Makes the hidden states that are returned from those that come in.
+        """
+        vars(self).update(others=others, change=change)
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return hidden states as the block would, alone or in a tuple."""
@@ -40,15 +49,21 @@ class SkippedBlock(_StandIn):
         change = vars(self)["change"]
         if change is not None:
             hidden = change(hidden)
-        return (hidden,) if vars(self)["returns_tuple"] else hidden
+        others = vars(self)["others"]
+        return hidden if others is None else (hidden, *others)
 
 
 class NoEmbedding(_StandIn):
     """Returns zeros that take no memory, in the shape of the embeddings."""
 
-    def __init__(self, original: nn.Module, *, like: Tensor, width: int) -> None:
+    def __init__(self, original: nn.Module, *, width: int) -> None:
         super().__init__(original)
-        vars(self).update(like=like, width=width)
+        vars(self).update(like=None, width=width)
+
+    def set(self, *, like: Tensor) -> NoEmbedding:
+        """Say which type and device the zeros have; return this module."""
+        vars(self)["like"] = like
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Return zeros [rows, length, width], rows and length as in the first argument."""
@@ -57,28 +72,27 @@ class NoEmbedding(_StandIn):
         return vars(self)["like"].new_zeros(1).expand(rows, length, vars(self)["width"])
 
 
-Places = Mapping[nn.Module, Sequence[tuple[nn.Module, str]]]
+class Places:
+    """Where modules hang below a root: found once, as looking for them walks the whole tree."""
 
+    def __init__(self, root: nn.Module) -> None:
+        """Look at everything below `root`, which must keep its modules."""
+        self._found: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+        for owner in root.modules():
+            for name, child in owner._modules.items():
+                if child is not None:
+                    self._found.setdefault(child, []).append((owner, name))
 
-def places_below(root: nn.Module) -> Places:
-    """Return where the modules below `root` are: their owners, and their names there."""
-    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
-    for owner in root.modules():
-        for name, child in owner._modules.items():
-            if child is not None:
-                places.setdefault(child, []).append((owner, name))
-    return places
+    @contextmanager
+    def swapped(self, stand_ins: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
+        """Put stand-ins in the places of modules inside the context."""
+        try:
+            self._put(stand_ins)
+            yield
+        finally:
+            self._put({module: module for module in stand_ins})
 
-
-@contextmanager
-def swapped(places: Places, stand_ins: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
-    """Put stand-ins in the places of modules inside the context."""
-    for module, stand_in in stand_ins.items():
-        for owner, name in places.get(module, ()):
-            owner._modules[name] = stand_in
-    try:
-        yield
-    finally:
-        for module in stand_ins:
-            for owner, name in places.get(module, ()):
-                owner._modules[name] = module
+    def _put(self, modules: Mapping[nn.Module, nn.Module]) -> None:
+        for module, instead in modules.items():
+            for owner, name in self._found[module]:
+                owner._modules[name] = instead

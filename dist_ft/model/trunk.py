@@ -15,6 +15,7 @@ architecture that it is right.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +28,8 @@ from dist_ft.kernels import unpadded_attention
 from dist_ft.model.backbone import MultiTaskModel
 from dist_ft.model.flat_rows import FlatRows
 from dist_ft.model.layer_groups import LayerGroup
-from dist_ft.model.stand_ins import NoEmbedding, Places, SkippedBlock, places_below, swapped
+from dist_ft.model.relative_positions import handed_on, limit_length, modules_with_bias
+from dist_ft.model.stand_ins import NoEmbedding, Places, SkippedBlock
 
 
 @dataclass
@@ -43,6 +45,8 @@ class Trunk:
         widths: the size of the hidden states that those return which return any.
         width: size of the hidden states between blocks, known after `check`.
         flat: whether the blocks run without padding.
+        still: whether dropout between the embeddings and the first block is off: they are frozen,
+            and what they return is to be the same each time.
         rows: the micro-batch that runs, or ran last: its backward may run blocks again.
     """
 
@@ -54,12 +58,16 @@ class Trunk:
     widths: dict[nn.Module, int] = field(default_factory=dict)
     width: int = 0
     flat: bool = False
+    still: bool = False
     rows: FlatRows | None = None
     captured: dict[int, Tensor] = field(default_factory=dict)
     _capture: frozenset[int] = frozenset()
-    _returns_tuple: bool = False
+    _others: tuple[Any, ...] | None = None
+    _held: list[nn.Module] = field(default_factory=list)
+    _places: Places = field(init=False)
+    _skips: dict[nn.Module, SkippedBlock] = field(default_factory=dict)
+    _empty: dict[nn.Module, NoEmbedding] = field(default_factory=dict)
     _attention: dict[int, tuple[Any, str | None]] = field(default_factory=dict)
-    _places: Places = field(default_factory=dict)
 
     @classmethod
     def find(cls, model: MultiTaskModel, *, groups: Sequence[LayerGroup]) -> Trunk:
@@ -85,19 +93,61 @@ class Trunk:
 
     def _install(self) -> None:
         unpadded_attention.register()
-        self._places = places_below(self.root)
+        self.root.register_forward_pre_hook(self._hold)
+        self._places = Places(self.root)
+        self._skips = {block: SkippedBlock(block) for block in self.blocks}
         for index, block in enumerate(self.blocks):
+            for module in modules_with_bias(block):
+                limit_length(module, self._longest)
             block.register_forward_pre_hook(self._before, with_kwargs=True)
             block.register_forward_hook(self._after_block(index))
             for module in block.modules():
                 vars(module)["row_source"] = self
-        for module in self.root.modules():
+        for config in self._own_configs():
+            self._attention[id(config)] = (config, config._attn_implementation)
+
+    def _own_configs(self) -> list[Any]:
+        """Return the configurations that say which attention runs, none of them used elsewhere.
+
+        The encoder and decoder of some models read one object: the encoder then gets a copy.
+        """
+        inside = set(self.root.modules())
+        outside = {
+            id(getattr(m, "config", None))
+            for m in self.whole.modules()
+            if m is not self.whole and m not in inside
+        }
+        found: dict[int, Any] = {}
+        for module in inside:
             config: Any = getattr(module, "config", None)
-            if config is not None and hasattr(config, "_attn_implementation"):
-                self._attention[id(config)] = (config, config._attn_implementation)
+            if config is None or not hasattr(config, "_attn_implementation"):
+                continue
+            if id(config) not in found:
+                found[id(config)] = copy.copy(config) if id(config) in outside else config
+            vars(module)["config"] = found[id(config)]
+        return list(found.values())
+
+    def _longest(self) -> int | None:
+        return self.rows.runs.longest if self.flat and self.rows is not None else None
+
+    def _hold(self, module: nn.Module, args: Any) -> None:
+        """Switch off what the root itself drops, until the first block begins."""
+        del args
+        if self.still:
+            # T5 drops by one module below and above its blocks, BART by a function.
+            own = [module, *(m for m in module.children() if isinstance(m, nn.Dropout))]
+            self._held = [m for m in own if m.training]
+            for m in self._held:
+                m.training = False
+
+    def _release(self) -> None:
+        for m in self._held:
+            m.training = True
+        self._held = []
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         del module
+        self._release()
         if not self.flat or self.rows is None:
             return None
         known = self.rows.flatten_known
@@ -106,14 +156,17 @@ class Trunk:
     def _after_block(self, index: int) -> Any:
         def after(module: nn.Module, args: Any, output: Any) -> Any:
             del module, args
-            self._returns_tuple = isinstance(output, tuple)
-            hidden = output[0] if self._returns_tuple else output
+            # What blocks return besides is None where they are left out.
+            hidden: Any = output
+            self._others = None
+            if isinstance(output, tuple):
+                hidden, self._others = output[0], (None,) * (len(output) - 1)
             if index + 1 in self._capture:
                 self.captured[index + 1] = self._flattened(hidden)
             if not self.flat or self.rows is None or index + 1 < len(self.blocks):
                 return None
             padded = self.rows.pad(hidden)
-            return (padded, *output[1:]) if self._returns_tuple else padded
+            return padded if self._others is None else (padded, *output[1:])
 
         return after
 
@@ -142,11 +195,25 @@ class Trunk:
         given = hidden[None]
         if not self.flat or boundary == len(self.blocks):
             given = self.rows.pad(given)
-        stand_ins = self._skipped(self.blocks[:boundary], change=lambda _: given)
+
+        def begin(hidden: Tensor) -> Tensor:
+            del hidden
+            self._release()
+            return given
+
+        stand_ins = self._skipped(self.blocks[:boundary], change=begin)
         for module, width in self.widths.items():
-            stand_ins[module] = NoEmbedding(module, like=given, width=width)
-        with swapped(self._places, stand_ins):
+            if module not in self._empty:
+                self._empty[module] = NoEmbedding(module, width=width)
+            stand_ins[module] = self._empty[module].set(like=given)
+        with self._places.swapped(stand_ins):
             yield
+
+    def left_out(self, boundary: int) -> list[nn.Module]:
+        """Return the modules that a forward from `boundary` on does not use in any way."""
+        # The lowest block still makes the position bias that it hands on.
+        lowest = 1 if modules_with_bias(self.blocks[0]) else 0
+        return [*self.widths, *self.blocks[lowest:boundary]]
 
     @torch.no_grad()
     def prefix(
@@ -168,7 +235,7 @@ class Trunk:
         self.prepare(rows)
         self._capture, self.captured = frozenset(boundaries), {}
         try:
-            with swapped(self._places, stand_ins):
+            with self._places.swapped(stand_ins):
                 self._run_root(inputs)
             return self.captured
         finally:
@@ -178,14 +245,20 @@ class Trunk:
         self, blocks: Sequence[nn.Module], *, change: Callable[[Tensor], Tensor] | None
     ) -> dict[nn.Module, nn.Module]:
         """Return stand-ins for neighbouring blocks, the last of which changes what it gets."""
-        made: dict[nn.Module, nn.Module] = {
-            b: SkippedBlock(b, returns_tuple=self._returns_tuple) for b in blocks
+        last = len(blocks) - 1
+        others = self._biases_of(blocks[0]) if blocks else None
+        return {
+            block: self._skips[block].set(others=others, change=change if i == last else None)
+            for i, block in enumerate(blocks)
         }
-        if blocks:
-            made[blocks[-1]] = SkippedBlock(
-                blocks[-1], returns_tuple=self._returns_tuple, change=change
-            )
-        return made
+
+    def _biases_of(self, first: nn.Module) -> tuple[Any, ...] | None:
+        """Return what blocks that are left out, the lowest of them `first`, hand on."""
+        if self._others is None or first is not self.blocks[0]:
+            return self._others
+        assert self.rows is not None
+        biases = handed_on(first, length=self.rows.shape[1])
+        return (*biases, *self._others[len(biases) :])
 
     def _run_root(self, inputs: Mapping[str, Tensor]) -> Any:
         names = ("input_ids", "attention_mask", "token_type_ids")
@@ -203,8 +276,6 @@ class Trunk:
             absent if it can.
         """
         problems: dict[str, str] = {}
-        if self._shares_attention():
-            problems["unpadded"] = "its decoder shares the attention's setting"
         with ExitStack() as stack:
             stack.enter_context(_evaluating(self.root))
             stack.callback(self.prepare, None)
@@ -227,15 +298,6 @@ class Trunk:
                     text = str(error).strip().splitlines() or [type(error).__name__]
                     problems[what] = text[0]
         return problems
-
-    def _shares_attention(self) -> bool:
-        """Return whether modules outside the trunk read the same configuration."""
-        inside = set(self.root.modules())
-        return any(
-            id(getattr(m, "config", None)) in self._attention
-            for m in self.whole.modules()
-            if m is not self.whole and m not in inside
-        )
 
     def _unpadded(self, inputs: Mapping[str, Tensor], rows: FlatRows) -> Tensor:
         self.prepare(rows)

@@ -20,6 +20,13 @@ LEXICONS = ("package:misspellings", "package:wordnet")
 
 def check_augmentation(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
     """Yield transforms that their task can't have, and word lists that aren't there."""
+    augmented = any(task.augmentation for task in recipe.tasks)
+    if recipe.cache.variants is not None and draft.is_sure("tasks") and not augmented:
+        text = (
+            f"repeats the augmentation, and no task has one, got {recipe.cache.variants}: "
+            "remove it, or augment a task"
+        )
+        yield Finding(("cache", "variants"), text)
     for index, task in enumerate(recipe.tasks):
         for number, transform in enumerate(task.augmentation):
             path: RawPath = ("tasks", index, "augmentation", number)

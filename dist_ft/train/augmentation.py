@@ -51,7 +51,12 @@ _ROWS_AT_ONCE = 4096
 
 
 def make_augmentation(
-    config: TaskConfig, *, task: Task, dataset: ShardedDataset, tokenizer: PreTrainedTokenizerBase
+    config: TaskConfig,
+    *,
+    task: Task,
+    dataset: ShardedDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    variants: int | None = None,
 ) -> Augmentation | None:
     """Return how the rows of a task are augmented; None if they are not.
 
@@ -60,6 +65,7 @@ def make_augmentation(
         task: The task, knowing its labels.
         dataset: Its training data, prepared with their raw rows.
         tokenizer: The model's tokenizer.
+        variants: Epochs after which the augmentation repeats; None never repeats it.
 
     Raises:
         ValueError: If a word list is not readable.
@@ -76,6 +82,7 @@ def make_augmentation(
             fields=_fields(config, task=task),
         ),
         encode=lambda rows: task.encode(rows, tokenizer=own),
+        variants=variants,
     )
 
 

@@ -45,7 +45,7 @@ from dist_ft.train.saving import CheckpointWriter
 from dist_ft.train.signals import StopRequest
 from dist_ft.train.stragglers import slow_ranks
 from dist_ft.train.trackers import make_trackers
-from dist_ft.train.trunk_passes import make_passes
+from dist_ft.train.trunk_passes import make_passes, reads_ahead
 
 log = logging.getLogger("dist_ft")
 
@@ -239,7 +239,9 @@ def make_run(
         {task.name: task.loss for task in tasks},
         in_training=kernels.used_in(extra),
     ).to(device)
-    passes = make_passes(recipe, parts, folder=folder, device=device, say=console.say)
+    passes = make_passes(
+        recipe, parts, folder=folder, device=device, say=console.say, recorder=recorder
+    )
     engine = make_engine(recipe, parts, module=module, param_groups=param_groups, passes=passes)
     loader = make_loader(
         recipe,
@@ -248,6 +250,7 @@ def make_run(
         mixture=parts.mixture,
         rank=world.rank,
         world_size=world.world_size,
+        on_read=reads_ahead(passes, turns=parts.turns, device=device),
     )
     run = Run(
         engine=engine,

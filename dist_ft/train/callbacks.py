@@ -21,6 +21,7 @@ from dist_ft.train.intervals import (
     over_all_ranks,
     peak_rss_bytes,
     positions_of,
+    prefix_figures,
 )
 from dist_ft.train.loop import Run
 from dist_ft.train.recorder import Recorder
@@ -110,8 +111,7 @@ class LogSteps(Watcher):
                 self._count(turn, result, share=result.turn_shares[index])
             # Of the whole step: its turns go through the trunk in one.
             first = self._intervals[batch.task]
-            first.prefix_rows += result.prefix_rows
-            first.prefix_found += result.prefix_found
+            first.count_prefix(result.prefix)
         self._wait_s += sum(turn.data_wait_s for turn in batch.turns)
         step = run.progress.step
         if self._intervals and (step % self.every == 0 or step == run.total_steps):
@@ -160,7 +160,7 @@ class LogSteps(Watcher):
                 task_positions=int(positions),
                 data_wait_s=round(interval.wait_s, 4),
                 peak_rss_bytes=peak_rss_bytes(),
-                **({"prefix_hit_share": prefix_found / prefix_rows} if prefix_rows else {}),
+                **prefix_figures(interval, rows=prefix_rows, found=prefix_found),
                 **({"augmentation": changes[task].to_json()} if task in changes else {}),
             )
             self.console.losses[task] = loss

@@ -13,7 +13,7 @@ from dist_ft.engine.ds_config import DeepSpeedOptions
 from dist_ft.engine.layer_modes import LayerModes
 from dist_ft.engine.loss_module import LossModule
 from dist_ft.engine.reference import ReferenceEngine
-from dist_ft.engine.trunk_pass import TrunkPasses
+from dist_ft.engine.trunk_passes import TrunkPasses
 from dist_ft.optim.param_groups import ParamGroup
 from dist_ft.train.parts import Parts
 from dist_ft.train.regularization import averaging

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from dist_ft import dist
 from dist_ft.data.augment.augmenter import AugmentStatistics
 from dist_ft.data.loader import StepBatch
+from dist_ft.engine.base import PrefixCounts
 
 
 @dataclass
@@ -23,7 +24,31 @@ class Interval:
     wait_s: float = 0.0
     prefix_rows: int = 0
     prefix_found: int = 0
+    prefix_wait_s: float = 0.0
+    parked_bytes: int = 0
     changes: AugmentStatistics | None = None
+
+    def count_prefix(self, counts: PrefixCounts) -> None:
+        """Add what a step found of the frozen prefix."""
+        self.prefix_rows += counts.rows
+        self.prefix_found += counts.found
+        self.prefix_wait_s += counts.wait_s
+        self.parked_bytes = counts.parked_bytes
+
+
+def prefix_figures(interval: Interval, *, rows: float, found: float) -> dict[str, float]:
+    """Return what a step event says of the cached frozen prefix, if there is one.
+
+    Args:
+        interval: of this rank.
+        rows: of all ranks, that start from the prefix.
+        found: those of them that were kept.
+    """
+    if not rows:
+        return {}
+    about = {"prefix_hit_share": found / rows, "cache_wait_s": round(interval.prefix_wait_s, 4)}
+    # Whether the weights were away in the interval's last step, on this rank.
+    return {**about, "prefix_parked_bytes": interval.parked_bytes}
 
 
 def over_all_ranks(

@@ -10,7 +10,7 @@ import torch
 from dist_ft.config import Recipe
 from dist_ft.engine.base import DTYPES
 from dist_ft.engine.loss_module import FusedLoss, InTraining
-from dist_ft.engine.trunk_pass import TrunkPasses
+from dist_ft.engine.trunk_passes import TrunkPasses
 from dist_ft.kernels.ops import REFERENCE, Place, choose
 from dist_ft.model.backbone import MultiTaskModel
 from dist_ft.model.scoring_head import ScoringHead

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from dist_ft.config import (
 )
 from dist_ft.data.bandit import BanditMixture
 from dist_ft.data.joined import JoinedLoader
-from dist_ft.data.loader import BatchPlan, LengthPlan, StepLoader
+from dist_ft.data.loader import BatchPlan, LengthPlan, StepBatch, StepLoader
 from dist_ft.data.mixtures import make_mixture
 from dist_ft.data.sampling import Mixture
 from dist_ft.duration import Duration
@@ -114,8 +114,18 @@ def make_loader(
     mixture: Mixture,
     rank: int = 0,
     world_size: int = 1,
+    on_read: Callable[[StepBatch], None] | None = None,
 ) -> StepLoader | JoinedLoader:
     """Return the loader of a rank's training steps.
+
+    Args:
+        recipe: The recipe.
+        tasks: Its tasks, prepared.
+        tokenizer: The model's.
+        mixture: Gives the steps, or the turns of steps, to the tasks.
+        rank: This process.
+        world_size: How many there are.
+        on_read: Called in the thread that reads ahead with the batch of each step, or turn.
 
     Raises:
         ValueError: If a word list of the augmentation is not readable, or a row doesn't fit into
@@ -126,7 +136,7 @@ def make_loader(
         config.name: how
         for config, t in zip(recipe.tasks, tasks, strict=True)
         if (how := make_augmentation(config, task=t.task, dataset=t.datasets["train"],
-                                     tokenizer=tokenizer))
+                                     tokenizer=tokenizer, variants=recipe.cache.variants))
     }  # fmt: skip
     loader = StepLoader(
         {t.task.name: t.datasets["train"] for t in tasks},
@@ -142,6 +152,7 @@ def make_loader(
         mixture=mixture,
         augmentation=augmentation,
         pin_memory=torch.cuda.is_available(),
+        on_read=on_read,
     )
     turns = recipe.mixture.tasks_per_step
     return loader if turns == 1 else JoinedLoader(loader, turns=turns)

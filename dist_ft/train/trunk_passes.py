@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
+import xxhash
 
-from dist_ft.config import Recipe
+from dist_ft import dist
+from dist_ft.config import Recipe, TaskConfig
 from dist_ft.data.bandit import BanditMixture
+from dist_ft.data.loader import StepBatch
 from dist_ft.engine.base import DTYPES
-from dist_ft.engine.trunk_pass import TrunkPasses
-from dist_ft.freezing.activation_cache import ActivationCache
+from dist_ft.engine.cache_probe import CacheDecision, CacheProbe
+from dist_ft.engine.trunk_passes import TrunkPasses
+from dist_ft.freezing.activation_cache import ActivationCache, CachedTask
 from dist_ft.freezing.policies import ScheduledPolicy
 from dist_ft.freezing.schedule import frozen_prefix
 from dist_ft.model.trunk import Trunk
+from dist_ft.train.data import PreparedTask
 from dist_ft.train.parts import Parts
+from dist_ft.train.recorder import Recorder
 from dist_ft.train.regularization import changes_hidden_states
 from dist_ft.train.run_folder import RunFolder
 
+# Where a run keeps what it has found out about the cache, so that it does not decide anew.
+DECISION = "cache.json"
 # How often a row must come, on average, while some prefix is frozen, to be worth keeping.
 _LEAST_VISITS = 1.25
 # Settings by which transformers' models limit how far a token sees.
@@ -34,8 +45,17 @@ def make_passes(
     folder: RunFolder,
     device: torch.device,
     say: Callable[[str], None],
+    recorder: Recorder,
 ) -> TrunkPasses:
     """Return how micro-batches go through the model's blocks; the model is not wrapped yet.
+
+    Args:
+        recipe: The recipe.
+        parts: What it asks for.
+        folder: Of the run.
+        device: Where the model will be.
+        say: Tells the user.
+        recorder: Hears whether the cache pays.
 
     Raises:
         ValueError: If the recipe insists on what the model can't do.
@@ -69,17 +89,82 @@ def make_passes(
         order=tuple(g.name for g in parts.groups if g.kind != "head"),
         parameters={g.name: g.parameters for g in parts.groups},
     )
-    tasks = tasks_that_return(recipe, parts) if wants_cache else frozenset()
-    if tasks and "boundary" not in problems:
+    visits = row_visits(recipe, parts) if wants_cache else {}
+    if visits and "boundary" not in problems:
         if isinstance(parts.policy, ScheduledPolicy):
             passes.schedule = tuple(frozenset(p.trainable) for p in parts.policy.phases)
-        passes.cache = _cache(recipe, parts, tasks=tasks, folder=folder, width=trunk.width)
+        passes.drop_prefix = recipe.cache.drop_prefix
+        passes.cache = _cache(recipe, parts, tasks=visits.keys(), folder=folder, width=trunk.width)
+        if recipe.cache.policy == "auto":
+            _measure(passes, visits=visits, folder=folder, recorder=recorder, say=say)
     return passes
+
+
+def _measure(
+    passes: TrunkPasses,
+    *,
+    visits: Mapping[str, float],
+    folder: RunFolder,
+    recorder: Recorder,
+    say: Callable[[str], None],
+) -> None:
+    """Let the first steps decide whether the cache is used, or the run's own earlier decision."""
+    path = folder.root / DECISION
+    known = json.loads(path.read_text()) if dist.rank() == 0 and path.exists() else None
+    known = dist.broadcast_object(known)
+    if known is not None:
+        passes.decision = CacheDecision(**known)
+        return
+
+    def tell(decision: CacheDecision) -> None:
+        used = decision.pays(decision.boundary)
+        if dist.rank() == 0:
+            # Before the step that follows it: a run that goes on must not decide otherwise.
+            folder.write_json(DECISION, asdict(decision))
+        recorder.event("cache", used=used, **asdict(decision))
+        say(f"step {decision.step}: {_figures(decision)}: the cache is {'' if used else 'not '}used"
+            f"{'' if used else ' (cache.policy: on insists)'}")  # fmt: skip
+
+    passes.probe = CacheProbe(sum(visits.values()) / len(visits))
+    passes.tell = tell
+
+
+def _figures(decision: CacheDecision) -> str:
+    place = "the disk" if decision.from_disk else "memory"
+    read = "was not kept" if decision.read_s is None else (
+        f"{1e6 * decision.read_s:.2f} us to read from {place}"
+    )  # fmt: skip
+    return (
+        f"a token of the frozen prefix ({decision.boundary} blocks) takes "
+        f"{1e6 * decision.compute_s:.2f} us to compute, {1e6 * decision.write_s:.2f} us to write "
+        f"once and {read}; a row comes {decision.visits:.1f} times"
+    )
+
+
+def reads_ahead(
+    passes: TrunkPasses, *, turns: int, device: torch.device
+) -> Callable[[StepBatch], None]:
+    """Return what reads the kept rows of each batch that the loader has made, in its thread.
+
+    Args:
+        passes: How rows go through the model.
+        turns: Of a step; batches come turn by turn.
+        device: Where the model is.
+    """
+
+    def read(batch: StepBatch) -> None:
+        step, turn = divmod(batch.step, turns)
+        pin = device.type == "cuda"
+        passes.read_ahead(
+            step, turn=turn, task=batch.task, micro_batches=batch.micro_batches, pin=pin
+        )
+
+    return read
 
 
 def _wants_cache(recipe: Recipe, parts: Parts) -> bool:
     """Return whether some phase has blocks of a frozen prefix, and the recipe lets them be kept."""
-    if recipe.cache.policy == "off" or not any(not t.augmentation for t in recipe.tasks):
+    if recipe.cache.policy == "off" or not any(_repeats(t, recipe) for t in recipe.tasks):
         return False
     if recipe.freezing.prefix_dropout:
         if recipe.cache.policy == "on":
@@ -132,18 +217,21 @@ def _refuse(
         say(f"{without}: {reason}")
 
 
-def tasks_that_return(recipe: Recipe, parts: Parts) -> frozenset[str]:
-    """Return the tasks whose rows can be cached and, unless the recipe insists, pay for it.
+def _repeats(task: TaskConfig, recipe: Recipe) -> bool:
+    """Return whether a task's rows come again as they were."""
+    return not task.augmentation or recipe.cache.variants is not None
 
-    A row that comes once while a prefix is frozen costs a write and is never read.
+
+def row_visits(recipe: Recipe, parts: Parts) -> dict[str, float]:
+    """Return how often a row comes while a prefix is frozen, for tasks whose rows are to be kept.
+
+    Unless the recipe insists, a task whose rows hardly come again is left out: a row that comes
+    once costs a write and is never read. Each augmented version of a row counts as a row.
     """
-    names = [c.name for c in recipe.tasks if not c.augmentation]
-    if recipe.cache.policy == "on":
-        return frozenset(names)
     steps = _steps_with_prefix(parts)
     size = recipe.train.global_batch_size
-    found: set[str] = set()
-    for index, t in enumerate(parts.tasks):
+    found: dict[str, float] = {}
+    for index, (config, t) in enumerate(zip(recipe.tasks, parts.tasks, strict=True)):
         if isinstance(parts.mixture, BanditMixture):  # which decides as it goes
             own = sum(end - start for start, end in steps) / len(parts.tasks)
         else:
@@ -152,9 +240,15 @@ def tasks_that_return(recipe: Recipe, parts: Parts) -> frozenset[str]:
                 before(end * parts.turns)[index] - before(start * parts.turns)[index]
                 for start, end in steps
             )
-        if t.task.name in names and own * size >= _LEAST_VISITS * len(t.datasets["train"]):
-            found.add(t.task.name)
-    return frozenset(found)
+        visits = own * size / (len(t.datasets["train"]) * _variants(config, recipe))
+        pays = recipe.cache.policy == "on" or visits >= _LEAST_VISITS
+        if _repeats(config, recipe) and pays:
+            found[t.task.name] = visits
+    return found
+
+
+def _variants(task: TaskConfig, recipe: Recipe) -> int:
+    return recipe.cache.variants or 1 if task.augmentation else 1
 
 
 def _steps_with_prefix(parts: Parts) -> list[tuple[int, int]]:
@@ -173,16 +267,35 @@ def _steps_with_prefix(parts: Parts) -> list[tuple[int, int]]:
 
 
 def _cache(
-    recipe: Recipe, parts: Parts, *, tasks: frozenset[str], folder: RunFolder, width: int
+    recipe: Recipe, parts: Parts, *, tasks: Collection[str], folder: RunFolder, width: int
 ) -> ActivationCache:
-    # Of one host: processes of several may not map one file of a network file system.
-    root = folder.root / "cache" if recipe.cache.dir is None else recipe.cache.dir / recipe.name
+    root = folder.root / "cache"
+    if recipe.cache.dir is not None:
+        # Runs of one name may use one disk; each deletes what it does not know.
+        place = xxhash.xxh3_64_hexdigest(str(folder.root.resolve()).encode())
+        root = recipe.cache.dir / f"{recipe.name}-{place[:8]}"
     return ActivationCache(
+        # Of one host: processes of several may not write into one file of a network file system.
         root / (platform.node() or "host"),
-        lengths={
-            t.task.name: t.datasets["train"].lengths for t in parts.tasks if t.task.name in tasks
+        tasks={
+            t.task.name: _cached_task(config, t, recipe)
+            for config, t in zip(recipe.tasks, parts.tasks, strict=True)
+            if t.task.name in tasks
         },
         width=width,
         dtype=DTYPES[recipe.engine.precision],
         budget_bytes=round(recipe.cache.budget_gb * 10**9),
     )
+
+
+def _cached_task(config: TaskConfig, prepared: PreparedTask, recipe: Recipe) -> CachedTask:
+    data = prepared.datasets["train"]
+    lengths = data.lengths.astype(np.int64)
+    room, variants = lengths, _variants(config, recipe)
+    about = [data.manifest.dataset_id]
+    if config.augmentation:
+        # Changed words may have more tokens. What needs more room than this is computed each time.
+        room = np.maximum(lengths, np.minimum(config.max_length, lengths + lengths // 2 + 8))
+        transforms = [t.model_dump(mode="json") for t in config.augmentation]
+        about += [json.dumps(transforms, sort_keys=True), str(recipe.seed), str(variants)]
+    return CachedTask(room, variants, xxhash.xxh3_64_hexdigest("|".join(about).encode()))

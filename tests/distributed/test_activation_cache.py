@@ -1,7 +1,10 @@
 """The cached frozen prefix changes no bit of a run, whatever happens to the run or to the cache."""
 
 import json
+import os
 import platform
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,13 @@ import pytest
 import torch
 import yaml
 
-from dist_ft.freezing.activation_cache import ActivationCache
-from tests.helpers.tiny_run import state_hash, train, write_recipe
+from dist_ft.engine.cache_probe import CacheDecision, CacheProbe
+from dist_ft.freezing.activation_cache import ActivationCache, CachedTask
+from dist_ft.freezing.row_store import RowKeys
+from dist_ft.recipe import load_recipe
+from dist_ft.train import build
+from tests.helpers.run_distributed import run_distributed
+from tests.helpers.tiny_run import state_hash, terminate_at, train, train_in_turn, write_recipe
 
 UNCACHED = ["cache.policy=off", "freezing.prefix_dropout=false"]
 
@@ -30,23 +38,53 @@ def _events(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [e for e in map(json.loads, lines) if e["event"] == kind]
 
 
-@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "bf16"), (3, "fp32")])
-def test_cached_equals_uncached_bit_for_bit(stage: int, precision: str, tmp_path: Path) -> None:
-    recipe = _recipe(tmp_path)
-    engine = [f"engine.zero_stage={stage}", f"engine.precision={precision}"]
-    train(recipe, ["name=uncached", *engine, *UNCACHED])
-    train(recipe, ["name=cached", *engine, "cache.policy=on"])
-    root = tmp_path / "runs"
-    assert state_hash(root / "cached") == state_hash(root / "uncached")
-    phases = _events(root / "cached", "phase")
+CASES = {"0": "fp32", "2": "bf16", "3": "fp32"}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of runs with and without the cache, at several stages."""
+    folder = tmp_path_factory.mktemp("cache")
+    wanted: list[list[str]] = []
+    for stage, precision in CASES.items():
+        engine = [f"engine.zero_stage={stage}", f"engine.precision={precision}"]
+        wanted.append([f"name=uncached-{stage}", *engine, *UNCACHED])
+        wanted.append([f"name=cached-{stage}", *engine, "cache.policy=on"])
+    joined = ["mixture.tasks_per_step=2", "train.max_duration=24step", "engine.zero_stage=3"]
+    wanted.append(["name=uncached-joined", *joined, *UNCACHED])
+    wanted.append(["name=cached-joined", *joined, "cache.policy=on"])
+    small = "cache.budget_gb=6e-5"
+    wanted.append(["name=small", "engine.zero_stage=0", "cache.policy=on", small])
+    train_in_turn(_recipe(folder), wanted)
+    return folder / "runs"
+
+
+@pytest.mark.parametrize("stage", CASES)
+def test_cached_equals_uncached_bit_for_bit(stage: str, runs: Path) -> None:
+    cached, uncached = runs / f"cached-{stage}", runs / f"uncached-{stage}"
+    assert state_hash(cached) == state_hash(uncached)
+    phases = _events(cached, "phase")
     assert [p["cached_blocks"] for p in phases] == [4, 2, 0]
     assert phases[0]["cache_bytes"] > phases[1]["cache_bytes"] > 0
-    assert all(p["cached_blocks"] == 0 for p in _events(root / "uncached", "phase"))
-    hits = {e["step"]: e.get("prefix_hit_share") for e in _events(root / "cached", "step")}
+    assert all(p["cached_blocks"] == 0 for p in _events(uncached, "phase"))
+    hits = {e["step"]: e.get("prefix_hit_share") for e in _events(cached, "step")}
     assert hits[1] == 0.0  # the first step has to compute
     assert hits[26] == 1.0  # an epoch and a phase later nothing has
     assert hits[40] is None  # there is no frozen prefix any more
-    assert not (root / "cached/cache").exists()  # a finished run leaves none behind
+    assert not (cached / "cache").exists()  # a finished run leaves none behind
+
+
+def test_steps_of_several_tasks_start_above_the_prefix_too(runs: Path) -> None:
+    assert state_hash(runs / "cached-joined") == state_hash(runs / "uncached-joined")
+    shares = [e.get("prefix_hit_share", 0.0) for e in _events(runs / "cached-joined", "step")]
+    assert max(shares) == 1.0
+
+
+def test_a_budget_keeps_the_lower_rows_and_stays_exact(runs: Path) -> None:
+    assert state_hash(runs / "small") == state_hash(runs / "uncached-0")
+    assert 0 < _events(runs / "small", "phase")[0]["cache_bytes"] <= 60_000
+    shares = [e.get("prefix_hit_share", 0.0) for e in _events(runs / "small", "step")]
+    assert 0 < max(shares) < 1
 
 
 def test_a_stopped_run_goes_on_with_what_is_kept_and_with_other_ranks(tmp_path: Path) -> None:
@@ -96,15 +134,71 @@ def _largest_difference(one: Path, other: Path) -> float:
     return max(float(np.abs(left[n] - right[n]).max()) for n in left)
 
 
-def test_a_budget_keeps_the_lower_rows_and_stays_exact(tmp_path: Path) -> None:
+def test_versions_of_augmented_rows_are_kept(tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path)
+    content = yaml.safe_load(recipe.read_text())
+    content["freezing"] = {"policy": "static", "depth": 2}
+    content["tasks"] = content["tasks"][:2]
+    noise = {"type": "character_noise", "share": 0.5}
+    content["tasks"][0]["augmentation"] = [noise, {"type": "word_dropout", "share": 0.3}]
+    recipe.write_text(yaml.safe_dump(content))
+    fixed = ["cache.variants=2", "engine.zero_stage=0"]
+    train_in_turn(
+        recipe,
+        [["name=uncached", *fixed, *UNCACHED], ["name=cached", *fixed, "cache.policy=on"]],
+    )
+    root = tmp_path / "runs"
+    assert state_hash(root / "cached") == state_hash(root / "uncached")
+    found = [e for e in _events(root / "cached", "step") if e["task"] == "text"]
+    # 48 rows are 6 steps: the third epoch of a task finds what the first one left.
+    early, late = found[:12], found[13:]
+    assert all(e["prefix_hit_share"] == 0.0 for e in early)
+    assert sum(e["prefix_hit_share"] for e in late) / len(late) > 0.8
+    assert all(e["cache_wait_s"] >= 0 for e in found)
+
+
+def _measured(path: Path, name: str, resume: bool, stop_at: int | None) -> None:
+    """Train by policy auto; one rank finds that a prefix costs nothing, the other half a us."""
+    factor = {"0": 0.0, "1": 1e-3}[os.environ["RANK"]]
+    add = CacheProbe.add
+
+    def faster(self: CacheProbe, keys: RowKeys, *, compute_s: float, **rest: Any) -> None:
+        add(self, keys, compute_s=compute_s * factor, **rest)
+
+    CacheProbe.add = faster
+    recipe = load_recipe(path, overrides=[f"name={name}", "cache.policy=auto"])
+    if stop_at is not None and factor:
+        metrics = recipe.output_dir / recipe.name / "metrics.jsonl"
+        threading.Thread(target=terminate_at, args=(metrics, stop_at), daemon=True).start()
+    assert build.train(recipe, resume=resume) == (75 if stop_at else 0)
+
+
+def test_a_cache_that_does_not_pay_is_left_by_all_ranks_and_stays_so(tmp_path: Path) -> None:
     recipe = _recipe(tmp_path)
     train(recipe, ["name=uncached", *UNCACHED])
-    train(recipe, ["name=small", "cache.policy=on", "cache.budget_gb=6e-5"])
-    root = tmp_path / "runs"
-    assert state_hash(root / "small") == state_hash(root / "uncached")
-    assert 0 < _events(root / "small", "phase")[0]["cache_bytes"] <= 60_000
-    shares = [e.get("prefix_hit_share", 0.0) for e in _events(root / "small", "step")]
-    assert 0 < max(shares) < 1
+    run_distributed(_measured, recipe, "measured", False, 14)
+    run_distributed(_measured, recipe, "measured", True, None)
+    run = tmp_path / "runs/measured"
+    assert state_hash(run) == state_hash(tmp_path / "runs/uncached")
+    (decision,) = _events(run, "cache")
+    assert not decision["used"]
+    assert decision["step"] == 5
+    assert 0 < decision["compute_s"] < decision["read_s"]
+    hits = {e["step"]: e.get("prefix_hit_share") for e in _events(run, "step")}
+    assert hits[5] == 0.0
+    assert hits[6] is None
+    # Less deep prefixes pay even less.
+    assert [p["cached_blocks"] for p in _events(run, "phase")] == [4, 0, 0]
+
+
+def test_what_pays_depends_on_depth_and_on_how_often_rows_come() -> None:
+    costs = CacheDecision(
+        step=5, boundary=4, visits=3.0, compute_s=8e-6, write_s=4e-6, read_s=2e-6, from_disk=False
+    )
+    # 2 us of compute a block, against 2 us to read and 2 us as a share of one write.
+    assert [costs.pays(b) for b in (0, 1, 2, 3, 4)] == [False, False, False, True, True]
+    assert not replace(costs, visits=1.25).pays(4)
+    assert not replace(costs, read_s=None).pays(4)
 
 
 def test_weights_that_trained_below_the_boundary_are_noticed(tmp_path: Path) -> None:
@@ -119,36 +213,86 @@ def test_weights_that_trained_below_the_boundary_are_noticed(tmp_path: Path) -> 
         ],
     }
     recipe.write_text(yaml.safe_dump(content))
-    train(recipe, ["name=uncached", *UNCACHED])
-    train(recipe, ["name=cached", "cache.policy=on"])
+    train_in_turn(recipe, [["name=uncached", *UNCACHED], ["name=cached", "cache.policy=on"]])
     assert state_hash(tmp_path / "runs/cached") == state_hash(tmp_path / "runs/uncached")
 
 
+def _keys(rows: list[int], *, variants: list[int] | None = None) -> RowKeys:
+    lengths = np.array([3, 1, 2])
+    which = np.array(variants or [0] * len(rows))
+    return RowKeys("a", np.array(rows), which, lengths[rows] + which)
+
+
+def _cache(folder: Path, **tasks: Any) -> ActivationCache:
+    return ActivationCache(folder / "c", tasks, 4, torch.float32, budget_bytes=10**6)
+
+
 def test_a_row_is_there_from_the_next_step_on(tmp_path: Path) -> None:
-    lengths = {"a": np.array([3, 1, 2])}
-    cache = ActivationCache(tmp_path / "c", lengths, 4, torch.float32, budget_bytes=10**6)
+    task = CachedTask(np.array([3, 1, 2]))
+    cache = _cache(tmp_path, a=task)
     assert cache.open([(2, "f")]) == 6 * 4 * 4
-    rows, hidden = np.array([2, 0]), torch.randn(5, 4)
-    cache.write("a", 2, rows=rows, hidden=hidden, step=7)
-    there, found = cache.read("a", 2, rows=np.array([0, 1, 2]), step=7)
-    assert not there.any()
-    assert found.shape == (0, 4)
-    other = ActivationCache(tmp_path / "c", lengths, 4, torch.float32, budget_bytes=10**6)
+    hidden = torch.randn(5, 4)
+    cache.write(2, keys=_keys([2, 0]), hidden=hidden, step=7)
+    found = cache.read(2, keys=_keys([0, 1, 2]), step=7)
+    assert not found.there.any()
+    assert found.hidden.shape == (0, 4)
+    other = _cache(tmp_path, a=task)
     other.open([(2, "f")])  # another process of the host
-    there, found = other.read("a", 2, rows=np.array([0, 1, 2]), step=8)
-    assert there.tolist() == [True, False, True]
-    assert torch.equal(found, torch.cat([hidden[2:], hidden[:2]]))
+    found = other.read(2, keys=_keys([0, 1, 2]), step=8)
+    assert found.there.tolist() == [True, False, True]
+    assert torch.equal(found.hidden, torch.cat([hidden[2:], hidden[:2]]))
+    assert not other.complete(2)
     other.open([(2, "g")])  # other weights below the boundary
-    assert other.missing("a", 2, rows=rows, step=9, verify=False)
+    assert not other.read(2, keys=_keys([2, 0]), step=9).there.any()
     assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["a.2.g.data", "a.2.g.index"]
+    other = _cache(tmp_path, a=CachedTask(task.room, data="others"))
+    other.open([(2, "g")])  # other data under the same name
+    assert not list((tmp_path / "c").glob("a.2.g.data"))
+
+
+def test_versions_of_a_row_are_kept_apart_and_what_is_too_long_is_not(tmp_path: Path) -> None:
+    cache = _cache(tmp_path, a=CachedTask(np.array([4, 2, 2]), variants=2))
+    assert cache.open([(1, "f")]) == 2 * 8 * 4 * 4
+    keys = _keys([0, 2, 0], variants=[0, 1, 1])  # the second has 3 tokens and room for 2
+    hidden = torch.randn(int(keys.lengths.sum()), 4)
+    cache.write(1, keys=keys, hidden=hidden, step=0)
+    found = cache.read(1, keys=keys, step=1)
+    assert found.there.tolist() == [True, False, True]
+    assert torch.equal(found.hidden, torch.cat([hidden[:3], hidden[6:]]))
+    other = RowKeys("a", keys.rows, keys.variants, keys.lengths - 1)
+    assert not cache.read(1, keys=other, step=1).there.any()  # not the same rows
+
+
+def test_what_was_read_ahead_is_used_unless_more_is_there(tmp_path: Path) -> None:
+    cache = _cache(tmp_path, a=CachedTask(np.array([3, 1, 2])))
+    cache.open([(1, "f")])
+    keys, hidden = _keys([1, 2]), torch.randn(3, 4)
+    early = cache.read_ahead(1, keys=keys, step=2)
+    assert early is not None
+    assert cache.read(1, keys=keys, step=2, early=early) is early
+    cache.write(1, keys=keys, hidden=hidden, step=1)
+    found = cache.read(1, keys=keys, step=2, early=early)
+    assert torch.equal(found.hidden, hidden)
+    early = cache.read_ahead(1, keys=keys, step=3)
+    assert cache.read(1, keys=keys, step=3, early=early) is early
+    path = next((tmp_path / "c").glob("*.data"))
+    path.write_bytes(path.read_bytes()[:-8])  # the last row is cut
+    early = cache.read_ahead(1, keys=keys, step=4)
+    found = cache.read(1, keys=keys, step=4, early=early)
+    assert found.there.tolist() == [True, False]
+    assert torch.equal(found.hidden, hidden[:1])
+    assert cache.damaged == 1
+    cache.open([(1, "f")])
+    assert cache.read(1, keys=keys, step=4, early=early) is not early  # of another phase
 
 
 def test_a_full_disk_turns_the_cache_off_and_not_the_run_down(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    lengths = {"a": np.array([3, 2**40])}  # more than any disk of a test machine has
-    cache = ActivationCache(tmp_path / "c", lengths, 4, torch.float32, budget_bytes=2**62)
+    # More than any disk of a test machine has.
+    tasks = {"a": CachedTask(np.array([3, 2**40]))}
+    cache = ActivationCache(tmp_path / "c", tasks, 4, torch.float32, budget_bytes=2**62)
     assert cache.open([(2, "f")]) == 0
     assert "can't hold" in caplog.text
-    cache.write("a", 2, rows=np.array([0]), hidden=torch.zeros(3, 4), step=0)
-    assert cache.missing("a", 2, rows=np.array([0]), step=5, verify=False)
+    cache.write(2, keys=_keys([0]), hidden=torch.zeros(3, 4), step=0)
+    assert not cache.read(2, keys=_keys([0]), step=5).there.any()

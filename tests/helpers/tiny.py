@@ -92,6 +92,7 @@ class TinyBatch:
     loss_weight: float = 1.0
     rows: npt.NDArray[np.int64] = field(default_factory=lambda: np.arange(0))
     distinct: bool = True
+    variants: None = None
 
 
 def global_batch(step: int, *, micro_batches: int, rows: int = 4) -> list[TinyBatch]:

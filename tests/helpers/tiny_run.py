@@ -128,6 +128,17 @@ def train(
     )
 
 
+def train_in_turn(recipe: Path, runs: Sequence[Sequence[str]], *, world_size: int = 2) -> None:
+    """Train several runs to their ends on the same forked ranks, each with its own overrides."""
+    run_distributed(_rank_trains_in_turn, recipe, tuple(runs), world_size=world_size)
+
+
+def _rank_trains_in_turn(path: Path, runs: Sequence[Sequence[str]]) -> None:
+    build.dist.shut_down = lambda: None  # the ranks stay together; this process ends with them
+    for overrides in runs:
+        assert build.train(load_recipe(path, overrides=overrides), resume=False) == 0
+
+
 def _rank_trains(
     path: Path, overrides: Sequence[str], resume: bool, stop_at: int | None, exit_code: int
 ) -> None:
@@ -137,7 +148,7 @@ def _rank_trains(
         build.make_run = _interrupted(build.make_run)
     elif stop_at is not None and last:
         metrics = recipe.output_dir / recipe.name / "metrics.jsonl"
-        threading.Thread(target=_terminate_at, args=(metrics, stop_at), daemon=True).start()
+        threading.Thread(target=terminate_at, args=(metrics, stop_at), daemon=True).start()
     assert build.train(recipe, resume=resume) == exit_code
 
 
@@ -151,7 +162,8 @@ def _interrupted(make_run: Any) -> Any:
     return wrapped
 
 
-def _terminate_at(metrics: Path, step: int) -> None:
+def terminate_at(metrics: Path, step: int) -> None:
+    """Send this process SIGTERM once the metrics say that `step` is done."""
     while True:
         if metrics.exists() and any(
             e.get("event") == "step" and e.get("step", 0) >= step for e in events(metrics.parent)

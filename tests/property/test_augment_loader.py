@@ -203,6 +203,42 @@ def test_epochs_change_the_rows_and_repeats_do_not(datasets: dict[str, ShardedDa
     assert np.asarray(mixed.columns["source_row"]).tolist() == [7, 3, 7, 7]
 
 
+def test_versions_of_rows_come_again(datasets: dict[str, ShardedDataset]) -> None:
+    how = replace(augmentation("text"), variants=3)
+    reader = AugmentedReader(datasets["text"], augmentation=how, seed=1, task="text")
+    anew = AugmentedReader(datasets["text"], augmentation=augmentation("text"), seed=1, task="text")
+
+    def read(epoch: int, *, reader: AugmentedReader = reader) -> list[list[int]]:
+        found = reader.read(np.arange(40), np.full(40, epoch))
+        return lists(found.columns["input_ids"])
+
+    assert read(5) == read(2) == read(2, reader=anew)
+    assert read(5) != read(5, reader=anew)
+    assert read(2) != read(1)
+    one = [after for _, _, after, _ in reader.compare(np.arange(3), epoch=4)]
+    assert one == [after for _, _, after, _ in anew.compare(np.arange(3), epoch=1)]
+    assert anew.variants_of(np.array([4])) is None
+
+    loader = StepLoader(
+        {"text": datasets["text"]},
+        specs=SPECS,
+        plan=BatchPlan(12, 3, 5),
+        mixture=RoundRobin(1),
+        augmentation={"text": how},
+    )
+    per_epoch = len(datasets["text"]) / 12
+    for step in (0, int(4.5 * per_epoch), int(7.2 * per_epoch)):
+        selected = loader.rows_of(step)
+        epochs = dict(zip(selected.rows.tolist(), selected.epochs.tolist(), strict=True))
+        for micro in loader.batch(step).micro_batches:
+            assert micro.variants is not None
+            assert micro.variants.tolist() == [epochs[row] % 3 for row in micro.rows.tolist()]
+    state = loader.state_dict(1)
+    assert loader.check_state(state) == 1
+    with pytest.raises(ValueError, match="variants"):
+        loader.check_state({**state, "augmentation": {"text": anew.describe()}})
+
+
 def test_windows_of_a_row_belong_together(datasets: dict[str, ShardedDataset]) -> None:
     data = datasets["windows"]
     assert len(data) > 100

@@ -11,7 +11,7 @@ from dist_ft.engine.base import EngineOptions
 from dist_ft.engine.layer_modes import LayerModes
 from dist_ft.engine.loss_module import LossModule
 from dist_ft.engine.reference import ReferenceEngine
-from dist_ft.engine.trunk_pass import TrunkPasses
+from dist_ft.engine.trunk_passes import TrunkPasses
 from dist_ft.freezing.schedule import LayerOrder
 from dist_ft.model.backbone import HeadSpec, build_model
 from dist_ft.model.layer_groups import find_layer_groups

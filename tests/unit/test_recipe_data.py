@@ -164,6 +164,13 @@ GOLDEN: dict[str, tuple[list[str], list[str]]] = {
         ["tasks.topics.augmentation=[{type: word_dropout, placeholder: ' '}]"],
         ["tasks.topics.augmentation[0].placeholder: must not be blank, got ' ': leave it out"],
     ),
+    "versions of nothing": (
+        ["cache.variants=4"],
+        [
+            "cache.variants: repeats the augmentation, and no task has one, got 4: remove it, or "
+            "augment a task"
+        ],
+    ),
     "processes": (
         ["data_processes=0"],
         ["data_processes: must be greater than 0, got 0: raise it"],

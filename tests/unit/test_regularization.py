@@ -15,8 +15,8 @@ from dist_ft.engine.layer_modes import LayerModes
 from dist_ft.engine.loss_module import InTraining, LossModule
 from dist_ft.engine.objective import Objective, PassMemory
 from dist_ft.engine.reference import ReferenceEngine
-from dist_ft.engine.trunk_pass import TrunkPasses
-from dist_ft.freezing.activation_cache import ActivationCache
+from dist_ft.engine.trunk_passes import TrunkPasses
+from dist_ft.freezing.activation_cache import ActivationCache, CachedTask
 from dist_ft.model.backbone import HeadSpec, MultiTaskModel, build_model
 from dist_ft.model.dropout import set_dropout
 from dist_ft.model.embedding_noise import EmbeddingNoise
@@ -227,7 +227,7 @@ def _with_prefix(folder: Path | None) -> tuple[dict[str, torch.Tensor], int]:
     )
     if folder is not None:
         passes.cache = ActivationCache(
-            folder, lengths={"a": np.array([7, 4, 2])}, width=trunk.width,
+            folder, {"a": CachedTask(np.array([7, 4, 2]))}, width=trunk.width,
             dtype=torch.float32, budget_bytes=10**6,
         )  # fmt: skip
     special = Objective(OutputRegularizer(TASK.loss, TASK.choices), r_drop=2.0)

@@ -10,7 +10,7 @@ from dist_ft.engine.base import EngineOptions
 from dist_ft.engine.layer_modes import LayerModes
 from dist_ft.engine.loss_module import LossModule
 from dist_ft.engine.reference import ReferenceEngine
-from dist_ft.engine.trunk_pass import TrunkPasses
+from dist_ft.engine.trunk_passes import TrunkPasses
 from dist_ft.kernels.unpadded_attention import IMPLEMENTATION, RowRuns
 from dist_ft.model.backbone import HeadSpec, MultiTaskModel, build_model
 from dist_ft.model.flat_rows import FlatRows
@@ -26,10 +26,12 @@ UNPADDED = (
     "bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "distilbert",
     "electra", "modernbert", "mobilebert", "ernie", "gpt2", "gpt_neox", "opt", "llama", "mistral",
     "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "olmo", "olmo2", "phi", "phi3", "gemma",
-    "gemma3_text", "cohere", "stablelm", "starcoder2", "granite", "smollm3",
+    "gemma3_text", "cohere", "stablelm", "starcoder2", "granite", "smollm3", "bart", "mbart",
+    "marian", "pegasus", "t5", "mt5", "umt5",
 )  # fmt: skip
-BOUNDARY_ALONE = ("bart", "mbart", "marian", "pegasus", "gptj", "bloom", "falcon", "mpt", "rembert")
-NEITHER = ("t5", "deberta-v2", "xlnet", "fnet", "longformer")
+T5 = ("t5", "mt5", "umt5")
+BOUNDARY_ALONE = ("gptj", "bloom", "falcon", "mpt", "rembert", "deberta-v2")
+NEITHER = ("longt5", "xlnet", "fnet", "longformer")
 
 
 def _model(name: str) -> tuple[MultiTaskModel, list[LayerGroup]]:
@@ -41,7 +43,9 @@ def _model(name: str) -> tuple[MultiTaskModel, list[LayerGroup]]:
     if config.is_encoder_decoder:
         kind = "AutoModelForSeq2SeqLM"
     heads = [HeadSpec("a", kind, {})]
-    model = build_model(config, heads=heads, dtype=torch.float32, seed=0)
+    # T5 does not scale its scores: tiny random weights make rounding errors of 1e-5 in fp32.
+    dtype = torch.float64 if name in T5 else torch.float32
+    model = build_model(config, heads=heads, dtype=dtype, seed=0)
     return model, find_layer_groups(model)
 
 
@@ -59,7 +63,7 @@ def _gradients(model: MultiTaskModel, inputs: dict[str, Tensor], names: set[str]
         p.grad = None
     config: Any = model.backbone.config
     extra = {"labels": inputs["input_ids"]} if config.is_encoder_decoder else {}
-    logits = model("a", {**inputs, **extra})["logits"].float()
+    logits = model("a", {**inputs, **extra})["logits"]
     if logits.dim() == 3:
         logits = logits * inputs["attention_mask"][..., None]
     loss = (logits * torch.linspace(-1, 1, logits.shape[-1])).sin().sum()
@@ -89,7 +93,7 @@ def test_losses_and_gradients_do_not_change(name: str) -> None:
     trunk.prepare(rows)
     _same(plain, _gradients(model, inputs, everything))
 
-    boundary = 2
+    boundary = min(2, len(trunk.blocks) - 1)
     above = {n for g in groups[groups.index(_block(groups, boundary)) :] for n in g.parameters}
     trunk.prepare(None)
     frozen = _gradients(model, inputs, above)
@@ -110,7 +114,7 @@ def test_a_model_that_can_not_is_found_out(name: str) -> None:
     model, groups = _model(name)
     trunk = Trunk.find(model, groups=groups)
     assert trunk.check().keys() == {"unpadded", "boundary"}
-    plain = model("a", _inputs() | ({"labels": _inputs()["input_ids"]} if name == "t5" else {}))
+    plain = model("a", _inputs() | ({"labels": _inputs()["input_ids"]} if name == "longt5" else {}))
     assert torch.isfinite(plain["logits"]).all()  # it still runs as it did
 
 

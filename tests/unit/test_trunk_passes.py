@@ -7,7 +7,7 @@ import pytest
 
 from dist_ft.recipe import load_recipe
 from dist_ft.train.parts import make_parts
-from dist_ft.train.trunk_passes import tasks_that_return
+from dist_ft.train.trunk_passes import row_visits
 from tests.helpers.tiny_run import write_recipe
 
 EVERY = {"text", "tags", "spans"}
@@ -36,4 +36,4 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_rows_must_come_again(recipe: Path, overrides: list[str], expected: Any) -> None:
     loaded = load_recipe(recipe, overrides=overrides)
-    assert tasks_that_return(loaded, make_parts(loaded, lambda _: None)) == expected
+    assert row_visits(loaded, make_parts(loaded, lambda _: None)).keys() == expected
