@@ -29,7 +29,7 @@ from dist_ft.recipe import load_recipe
 from dist_ft.train.build import make_run
 from dist_ft.train.callbacks import Evaluate
 from dist_ft.train.console import Console
-from dist_ft.train.loop import Run, enter_phase, fit
+from dist_ft.train.loop import Run, fit
 from dist_ft.train.parts import make_parts
 from dist_ft.train.recorder import Recorder
 from dist_ft.train.run_folder import RunFolder
@@ -86,14 +86,14 @@ class _Losses:
         self.found.append(float(result.loss))
 
 
-def _masters(run: Run) -> torch.Tensor:
-    """Return all fp32 masters, flattened, in the order of the parameters."""
-    found = {
-        (s.parameter, s.start): s.values["master"].detach().flatten().clone()
-        for s in run.engine.state().slices
-        if "master" in s.values
-    }
-    return torch.cat([found[key] for key in sorted(found)])
+def _change(run: Run, *, before: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return what each weight (of bf16, its fp32 master) has changed by, flattened."""
+    after: dict[str, torch.Tensor] = {}
+    for kind in ("weight", "master"):  # an fp32 run has no others than its weights
+        for part in run.engine.state().slices:
+            if kind in part.values:
+                after[part.parameter] = part.values[kind].float().flatten()
+    return torch.cat([after[name] - value.flatten() for name, value in before.items()])
 
 
 def train(folder: Path, *, precision: str, dropout_seed: int, steps: int) -> Outcome:
@@ -103,9 +103,11 @@ def train(folder: Path, *, precision: str, dropout_seed: int, steps: int) -> Out
     engine = {"precision": precision, "zero_stage": 1}
     path.write_text(yaml.safe_dump({**RECIPE, "name": path.stem, "engine": engine, "train": sizes}))
     recipe = load_recipe(path)
+    parts = make_parts(recipe, lambda _: None)
+    before = {name: p.detach().float().clone() for name, p in parts.model.named_parameters()}
     run = make_run(
         recipe,
-        make_parts(recipe, lambda _: None),
+        parts,
         folder=RunFolder(folder / path.stem),
         world=World(0, 0, 1),
         device=torch.device("cpu"),
@@ -117,14 +119,12 @@ def train(folder: Path, *, precision: str, dropout_seed: int, steps: int) -> Out
     losses = _Losses()
     evaluate = next(c for c in run.callbacks if isinstance(c, Evaluate))
     run.callbacks = [losses, evaluate]
-    enter_phase(run, run.policy.phase_at(0))
-    before = _masters(run)
     fit(run)
     scores = {
         data.task.name: evaluate.last[data.task.name].metrics[data.task.primary_metric[0]]
         for data in evaluate.data
     }
-    outcome = Outcome(losses.found, _masters(run) - before, scores)
+    outcome = Outcome(losses.found, _change(run, before=before), scores)
     run.engine.close()
     return outcome
 
