@@ -151,8 +151,9 @@ class ActivationCache:
     def write(self, boundary: int, *, keys: RowKeys, hidden: Tensor, step: int) -> None:
         """Keep the hidden states of rows, [their tokens, width] one row after the other."""
         store = self._stores.get((keys.task, boundary))
-        if store is not None:
-            store.write(keys, hidden=hidden, step=step)
+        problem = None if store is None else store.write(keys, hidden=hidden, step=step)
+        if problem is not None:
+            log.warning("%s: a row can't be written (%s): no more are kept", self.folder, problem)
 
     def complete(self, boundary: int) -> bool:
         """Return whether every row of every task is there for later steps."""

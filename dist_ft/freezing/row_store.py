@@ -97,6 +97,7 @@ class RowStore:
     _ends: Int64Array = field(init=False)
     _index: npt.NDArray[Any] | None = None
     _data: IO[bytes] | None = None
+    _stopped: bool = False
 
     def __post_init__(self) -> None:
         self._ends = np.cumsum(self.room.astype(np.int64) * self._token_bytes)
@@ -195,7 +196,7 @@ class RowStore:
             hashes = self._index["hash"][slots].tolist()
             for i, (slot, end, digest) in enumerate(zip(slots.tolist(), ends, hashes, strict=True)):
                 part = buffer[start:end]
-                whole = os.preadv(file, [part], self._start(slot)) == end - start
+                whole = _read(file, part, self._start(slot))
                 # What was read is hashed, and not what lies in the file: it is what will be used.
                 if not whole or xxhash.xxh3_64_intdigest(part) != digest:
                     damaged.append(i)
@@ -207,10 +208,14 @@ class RowStore:
             there[places[bad]] = False
         return FoundRows(self, keys, there, hidden, keys.rows[places[damaged]])
 
-    def write(self, keys: RowKeys, *, hidden: Tensor, step: int) -> None:
-        """Keep the hidden states of rows, [their tokens, width] one row after the other."""
-        if self._index is None or self._data is None:
-            return
+    def write(self, keys: RowKeys, *, hidden: Tensor, step: int) -> str | None:
+        """Keep the hidden states of rows, [their tokens, width] one row after the other.
+
+        Returns:
+            Why a row could not be written, or None. Neither it nor any later one is kept then.
+        """
+        if self._index is None or self._data is None or self._stopped:
+            return None
         values = hidden.to("cpu", self.dtype).contiguous().view(torch.uint8).view(-1)
         buffer = values.numpy().data
         file = self._data.fileno()
@@ -223,14 +228,34 @@ class RowStore:
         ):  # fmt: skip
             if slot < self.slots and tokens <= self.room[row]:
                 part = buffer[start:end]
-                os.pwrite(file, part, self._start(slot))
+                if (problem := _written(file, part, self._start(slot))) is not None:
+                    self._stopped = True
+                    return problem
                 self._index["hash"][slot] = xxhash.xxh3_64_intdigest(part)
                 self._index["tokens"][slot] = tokens
                 self._index["step"][slot] = step + 1  # last: now the row is there
             start = end
+        return None
 
     def drop_from_memory(self) -> None:
         """Write what is pending to the disk and let the system forget what it keeps of the file."""
         if self._data is not None:
             os.fdatasync(self._data.fileno())
             os.posix_fadvise(self._data.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _written(file: int, part: memoryview, place: int) -> str | None:
+    """Write `part` at `place`; return what went wrong: room was reserved, but disks fail."""
+    try:
+        done = os.pwrite(file, part, place)
+    except OSError as error:
+        return str(error)
+    return None if done == len(part) else f"{done} of {len(part)} bytes written"
+
+
+def _read(file: int, part: memoryview, place: int) -> bool:
+    """Fill `part` from `place`; return whether all of it could be read."""
+    try:
+        return os.preadv(file, [part], place) == len(part)
+    except OSError:
+        return False

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import resource
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from dist_ft.freezing.activation_cache import ActivationCache, CachedTask
 from dist_ft.freezing.row_store import RowKeys
 from dist_ft.recipe import load_recipe
 from dist_ft.train import build
+from tests.faults.test_disk_full import limit_files
 from tests.helpers.run_distributed import run_distributed
 from tests.helpers.tiny_run import state_hash, terminate_at, train, train_in_turn, write_recipe
 
@@ -296,3 +298,24 @@ def test_a_full_disk_turns_the_cache_off_and_not_the_run_down(
     assert "can't hold" in caplog.text
     cache.write(2, keys=_keys([0]), hidden=torch.zeros(3, 4), step=0)
     assert not cache.read(2, keys=_keys([0]), step=5).there.any()
+
+
+def test_a_row_that_can_not_be_written_ends_the_keeping_and_not_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = _cache(tmp_path, a=CachedTask(np.array([3, 1, 2])))
+    cache.open([(2, "f")])
+    hidden = torch.randn(6, 4)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        # Room for the first row, and for a part of the second one.
+        limit_files(3 * 4 * 4 + 4)
+        cache.write(2, keys=_keys([0, 1, 2]), hidden=hidden, step=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert caplog.text.count("no more are kept") == 1
+    cache.write(2, keys=_keys([2]), hidden=hidden[4:], step=2)
+    found = cache.read(2, keys=_keys([0, 1, 2]), step=9)
+    assert found.there.tolist() == [True, False, False]
+    assert torch.equal(found.hidden, hidden[:3])
+    assert cache.damaged == 0
