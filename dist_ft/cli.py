@@ -19,6 +19,7 @@ from dist_ft.cli_arguments import (
     OverOption,
     OverridesArgument,
     RecipeArgument,
+    ReplaceOption,
     TrialsOption,
 )
 from dist_ft.cli_data import data_app
@@ -67,12 +68,14 @@ def _top(
 
 
 @app.command()
-def prepare(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+def prepare(
+    recipe: RecipeArgument, overrides: OverridesArgument = None, replace: ReplaceOption = False
+) -> None:
     """Turn the recipe's data into tokenised shards; quick if they are there already."""
     loaded = _load(recipe, overrides)
-    from dist_ft.train import build
+    from dist_ft.train import data_commands
 
-    build.prepare(loaded)
+    data_commands.prepare(loaded, replace=replace)
 
 
 @app.command()

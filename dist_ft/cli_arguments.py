@@ -18,6 +18,10 @@ OverridesArgument = Annotated[
         "Relative paths start where the recipe's own do.",
     ),
 ]
+ReplaceOption = Annotated[
+    bool,
+    typer.Option("--replace", help="Also replace shards that were made with another tokenizer."),
+]
 BestOption = Annotated[
     bool, typer.Option("--best", help="Each task's weights at its best evaluation.")
 ]

@@ -121,35 +121,63 @@ class Kills:
 def kill_while_saving(
     save: Callable[[Path], None], usable: Callable[[Path], bool], *, kills: int
 ) -> Kills:
-    """Kill a process that saves back to back, again and again in the same folder."""
+    """Kill a process that saves back to back, again and again in the same folder.
+
+    A kill left nothing usable if `usable` says so, or if the next process can't go on from it; the
+    folder is emptied then.
+    """
     draw = random.Random(3)
     unusable = 0
     with tempfile.TemporaryDirectory() as name:
         root = Path(name) / "checkpoints"
         root.mkdir()
+        begins, left = True, True  # the folder is empty; what the last kill left can be used
         for _ in range(kills):
-            Path(f"{root}.store").unlink(missing_ok=True)
-            pid = os.fork()
-            if pid == 0:
-                devnull = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(devnull, 1)
-                os.dup2(devnull, 2)
-                save(root)
-            before = _newest(root)
-            # Until this process has begun to save, and the very first one has saved something.
-            while _newest(root) == before or (before is None and not usable(root)):
-                if os.waitpid(pid, os.WNOHANG)[0]:
+            while not _kill_a_saving_process(root, save, usable, draw=draw):
+                if begins:
                     raise RuntimeError(f"{save.__name__} ended by itself")
-                time.sleep(0.002)
-            time.sleep(draw.uniform(0.0, 0.15))
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            unusable += not usable(root)
+                unusable += left  # it looked usable, and was not
+                shutil.rmtree(root)
+                root.mkdir()
+                begins = True
+            begins = False
+            left = usable(root)
+            unusable += not left
     return Kills(kills, unusable)
 
 
+def _kill_a_saving_process(
+    root: Path,
+    save: Callable[[Path], None],
+    usable: Callable[[Path], bool],
+    *,
+    draw: random.Random,
+) -> bool:
+    """Start it, let it save and kill it; return False if it ended by itself before."""
+    Path(f"{root}.store").unlink(missing_ok=True)
+    before = _newest(root)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, 1)
+            os.dup2(devnull, 2)
+            save(root)
+        finally:  # whatever it raises must not unwind the parent's frames
+            os._exit(1)
+    # Until this process has begun to save, and the very first one has saved something.
+    while _newest(root) == before or (before is None and not usable(root)):
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            return False
+        time.sleep(0.002)
+    time.sleep(draw.uniform(0.0, 0.15))
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return True
+
+
 def _newest(root: Path) -> Any:
-    return max(((p.stat().st_mtime_ns, p.name) for p in root.glob("*")), default=None)
+    return max(((p.lstat().st_mtime_ns, p.name) for p in root.glob("*")), default=None)
 
 
 @dataclass(frozen=True)

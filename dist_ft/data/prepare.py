@@ -49,6 +49,9 @@ _PROGRESS_NAME = "progress.json"
 
 _LOG = logging.getLogger(__name__)
 
+# Which folders that were prepared differently may be replaced; see `prepare_split`.
+Replacing = Literal["nothing", "settings", "anything"]
+
 
 @dataclass(frozen=True)
 class PrepareSpec:
@@ -108,7 +111,7 @@ def prepare_split(
     *,
     split: str,
     data_dir: Path,
-    rebuild: bool = False,
+    replacing: Replacing = "nothing",
     processes: int = 1,
     progress: Callable[[int], None] | None = None,
 ) -> PreparedSplit:
@@ -122,13 +125,15 @@ def prepare_split(
         spec: what the rows depend on.
         split: the split to prepare.
         data_dir: the folder of all prepared data.
-        rebuild: replace a folder which was prepared differently, instead of raising.
+        replacing: which folders that were prepared differently are replaced instead of refused:
+            `nothing`, `settings` (from another source or with other settings, but with this
+            tokenizer) or `anything`.
         processes: how many processes encode; 1 is this one.
         progress: called after each batch with the number of raw rows read so far.
 
     Raises:
         ValueError: a source, column or row is bad; no rows are left; or the folder was prepared
-            differently and `rebuild` is False.
+            differently and `replacing` does not allow to replace it.
         RuntimeError: an encoding process died, or the file system can't lock files.
     """
     if processes < 1:
@@ -138,7 +143,7 @@ def prepare_split(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _lock(folder.with_name(f".{split}.lock")):
         _restore(folder)
-        found = _existing(folder, wanted=wanted, rebuild=rebuild)
+        found = _existing(folder, wanted=wanted, replacing=replacing)
         if found is not None:
             return PreparedSplit(folder, found, reused=True)
         temporary = folder.with_name(f".{split}.tmp")
@@ -187,7 +192,7 @@ def _schema(spec: PrepareSpec) -> pa.Schema:
     return shard_schema(spec.functions.schema, raw=bool(spec.raw_columns))
 
 
-def _existing(folder: Path, *, wanted: Mapping[str, Any], rebuild: bool) -> Manifest | None:
+def _existing(folder: Path, *, wanted: Mapping[str, Any], replacing: Replacing) -> Manifest | None:
     """Returns the folder's manifest if it can be used, None if the folder is to be written."""
     if not folder.exists():
         return None
@@ -199,12 +204,15 @@ def _existing(folder: Path, *, wanted: Mapping[str, Any], rebuild: bool) -> Mani
     try:
         manifest = ShardedDataset(folder, verify="size").manifest
     except ValueError:
-        if rebuild:
+        if replacing != "nothing":
             return None
         raise
     if manifest.input_fingerprint == fingerprint(wanted):
         return manifest
-    if rebuild:
+    # Another tokenizer means another model: its runs, perhaps one that trains just now, need what
+    # is here. Other settings replace what the same user tried before.
+    other_tokenizer = dict(manifest.tokenizer) != wanted["tokenizer"]
+    if replacing == "anything" or (replacing == "settings" and not other_tokenizer):
         return None
     stored = {
         "task": manifest.task,
@@ -215,9 +223,9 @@ def _existing(folder: Path, *, wanted: Mapping[str, Any], rebuild: bool) -> Mani
         "source": dict(manifest.source),
     }
     raise ValueError(
-        f"{folder} was prepared differently (prepared -> wanted): "
-        f"{'; '.join(differences(stored, wanted)[:8])}: prepare it again with rebuild, or choose "
-        "another data folder"
+        f"{folder} was prepared {'with another tokenizer' if other_tokenizer else 'differently'} "
+        f"(prepared -> wanted): {'; '.join(differences(stored, wanted)[:8])}: choose another "
+        "data_dir, or `dist-ft prepare --replace` if no other run needs what is there"
     )
 
 

@@ -23,7 +23,6 @@ from dist_ft.train.balancing import Balance, make_balancer
 from dist_ft.train.best import Decision, TrackBest
 from dist_ft.train.callbacks import Checkpoint, Evaluate, LogSteps
 from dist_ft.train.console import Console
-from dist_ft.train.data import prepare_tasks
 from dist_ft.train.deciders import deciders
 from dist_ft.train.engines import make_engine
 from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
@@ -33,7 +32,7 @@ from dist_ft.train.loading import make_loader
 from dist_ft.train.loop import Run, fit
 from dist_ft.train.memory import fit_memory
 from dist_ft.train.numbers import GuardNumbers
-from dist_ft.train.parts import Parts, eval_data, load_preprocessor, make_parts
+from dist_ft.train.parts import Parts, eval_data, make_parts
 from dist_ft.train.rates import learning_rates
 from dist_ft.train.recorder import Recorder
 from dist_ft.train.regularization import in_training, penalty_rules
@@ -56,17 +55,6 @@ FAILURE = "DIST_FT_FAILURE"
 SLOW_SECTIONS = {"start", "phase change", "save"}
 # Places in a run at which the record says what the mixture plans, for the report.
 PLAN_MARKS = 20
-
-
-def prepare(recipe: Recipe) -> None:
-    """Turn the recipe's data into shards, saying what becomes of each split."""
-    console = Console(main=True)
-    prepare_tasks(
-        recipe,
-        tokenizer=load_preprocessor(recipe),
-        say=console.say,
-        reading=console.reading,
-    )
 
 
 def train(recipe: Recipe, *, resume: bool, extensions: Extensions = NO_EXTENSIONS) -> int:

@@ -17,6 +17,7 @@ from dist_ft.data.manifest import fingerprint
 from dist_ft.data.prepare import (
     PreparedSplit,
     PrepareSpec,
+    Replacing,
     RowFunctions,
     SplitPlan,
     prepare_split,
@@ -51,6 +52,7 @@ def prepare_tasks(
     say: Say,
     reading: Reading | None = None,
     extensions: Extensions = NO_EXTENSIONS,
+    replacing: Replacing = "settings",
 ) -> list[PreparedTask]:
     """Return every task with its splits, preparing what is not prepared yet.
 
@@ -62,9 +64,11 @@ def prepare_tasks(
         say: Prints a line.
         reading: Shows how far reading has come; by default lines are printed now and then.
         extensions: Task implementations of the user's own.
+        replacing: Which folders that were prepared differently are replaced; see `prepare_split`.
 
     Raises:
-        ValueError: If a source, a column, a label or a row is bad.
+        ValueError: If a source, a column, a label or a row is bad, or if a folder was prepared
+            with another tokenizer and may not be replaced.
     """
     extensions.check([task.name for task in recipe.tasks])
 
@@ -79,6 +83,7 @@ def prepare_tasks(
             say=say,
             reading=reading or by_lines,
             extensions=extensions,
+            replacing=replacing,
         )
         for config in recipe.tasks
     ]
@@ -92,6 +97,7 @@ def _prepare_task(
     say: Say,
     reading: Reading,
     extensions: Extensions,
+    replacing: Replacing,
 ) -> PreparedTask:
     plan = split_plan(config)
     task = extensions.make_task(config.model_dump(exclude={"data", "on_error", "augmentation"}))
@@ -113,7 +119,7 @@ def _prepare_task(
                 replace(spec, raw_columns=kept),
                 split=split,
                 data_dir=recipe.data_dir,
-                rebuild=True,
+                replacing=replacing,
                 processes=recipe.data_processes,
                 progress=progress,
             )

@@ -1,4 +1,4 @@
-"""What `dist-ft data` says about prepared data."""
+"""What `dist-ft prepare` and `dist-ft data` do and say about prepared data."""
 
 from __future__ import annotations
 
@@ -17,12 +17,30 @@ from dist_ft.data.manifest import MANIFEST_NAME, Manifest, read_manifest
 from dist_ft.data.prepare import split_folder
 from dist_ft.data.shards import verify
 from dist_ft.train.augmentation import make_augmentation
+from dist_ft.train.console import Console
 from dist_ft.train.data import PreparedTask, Say, prepare_tasks, split_plan
 from dist_ft.train.loading import make_loader, plan_steps
 from dist_ft.train.parts import load_preprocessor
 
 _BINS = 12
 _BAR = 40
+
+
+def prepare(recipe: Recipe, *, replace: bool = False) -> None:
+    """Turn the recipe's data into shards, saying what becomes of each split.
+
+    Args:
+        recipe: A loaded recipe.
+        replace: Write shards anew that were made with another tokenizer, too.
+    """
+    console = Console(main=True)
+    prepare_tasks(
+        recipe,
+        tokenizer=load_preprocessor(recipe),
+        say=console.say,
+        reading=console.reading,
+        replacing="anything" if replace else "settings",
+    )
 
 
 def verify_splits(recipe: Recipe) -> Iterator[tuple[str, str | None]]:

@@ -172,17 +172,23 @@ def test_reuse_refusal_and_rebuild(tmp_path: Path) -> None:
         match=r"arguments\.max_length: .absent. -> 5; tokenizer.content_sha256: one -> t",
     ):
         prepare_split(other, split="train", data_dir=tmp_path / "d")
-    rebuilt = prepare_split(other, split="train", data_dir=tmp_path / "d", rebuild=True)
+    with pytest.raises(ValueError, match=r"with another tokenizer .*one -> two.*data_dir"):
+        prepare_split(other, split="train", data_dir=tmp_path / "d", replacing="settings")
+    rebuilt = prepare_split(other, split="train", data_dir=tmp_path / "d", replacing="anything")
     assert not rebuilt.reused
     assert rebuilt.manifest.dataset_id != first.manifest.dataset_id
     write_rows(tmp_path / "a.jsonl", make_rows(0, 51))
     with pytest.raises(ValueError, match=r"source\.train\.files"):
         prepare_split(other, split="train", data_dir=tmp_path / "d")
+    longer = replace(other, arguments={"max_length": 6})
+    rebuilt = prepare_split(longer, split="train", data_dir=tmp_path / "d", replacing="settings")
     shard = next(rebuilt.folder.glob("*.arrow"))
     shard.write_bytes(b"")
     with pytest.raises(ValueError, match=f"{shard.name} has 0 bytes"):
         prepare_split(other, split="train", data_dir=tmp_path / "d")
-    assert prepare_split(other, split="train", data_dir=tmp_path / "d", rebuild=True).manifest.rows
+    assert prepare_split(
+        other, split="train", data_dir=tmp_path / "d", replacing="anything"
+    ).manifest.rows
 
 
 def test_foreign_folder_is_left_alone(tmp_path: Path) -> None:
@@ -191,7 +197,7 @@ def test_foreign_folder_is_left_alone(tmp_path: Path) -> None:
     own.parent.mkdir(parents=True)
     own.write_text("mine")
     with pytest.raises(ValueError, match=r"is no prepared data set \(manifest.json is missing\)"):
-        prepare_split(spec, split="train", data_dir=tmp_path / "d", rebuild=True)
+        prepare_split(spec, split="train", data_dir=tmp_path / "d", replacing="anything")
     assert own.read_text() == "mine"
 
 
