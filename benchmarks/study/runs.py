@@ -117,7 +117,9 @@ def _failures(plan: Plan, problem: str) -> list[dict[str, Any]]:
 def _train_here(plan: Plan, *, folder: Path) -> list[dict[str, Any]]:
     """Return a line of results for each set; a run that raised has a score of None and says why."""
     from dist_ft.api import fine_tune
+    from dist_ft.engine.heap import keep_freed_memory
 
+    keep_freed_memory()  # as `dist-ft train` does
     shutil.rmtree(folder / "runs", ignore_errors=True)
     recipe = make_recipe(
         plan.strategy, sets=plan.sets, part=plan.part, seed=plan.seed, folder=folder

@@ -98,7 +98,7 @@ def make_recipe(
             "head_lr": 1e-3,
             "schedule": {"type": "linear", "warmup": f"{max(1, steps // 10)}step"},
         },
-        "engine": {"zero_stage": 0, "precision": "bf16"},
+        "engine": {"zero_stage": 2, "precision": "bf16"},
         "train": {
             "max_duration": f"{steps}step",
             "global_batch_size": BATCH,

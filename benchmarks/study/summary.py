@@ -16,7 +16,7 @@ COLUMNS = {
     **{name: name for name in SETS},
     "difference": "mean difference (95 %)",
     "failures": "failed",
-    "seconds": "seconds",
+    "cpu_s": "CPU seconds",
 }
 _RESAMPLES = 2000
 
@@ -24,7 +24,8 @@ _RESAMPLES = 2000
 def summarise(results: Sequence[Mapping[str, Any]], *, part: str) -> list[dict[str, Any]]:
     """Return a row of the table for each strategy with results.
 
-    Scores are in percent. The difference is the mean over (set, seed) pairs of score minus the
+    Scores are in percent. Time is the mean CPU time of a run and set, its start included: other
+    jobs of the machine change it less than that of a clock. The difference is the mean over (set, seed) pairs of score minus the
     baseline's score of the same pair, its interval a bootstrap over these pairs (Efron 1979);
     pairs that only one of the two has are left out.
     """
@@ -41,8 +42,8 @@ def summarise(results: Sequence[Mapping[str, Any]], *, part: str) -> list[dict[s
             row[name] = _spread([s for (where, _), s in scores.items() if where == name])
         row["difference"] = _difference(scores, base) if strategy != BASELINE else None
         row["failures"] = f"{sum(r['failed'] for r in own)} of {len(own)}"
-        times = [r["train_s"] for r in own if r["score"] is not None]
-        row["seconds"] = round(statistics.mean(times), 1) if times else None
+        times = [r["cpu_s"] for r in own if r["score"] is not None]
+        row["cpu_s"] = round(statistics.mean(times), 1) if times else None
         rows.append(row)
     return rows
 

@@ -25,6 +25,7 @@ from benchmarks.training.workload import (
 from dist_ft.data.loader import StepBatch
 from dist_ft.dist import World
 from dist_ft.engine.base import PhaseReport, StepResult
+from dist_ft.engine.heap import keep_freed_memory
 from dist_ft.freezing.schedule import Phase
 from dist_ft.recipe import load_recipe
 from dist_ft.train.build import make_run
@@ -102,6 +103,7 @@ def open_run(path: Path, *, folder: Path) -> Run:
 
 def train_own(job: Job, recipe: Path) -> Outcome:
     """Return what the run took, its engine's construction and its phase changes included."""
+    keep_freed_memory()  # as `dist-ft train` does
     run = open_run(recipe, folder=job.folder / "runs" / recipe.stem)
     evaluate = next(c for c in run.callbacks if isinstance(c, Evaluate))
 
