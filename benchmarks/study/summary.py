@@ -25,9 +25,9 @@ def summarise(results: Sequence[Mapping[str, Any]], *, part: str) -> list[dict[s
     """Return a row of the table for each strategy with results.
 
     Scores are in percent. Time is the mean CPU time of a run and set, its start included: other
-    jobs of the machine change it less than that of a clock. The difference is the mean over (set, seed) pairs of score minus the
-    baseline's score of the same pair, its interval a bootstrap over these pairs (Efron 1979);
-    pairs that only one of the two has are left out.
+    jobs of the machine change it less than that of a clock. The difference is the mean over (set,
+    seed) pairs of score minus the baseline's score of the same pair, its interval a bootstrap over
+    these pairs (Efron 1979); pairs that only one of the two has are left out.
     """
     mine = [r for r in results if r["part"] == part]
     base = _scores(mine, BASELINE)

@@ -19,6 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from dist_ft.kernels.cpu_attention import attend
+
 IMPLEMENTATION = "dist_ft_unpadded"
 
 # Arguments of transformers' attention functions that change nothing here.
@@ -165,6 +167,11 @@ def _by_run(
     options: dict[str, Any],
 ) -> Tensor:
     """Run one dense attention for each run of rows of one length."""
+    if query.device.type == "cpu" and bias is None:
+        return attend(
+            query[0], key[0], value[0], runs=rows.runs, scale=options["scale"],
+            dropout=options["dropout_p"], causal=options["is_causal"],
+        )[None]  # fmt: skip
     sizes = [count * length for count, length in rows.runs]
     # `split` and not slices: its backward concatenates, theirs would fill a whole tensor each.
     parts = zip(*(t[0].split(sizes, dim=1) for t in (query, key, value)), strict=True)

@@ -22,7 +22,7 @@ def _result(strategy: str, name: str, seed: int, score: float | None) -> dict[st
         "seed": seed,
         "score": score,
         "failed": score is None,
-        "train_s": 2.0,
+        "cpu_s": 2.0,
     }
 
 
@@ -63,7 +63,7 @@ def test_differences_are_of_the_same_set_and_seed() -> None:
     assert base["difference"] is None
     assert other["difference"] == "+2.0 (+2.0 to +2.0)"
     assert other["failures"] == "1 of 3"
-    assert other["seconds"] == 2.0
+    assert other["cpu_s"] == 2.0
     assert summarise(results, part="full") == []
 
 
