@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import signal
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +27,7 @@ def limit_files(size: int) -> None:
 
 
 def _runs_full(recipe: Path) -> None:
-    """Train with a disk that is full for rank 1 from step 6 to step 10."""
+    """Train with a disk that is full for rank 1 around step 8 and gone for both around step 12."""
     from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
 
     def fill(call: int) -> None:
@@ -33,25 +36,38 @@ def _runs_full(recipe: Path) -> None:
         if call == 11:
             limit_files(resource.RLIM_INFINITY)
 
+    folder = recipe.parent / "runs/tiny/checkpoints"
+
+    def take_away(call: int) -> None:
+        if call == 12:
+            folder.rename(folder.with_name("elsewhere"))
+            folder.touch()  # no folder can be made there
+        if call == 15:
+            folder.unlink()
+            folder.with_name("elsewhere").rename(folder)
+
     if os.environ["RANK"] == "1":
         before(DeepSpeedEngine, "train_step", fill)
+    else:
+        before(DeepSpeedEngine, "train_step", take_away)
     assert build.train(load_recipe(recipe), resume=False) == 0
 
 
 def test_a_save_that_fails_leaves_the_older_one_and_the_run_goes_on(tmp_path: Path) -> None:
     recipe = write_recipe(
         tmp_path,
-        train={"max_duration": "16step"},
+        train={"max_duration": "20step"},
         checkpoint={"every": "4step", "keep_last": 1},
     )
     run_distributed(_runs_full, recipe)
     found = events(tmp_path / "runs/tiny")
-    (failed,) = [e for e in found if e["event"] == "checkpoint_failed"]
-    assert failed["step"] == 8
-    assert failed["problem"].startswith("rank 1: ")
-    assert [e["step"] for e in found if e["event"] == "checkpoint"] == [4, 12, 16]
+    full, gone = [e for e in found if e["event"] == "checkpoint_failed"]
+    assert (full["step"], gone["step"]) == (8, 12)
+    assert full["problem"].startswith("rank 1: ")
+    assert "File exists" in gone["problem"]
+    assert [e["step"] for e in found if e["event"] == "checkpoint"] == [4, 16, 20]
     folder = newest_checkpoint(tmp_path / "runs/tiny").parent
-    assert [path.name for path in folder.iterdir()] == ["step-00000016"]
+    assert [path.name for path in folder.iterdir()] == ["step-00000020"]
 
 
 def _needs_too_much(recipe: Path) -> None:
@@ -82,3 +98,31 @@ def test_events_that_do_not_fit_are_lost_alone(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     run_distributed(_loses_events, path, world_size=1)
     assert [event["step"] for event in read_events(path)] == [1, 3]
+
+
+class _FullTracker:
+    """Shows one event; its disk is full then."""
+
+    def __init__(self) -> None:
+        self.shown: list[int] = []
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        if self.shown:
+            raise OSError(errno.ENOSPC, "no space left on device")
+        self.shown.append(event["step"])
+
+    def close(self) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+
+def test_a_tracker_that_fails_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    fails, early = _FullTracker(), _FullTracker()
+    recorder = Recorder(path, trackers=[fails, early])
+    for step in (1, 2, 3):
+        recorder.event("step", step=step)
+    recorder.close()
+    assert fails.shown == early.shown == [1]
+    assert [event["step"] for event in read_events(path)] == [1, 2, 3]
+    assert caplog.text.count("_FullTracker has failed and is left out") == 2
+    Recorder(path, trackers=[_FullTracker()]).close()
