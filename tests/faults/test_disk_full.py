@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from dist_ft.engine.parking import ParkedPrefix
 from dist_ft.recipe import load_recipe
 from dist_ft.train import build
 from dist_ft.train.recorder import Recorder, read_events
+from dist_ft.train.run_folder import RunFolder
 from tests.helpers.run_distributed import run_distributed
 from tests.helpers.supervised import before
 from tests.helpers.tiny_run import events, newest_checkpoint, write_recipe
@@ -82,6 +85,30 @@ def test_the_last_save_of_a_run_must_succeed_and_space_is_looked_at_first(tmp_pa
     recipe = write_recipe(tmp_path, train={"max_duration": "4step"})
     run_distributed(_needs_too_much, recipe)
     assert not list((tmp_path / "runs/tiny/checkpoints").iterdir())
+
+
+def _writes_notes_and_parks(folder: Path) -> None:
+    run = RunFolder(folder)
+    run.write_json("recipe.json", {"name": "whole"})
+    layer = torch.nn.Linear(16, 16)
+    before = [p.detach().clone() for p in layer.parameters()]
+    # Room for: nothing, the weight and not the bias, both.
+    for room, parked_bytes in ((20, 0), (1050, 1024), (2000, 1088)):
+        limit_files(room)
+        if room == 20:
+            with pytest.raises(OSError, match="too large"):
+                run.write_json("recipe.json", {"name": "cut in the middle of it"})
+        parked = ParkedPrefix(layer.parameters)
+        for _ in range(8):
+            parked.settle(needed=False)
+        assert parked.parked_bytes == parked_bytes
+        parked.bring_back()
+        assert all(map(torch.equal, layer.parameters(), before))
+    assert run.read_recipe() == {"name": "whole"}
+
+
+def test_what_is_written_beside_the_run_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    run_distributed(_writes_notes_and_parks, tmp_path, world_size=1)
 
 
 def _loses_events(path: Path) -> None:
