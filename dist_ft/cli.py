@@ -25,7 +25,7 @@ from dist_ft.cli_arguments import (
 from dist_ft.cli_data import data_app
 from dist_ft.cli_launch import launch_command
 from dist_ft.cli_recipes import recipes_app
-from dist_ft.cli_slurm import slurm
+from dist_ft.cli_slurm import slurm, slurm_start
 from dist_ft.cli_tables import print_differences, print_metrics
 from dist_ft.heartbeat import note_error, show_stacks_when_asked
 
@@ -49,6 +49,7 @@ app = typer.Typer(
 app.add_typer(recipes_app, name="recipes", invoke_without_command=True)
 app.add_typer(data_app, name="data")
 app.command()(slurm)
+app.command("slurm-start", hidden=True)(slurm_start)
 
 RunArgument = Annotated[Path, typer.Argument(help="The folder of a run.")]
 

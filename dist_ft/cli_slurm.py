@@ -1,4 +1,4 @@
-"""The command `slurm`: writes the script of a job; imports as in cli."""
+"""The command `slurm`, which writes the script of a job, and what that calls; imports as in cli."""
 
 from __future__ import annotations
 
@@ -68,6 +68,23 @@ def slurm(
     typer.echo(f"wrote {file}")
     if submit:
         typer.echo(f"submitted {', '.join(jobs.submit(file, times=chain))}")
+
+
+def slurm_start(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    job: Annotated[str, typer.Option("--job", help="The same each time that it is requeued.")],
+    max_idle: Annotated[
+        int, typer.Option("--max-idle", min=1, help="Starts in a row without a step of progress.")
+    ],
+) -> None:
+    """Note that a job starts, for its script; fail if its last starts have brought nothing."""
+    from dist_ft.launcher.requeues import check_progress
+    from dist_ft.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides=overrides or ())
+    check_progress(loaded.output_dir / loaded.name, job=job, max_idle=max_idle)
 
 
 def _absolute(recipe: str) -> str:

@@ -6,6 +6,7 @@ whether the counter still moves, by its own clock, so clocks of ranks and nodes 
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import math
 import mmap
@@ -102,7 +103,8 @@ def note_error(text: str) -> None:
     folder = os.environ.get(FOLDER)
     if folder is not None:
         body = f"{time.monotonic()}\n{text}"
-        error_file(Path(folder), _local_rank()).write_text(body, encoding="utf-8")
+        with contextlib.suppress(OSError):  # the rank ends by its own error, not by a full disk
+            error_file(Path(folder), _local_rank()).write_text(body, encoding="utf-8")
 
 
 def read_error(path: Path) -> tuple[float, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from dist_ft.engine.trunk_passes import TrunkPasses
 
 # Steps in a row that must have done without the prefix before it is parked.
 _QUIET_STEPS = 8
+
+log = logging.getLogger("dist_ft")
 
 
 @dataclass
@@ -75,13 +78,24 @@ class ParkedPrefix:
                 continue  # a view of what others use, too: nothing would be freed
             copy = None
             if data.device.type == "cpu":
-                self._file = self._file or tempfile.TemporaryFile()  # noqa: SIM115 - kept open
-                self._file.write(_bytes_of(data))
+                if not self._written(data):
+                    return
             else:
                 copy = data.to("cpu")
             self._away.append((parameter, data.shape, copy))
             self.parked_bytes += data.nbytes
             parameter.data = data.new_empty(0)
+
+    def _written(self, data: Tensor) -> bool:
+        """Write a weight into the file; return whether it is there, on a disk that may be full."""
+        try:
+            # Unbuffered: memory is given up only for what has been written.
+            self._file = self._file or tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - kept
+            _all_of(_bytes_of(data), self._file.write)
+        except OSError as error:
+            log.warning("the frozen prefix stays in memory: %s", error)
+            return False
+        return True
 
     @torch.no_grad()
     def bring_back(self) -> None:
@@ -94,9 +108,8 @@ class ParkedPrefix:
             if copy is not None:
                 data.copy_(copy)
             else:
-                assert self._file is not None
                 raw: Any = self._file
-                raw.readinto(_bytes_of(data))
+                _all_of(_bytes_of(data), raw.readinto)
             parameter.data = data
         if self._file is not None:
             self._file.close()
@@ -105,6 +118,16 @@ class ParkedPrefix:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+
+
+def _all_of(content: memoryview, transfer: Callable[[memoryview], int]) -> None:
+    """Read or write all of `content`; the system takes up to 2 GiB at once."""
+    done = 0
+    while done < len(content):
+        moved = transfer(content[done:])
+        if not moved:
+            raise OSError("the file of the frozen prefix was cut short")
+        done += moved
 
 
 def only_used_in(root: nn.Module, skipped: Iterable[nn.Module]) -> list[nn.Parameter]:

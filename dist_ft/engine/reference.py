@@ -118,7 +118,10 @@ class ReferenceEngine:
         turns = (OwnTurn(task, micro_batches, global_count), *joined)
         tasks = frozenset(turn.task for turn in turns)
         ways = self._modes.passes.of_turns(step, turns=turns, device=self._device, in_step=False)
-        self._mixing.begin(step, groups=self._mixed(tasks), parameters=self._parameters)
+        mixed = self._mixed(tasks)
+        if mixed:
+            self.before_change()
+        self._mixing.begin(step, groups=mixed, parameters=self._parameters)
         with self._probe.watching(self._shared(), turns=len(turns)):
             losses, lacked = self._accumulate(step, turns=turns, ways=ways)
         self._mixing.end()
@@ -188,6 +191,7 @@ class ReferenceEngine:
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Let forwards inside the context use the average of the weights, if one is kept."""
+        self.before_change()
         kept: dict[str, Tensor] = {}
         try:
             for name, value in self._average.whole():

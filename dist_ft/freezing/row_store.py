@@ -7,6 +7,8 @@ memory map would; and a file that was cut short is a damaged row, not a bus erro
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,18 +134,20 @@ class RowStore:
         if not self.slots:
             return
         data, index = folder / f"{self.name}.data", folder / f"{self.name}.index"
-        for path, size in ((data, self.nbytes), (index, self.slots * _INDEX.itemsize)):
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                # All at once: a full disk is an error here, and not at some later row.
-                os.posix_fallocate(file, 0, size)
-            except OSError:
-                path.unlink(missing_ok=True)
-                raise
-            finally:
-                os.close(file)
+        file = _open_shared(data)
+        try:
+            # All at once: a full disk is an error here, and not at some later row.
+            os.posix_fallocate(file.fileno(), 0, self.nbytes)
+            with index.open("a+b") as entries:
+                os.posix_fallocate(entries.fileno(), 0, self.slots * _INDEX.itemsize)
+        except OSError:
+            if _is_last_user(file):
+                data.unlink(missing_ok=True)
+                index.unlink(missing_ok=True)
+            file.close()
+            raise
         # Kept open by whoever still reads from this store.
-        self._data = data.open("r+b", buffering=0)
+        self._data = file
         self._index = np.asarray(np.memmap(index, dtype=_INDEX, mode="r+"))
 
     def _slots_of(self, keys: RowKeys) -> Int64Array:
@@ -242,6 +246,26 @@ class RowStore:
         if self._data is not None:
             os.fdatasync(self._data.fileno())
             os.posix_fadvise(self._data.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _open_shared(path: Path) -> IO[bytes]:
+    """Open or make a file, and say that this process uses it, for as long as it is open."""
+    while True:
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+        with contextlib.suppress(OSError):  # a file system without locks: nobody is told
+            fcntl.flock(file, fcntl.LOCK_SH)
+        if os.fstat(file.fileno()).st_nlink:
+            return file
+        file.close()  # its last user has deleted it in between
+
+
+def _is_last_user(file: IO[bytes]) -> bool:
+    """Return whether no other process uses the file, which must not lose it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _written(file: int, part: memoryview, place: int) -> str | None:

@@ -7,11 +7,15 @@
 # Settings (environment variables):
 #   PYTHON         interpreter that has dist_ft, on a disk that all nodes see
 #   MAX_REQUEUES   how often the job may be requeued, default 20
+#   MAX_IDLE_REQUEUES  after how many requeues in a row without a step of progress it gives up,
+#                  default 3: the time limit or the checkpoint interval doesn't suffice
 #   MAX_RESTARTS   how often ranks that failed are started again before the job fails, default 3
 #   NPROC          ranks on a node; default: its GPUs, or 2 without one
 #   GRACE_S        seconds that ranks get to save, default 120
 #   CHECK_NODES=1  look at every node first (dist-ft doctor --node); a broken one is left out and the
 #                  job requeued without it
+#   LISTEN_S       seconds after the start before which a request to stop is not passed on: no launcher
+#                  listens yet; default 10
 #   WAIT_KILL_S    seconds after the first node ended until the others are killed, default 60
 #   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME   network interface, if nodes can't find each other
 set -uo pipefail
@@ -34,12 +38,38 @@ port=$((20000 + SLURM_JOB_ID % 20000))
 # Slurm 22.05 to 23.02 don't hand --cpus-per-task to srun.
 export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"
 
+# Until there are ranks that could save: a signal must neither end this script nor be lost.
+asked_to_stop=""
+trap 'asked_to_stop=yes' USR1 TERM
+
 say() { echo "== $(date +%FT%T) job $job attempt $restarts: $*"; }
 
+# A controller that is busy or starts again does not answer for a while.
+patiently() {
+  local pause
+  for pause in 1 2 4 8 0; do
+    "$@" && return
+    sleep "$pause"
+  done
+  return 1
+}
+
+# Not after a scancel, which requeueing would undo, and not where Slurm requeues by itself, after a
+# lost node: the job is COMPLETING then. So it is when its time was over before all had saved.
+is_ours() {
+  local shown
+  shown=" $(patiently scontrol -o show job "$job") "
+  [[ "$shown" == *" JobState=RUNNING "* || "$shown" == *" Reason=TimeLimit "* ]]
+}
+
 requeue() {
+  if ! is_ours; then
+    say "$1; left to Slurm, which has cancelled or requeued the job itself"
+    return
+  fi
   if [ "$restarts" -lt "${MAX_REQUEUES:-20}" ]; then
     say "$1; requeued"
-    scontrol requeue "$job" && exit 0
+    patiently scontrol requeue "$job" && exit 0
   fi
   say "$1, but not requeued any more: submit the same script to go on" >&2
 }
@@ -55,17 +85,32 @@ if [ "${CHECK_NODES:-0}" = 1 ]; then
   fi
 fi
 
+code=0
+"$PYTHON" -m dist_ft slurm-start --job "$job" --max-idle "${MAX_IDLE_REQUEUES:-3}" "$@" || code=$?
+if [ "$code" != 0 ]; then
+  say "$([ "$code" = 2 ] && echo "bad recipe" || echo "not started")"
+  exit "$code"
+fi
+if [ -n "$asked_to_stop" ]; then
+  requeue "asked to stop before it began"
+  exit 75
+fi
+
 options=(--nnodes "$SLURM_JOB_NUM_NODES" --head-node "$HEAD_NODE" --port "$port"
   --max-restarts "${MAX_RESTARTS:-3}" --grace-s "${GRACE_S:-120}")
 [ -n "${NPROC:-}" ] && options+=(--nproc "$NPROC")
 say "on $SLURM_JOB_NODELIST: train $*"
 
-asked_to_stop=""
+# When launchers listen. Not by this shell's clock, which may jump.
+sleep "${LISTEN_S:-10}" >/dev/null 2>&1 &
+listening=$!
+
 stop() {
   asked_to_stop=yes
   say "asked to stop: the ranks save"
+  wait "$listening"
   # To every process of the step: launchers and ranks take it as one request.
-  scancel --signal=USR1 "$SLURM_JOB_ID"
+  scancel --quiet --signal=USR1 "$SLURM_JOB_ID"
 }
 trap stop USR1 TERM
 
@@ -74,13 +119,10 @@ srun --kill-on-bad-exit=0 --wait="${WAIT_KILL_S:-60}" bash -c \
   'trap "" USR1; exec "$0" -m dist_ft launch --node-rank "$SLURM_NODEID" "$@"' \
   "$PYTHON" "${options[@]}" train "$@" --resume &
 step=$!
-code=0
-wait "$step" || code=$?
+wait "$step"
 # A trapped signal ends `wait` early; the ranks are still saving.
-while kill -0 "$step" 2>/dev/null; do
-  code=0
-  wait "$step" || code=$?
-done
+while kill -0 "$step" 2>/dev/null; do wait "$step"; done
+wait "$step" || code=$?
 
 case $code in
   75 | 143) requeue "saved" ;;

@@ -13,7 +13,13 @@ from pathlib import Path
 JOB = Path(__file__).with_name("job.sh")
 # slurmctld looks at the clock only every 30 to 60 s, so the lead is that plus the time to save.
 LEAD_S = 180
-_TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
+_CLOCK_S = 60
+# To import, to load and to take some steps: who is asked to stop before has done nothing.
+_START_S = 120
+# What Slurm takes if --signal names no time.
+_SIGNAL_S = 60
+_NO_LIMIT = ("UNLIMITED", "INFINITE")
+_TIME = re.compile(r"((?P<days>\d+)-)?(?P<parts>\d+(:\d+){0,2})")
 
 
 @dataclass(frozen=True)
@@ -51,13 +57,39 @@ class SlurmJob:
         ):
             if value < least:
                 raise ValueError(f"{option} must be at least {least}, got {value}: change it")
-        if self.time is not None and not _TIME.fullmatch(self.time):
-            raise ValueError(
-                f"--time must be like 30 (minutes), 8:00:00 or 2-00:00:00, got {self.time!r}"
-            )
         bad = [option for option in self.options if not option.startswith("--")]
         if bad:
             raise ValueError(f"--sbatch takes an option of sbatch like --partition=long, got {bad}")
+        self._check_time()
+
+    def _check_time(self) -> None:
+        """Check that the limit leaves time to train before the signal comes.
+
+        Raises:
+            ValueError: If it does not, or is no limit.
+        """
+        limit = self._last("--time", self.time)
+        if limit is None or limit.upper() in _NO_LIMIT:
+            return  # the partition's, which only the cluster knows; the job notices it, too
+        seconds = _seconds(limit)
+        signal = self._last("--signal", f"B:USR1@{LEAD_S}") or ""
+        at = re.search(r"@(\d+)", signal)
+        lead = int(at[1]) if at else _SIGNAL_S
+        least = lead + _CLOCK_S + _START_S
+        if 0 < seconds < least:  # 0 is no limit to Slurm
+            raise ValueError(
+                f"--time must be at least {-(-least // 60)} minutes, got {limit!r}: the signal to "
+                f"save comes {lead} to {lead + _CLOCK_S} s before the limit, and a job that has "
+                f"not trained by then is requeued in vain; raise it, or with saves that are quick "
+                f"shorten the lead: --sbatch=--signal=B:USR1@60"
+            )
+
+    def _last(self, name: str, value: str | None) -> str | None:
+        """Return the value of an option as sbatch takes it: the last one counts."""
+        for option in self.options:
+            if match := re.match(rf"{name}[= ](.+)", option):
+                value = match[1]
+        return value
 
     def script(self, words: Sequence[str], *, python: str = sys.executable) -> str:
         """Return the script that trains `words`: the recipe and its overrides."""
@@ -100,6 +132,26 @@ class SlurmJob:
             f"--signal=B:USR1@{LEAD_S}",
             *self.options,
         ]
+
+
+def _seconds(limit: str) -> int:
+    """Return the seconds of a limit in one of Slurm's forms.
+
+    They are M, M:S, H:M:S, D-H, D-H:M and D-H:M:S.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    match = _TIME.fullmatch(limit)
+    if match is None:
+        raise ValueError(f"--time must be like 30 (minutes), 8:00:00 or 2-00:00:00, got {limit!r}")
+    parts = [int(part) for part in match["parts"].split(":")]
+    if match["days"] is not None:
+        hours, minutes, seconds = [*parts, 0, 0][:3]
+        hours += 24 * int(match["days"])
+    else:
+        hours, minutes, seconds = ([0, *parts, 0] if len(parts) < 3 else parts)[:3]
+    return 3600 * hours + 60 * minutes + seconds
 
 
 def submit(script: Path, *, times: int) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 from dist_ft import dist
 from dist_ft.config import Recipe
 from dist_ft.data.bandit import BanditMixture
+from dist_ft.data.fingerprint import tokenizer_fingerprint
 from dist_ft.duration import Duration
 from dist_ft.engine.loss_module import LossModule
 from dist_ft.heartbeat import Heartbeat
@@ -292,6 +293,7 @@ def _callbacks(
     def deciding(step: int) -> dict[str, float]:
         return decision.scores(evaluate.deciding_scores(step))
 
+    tokenizer = tokenizer_fingerprint(parts.tokenizer)
     checkpoint = Checkpoint(
         recorder=recorder,
         console=console,
@@ -311,6 +313,7 @@ def _callbacks(
             "world_size": world.world_size,
             "zero_stage": recipe.engine.zero_stage,
             "precision": recipe.engine.precision,
+            "tokenizer": tokenizer,
         },
     )
     steps = LogSteps(

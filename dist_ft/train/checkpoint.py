@@ -8,9 +8,9 @@ in it is pickled.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import re
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping
@@ -25,23 +25,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dist_ft import dist
+from dist_ft.train.checkpoint_names import MANIFEST, checkpoints_by_step
+from dist_ft.train.file_mode import follow_umask
 from dist_ft.train.retention import Kept, Retention
 
 FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
 TRAINER = "trainer.json"
-_NAME = re.compile(r"step-(\d{8,})")
 _REPLACED = ".old-"
 _DIGEST = "xxh3"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written or read."""
-
-
-def checkpoint_name(step: int) -> str:
-    """Return the folder name of the checkpoint after `step` optimizer steps."""
-    return f"step-{step:08d}"
 
 
 def write_rank_file(
@@ -54,6 +49,7 @@ def write_rank_file(
             return {}, f"{bad.replace('|', ' of ', 1).partition('|')[0]} is not finite"
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path)
+        follow_umask(path)
         _fsync(path)
         return {"file": path.name, **_fingerprint(path)}, None
     except (OSError, SafetensorError) as error:
@@ -72,26 +68,28 @@ def commit(
 
     Called by rank 0 when every rank's file is durable. Returns what went wrong.
     """
+    replaced = final.with_name(f"{_REPLACED}{final.name}")
     try:
         _write_json(temporary / TRAINER, trainer)
         files = [*files, {"file": TRAINER, **_fingerprint(temporary / TRAINER)}]
         manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
         _write_json(temporary / MANIFEST, {**manifest, _DIGEST: _digest(manifest)})
         _fsync(temporary)
-        replaced = final.with_name(f"{_REPLACED}{final.name}")
         if final.exists():  # left by a run that went back to an earlier checkpoint
             final.rename(replaced)
         temporary.rename(final)
         _fsync(final.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            _put_back(replaced)
         return f"rank 0: {error}"
     return None
 
 
 def remove_old(root: Path, *, step: int, retention: Retention) -> None:
     """Remove what retention does not keep, now that the checkpoint of `step` exists."""
-    folders = _by_step(root)
+    folders = checkpoints_by_step(root)
     whole = known_checkpoints(root)
     keep = retention.keeps(whole, newest=step)
     for at, folder in folders:
@@ -103,7 +101,9 @@ def remove_old(root: Path, *, step: int, retention: Retention) -> None:
 
 def known_checkpoints(root: Path) -> list[Kept]:
     """Return what retention knows of the checkpoints that are there."""
-    return [kept for step, path in _by_step(root) if (kept := _kept(step, path)) is not None]
+    return [
+        kept for step, path in checkpoints_by_step(root) if (kept := _kept(step, path)) is not None
+    ]
 
 
 def _kept(step: int, folder: Path) -> Kept | None:
@@ -129,13 +129,6 @@ def set_aside(root: Path, names: list[str]) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _by_step(root: Path) -> list[tuple[int, Path]]:
-    if not root.is_dir():
-        return []
-    found = [(m, p) for p in root.iterdir() if (m := _NAME.fullmatch(p.name))]
-    return sorted((int(m.group(1)), p) for m, p in found)
-
-
 def find_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint whose files are all there and unchanged, or None.
 
@@ -145,7 +138,7 @@ def find_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
     found: tuple[str | None, list[str]] = (None, [])
     if dist.rank() == 0:
         passed_over: list[str] = []
-        for _, folder in reversed(_by_step(root)):
+        for _, folder in reversed(checkpoints_by_step(root)):
             damage = verify_checkpoint(folder)
             if damage is None:
                 found = (str(folder), passed_over)
@@ -163,9 +156,13 @@ def put_back(root: Path) -> None:
     Called by rank 0 when a run is taken up, while nobody saves.
     """
     for old in root.glob(f"{_REPLACED}step-*"):
-        final = root / old.name.removeprefix(_REPLACED)
-        if not final.exists():
-            old.rename(final)
+        _put_back(old)
+
+
+def _put_back(old: Path) -> None:
+    final = old.with_name(old.name.removeprefix(_REPLACED))
+    if old.exists() and not final.exists():
+        old.rename(final)
 
 
 def verify_checkpoint(folder: Path) -> str | None:

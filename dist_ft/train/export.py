@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dist_ft.model.backbone import MultiTaskModel, quiet_transformers
+from dist_ft.train.file_mode import follow_umask
 from dist_ft.train.model_card import CUSTOM_PIPELINES, PIPELINES, model_card
 
 _PIPELINE_FILES = {
@@ -78,10 +79,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
     if folder.exists():
         raise ValueError(f"export: {folder} exists already: remove it, or move it away")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex}")
+    temporary.mkdir()
     try:
         yield temporary
-        temporary.chmod(0o777 & ~_umask())
         _sync(temporary)
         temporary.rename(folder)
         _sync_folder(folder.parent)
@@ -175,16 +176,10 @@ def _labels(config: Any, *, auto_class: str) -> list[str]:
     return [config.id2label[index] for index in sorted(config.id2label)]
 
 
-def _umask() -> int:
-    """The process's umask; mkdtemp makes folders that only their owner can read."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
+    for path in [*folder.rglob("*")]:
         if path.is_file():
+            follow_umask(path)
             with path.open("rb") as file:
                 os.fsync(file.fileno())
     _sync_folder(folder)

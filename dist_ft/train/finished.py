@@ -14,7 +14,9 @@ from torch import Tensor
 
 from dist_ft import dist
 from dist_ft.config import Recipe
+from dist_ft.data.fingerprint import tokenizer_fingerprint
 from dist_ft.data.loader import MicroBatch
+from dist_ft.data.manifest import differences
 from dist_ft.engine.base import on_device
 from dist_ft.engine.loss_module import LossModule
 from dist_ft.model.lora import LoraSettings, merged_lora
@@ -23,16 +25,16 @@ from dist_ft.train import analysis
 from dist_ft.train.best import Decision
 from dist_ft.train.checkpoint import (
     CheckpointReader,
-    checkpoint_name,
     find_checkpoint,
     known_checkpoints,
     verify_checkpoint,
 )
+from dist_ft.train.checkpoint_names import checkpoint_name
 from dist_ft.train.evaluate import collect, evaluate_task, paired_bootstrap
 from dist_ft.train.export import export_task
 from dist_ft.train.export_adapter import export_adapter
 from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
-from dist_ft.train.parts import Parts, eval_data, make_parts
+from dist_ft.train.parts import Parts, eval_data, load_preprocessor, make_parts
 from dist_ft.train.recorder import Recorder, surviving_events
 from dist_ft.train.run_folder import RunFolder
 from dist_ft.train.weights import load_weights
@@ -62,7 +64,8 @@ def open_start(
     """Return recipe, parts as they were before the run, folder and its newest whole checkpoint.
 
     Raises:
-        ValueError: If the folder holds no run or no whole checkpoint.
+        ValueError: If the folder holds no run or no whole checkpoint, or the model's tokenizer is
+            not the one that the run was trained with.
     """
     folder = RunFolder(run)
     recipe = Recipe.model_validate(folder.read_recipe())
@@ -72,10 +75,28 @@ def open_start(
             f"{run} has no whole checkpoint{': ' + '; '.join(passed_over) if passed_over else ''}: "
             "train it first"
         )
-    parts = make_parts(recipe, log.info, extensions=extensions)
     for text in passed_over:
         log.warning("checkpoint passed over: %s", text)
-    return recipe, parts, folder, CheckpointReader(path)
+    reader = CheckpointReader(path)
+    _check_tokenizer(recipe, reader)
+    return recipe, make_parts(recipe, log.info, extensions=extensions), folder, reader
+
+
+def _check_tokenizer(recipe: Recipe, reader: CheckpointReader) -> None:
+    """Check that the weights still belong to the tokenizer that lies beside the model.
+
+    Raises:
+        ValueError: If the token ids would mean something else.
+    """
+    saved = reader.trainer.get("tokenizer")
+    if saved is None:
+        return  # checkpoints of the first runs do not say
+    changed = differences(saved, tokenizer_fingerprint(load_preprocessor(recipe)))
+    if changed:
+        raise ValueError(
+            f"model.path: the tokenizer of {recipe.model.path} is not the one that "
+            f"{reader.folder} was trained with ({'; '.join(changed)}): put that one back"
+        )
 
 
 def analyse(run: Path, *, extensions: Extensions = NO_EXTENSIONS) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,7 +36,7 @@ class Recorder:
             trackers: Get every event too, as it is written.
         """
         self._began = time.monotonic()
-        self._trackers = trackers
+        self._trackers: Sequence[Tracker] = trackers
         self._cut = False
         self._file: FileIO | None = None
         if path is not None:
@@ -59,16 +59,26 @@ class Recorder:
             self._cut = True
         if self._cut:
             log.error("step %d: the %s event is lost: the disk is full", step, kind)
+        self._show(lambda tracker: tracker.event(body))
+
+    def _show(self, action: Callable[[Tracker], None]) -> None:
+        """Do something with every tracker; one that fails is left out, as the run needs none."""
         for tracker in self._trackers:
-            tracker.event(body)
+            try:
+                action(tracker)
+            except Exception as error:  # noqa: BLE001 - of a disk, a server, or their library
+                name = type(tracker).__name__
+                log.error(
+                    "%s has failed and is left out: %s: %s", name, type(error).__name__, error
+                )
+                self._trackers = [other for other in self._trackers if other is not tracker]
 
     def close(self) -> None:
         """Close the file and the trackers."""
         if self._file is not None:
             self._file.close()
             self._file = None
-        for tracker in self._trackers:
-            tracker.close()
+        self._show(lambda tracker: tracker.close())
         self._trackers = ()
 
 

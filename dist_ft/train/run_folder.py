@@ -100,8 +100,10 @@ class RunFolder:
             )
 
     def write_json(self, name: str, body: Mapping[str, Any]) -> None:
-        """Write a JSON file into the folder."""
-        (self.root / name).write_text(json.dumps(body, indent=1, default=str) + "\n")
+        """Write a JSON file into the folder, whole or not at all: any moment may be the last."""
+        temporary = self.root / f".{name}.tmp"
+        temporary.write_text(json.dumps(body, indent=1, default=str) + "\n")
+        temporary.replace(self.root / name)
 
     def add_to_environment(self, more: Mapping[str, Any]) -> None:
         """Add keys to ``env.json``; without one, as when a run is only measured, do nothing."""

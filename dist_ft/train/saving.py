@@ -10,6 +10,7 @@ the state in host memory.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -25,11 +26,11 @@ from dist_ft import dist
 from dist_ft.engine.base import EngineState
 from dist_ft.train.checkpoint import (
     CheckpointError,
-    checkpoint_name,
     commit,
     remove_old,
     write_rank_file,
 )
+from dist_ft.train.checkpoint_names import checkpoint_name
 from dist_ft.train.retention import Retention
 
 _FREE_SPACE_MARGIN = 64 * 2**20
@@ -138,8 +139,11 @@ class CheckpointWriter:
         return self._root / f".tmp-{self._saving.path.name}"
 
     def _lacks_space(self, total: int) -> str | None:
-        self._root.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self._root).free
+        try:
+            self._root.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self._root).free
+        except OSError as error:  # a disk that is gone for a while is no reason to stop
+            return str(error)
         if free < total + _FREE_SPACE_MARGIN:
             return f"{total} bytes are needed and {free} are free"
         return None
@@ -233,7 +237,8 @@ class CheckpointWriter:
         if problem is not None:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
-            remove_old(self._root, step=saved.step, retention=self._retention)
+            with contextlib.suppress(OSError):  # the checkpoint exists; the next save tries again
+                remove_old(self._root, step=saved.step, retention=self._retention)
         size = sum(entry.get("bytes", 0) for entry in files)
         return replace(saved, bytes=size, save_s=time.monotonic() - self._began, problem=problem)
 

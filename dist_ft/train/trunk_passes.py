@@ -120,7 +120,10 @@ def _measure(
         used = decision.pays(decision.boundary)
         if dist.rank() == 0:
             # Before the step that follows it: a run that goes on must not decide otherwise.
-            folder.write_json(DECISION, asdict(decision))
+            try:
+                folder.write_json(DECISION, asdict(decision))
+            except OSError as error:
+                say(f"WARNING: the decision about the cache is not kept ({error})")
         recorder.event("cache", used=used, **asdict(decision))
         say(f"step {decision.step}: {_figures(decision)}: the cache is {'' if used else 'not '}used"
             f"{'' if used else ' (cache.policy: on insists)'}")  # fmt: skip

@@ -1,5 +1,6 @@
 """The cached frozen prefix changes no bit of a run, whatever happens to the run or to the cache."""
 
+import errno
 import json
 import os
 import platform
@@ -298,6 +299,33 @@ def test_a_full_disk_turns_the_cache_off_and_not_the_run_down(
     assert "can't hold" in caplog.text
     cache.write(2, keys=_keys([0]), hidden=torch.zeros(3, 4), step=0)
     assert not cache.read(2, keys=_keys([0]), step=5).there.any()
+
+
+def _disk_is_full(file: int, start: int, size: int) -> None:
+    raise OSError(errno.ENOSPC, f"no room for {size} bytes from {start} on in file {file}")
+
+
+def test_a_full_disk_of_one_process_takes_no_file_from_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, hidden = CachedTask(np.array([3, 1, 2])), torch.randn(6, 4)
+    # As open files, they are to each other what those of several processes are.
+    one, other, third = (_cache(tmp_path, a=task) for _ in range(3))
+    one.open([(2, "f")])
+    one.write(2, keys=_keys([0]), hidden=hidden[:3], step=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", _disk_is_full)
+        assert other.open([(2, "f")]) == 0
+    third.open([(2, "f")])
+    one.write(2, keys=_keys([1, 2]), hidden=hidden[3:], step=2)
+    found = third.read(2, keys=_keys([0, 1, 2]), step=3)
+    assert found.there.all()
+    assert torch.equal(found.hidden, hidden)
+    del one, third, found
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", _disk_is_full)
+        assert other.open([(2, "f")]) == 0
+    assert not list((tmp_path / "c").iterdir())  # what nobody uses must not fill the disk
 
 
 def test_a_row_that_can_not_be_written_ends_the_keeping_and_not_the_run(

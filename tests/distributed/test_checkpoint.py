@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import pickle
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from dist_ft.engine.base import EngineOptions, EngineState, StateSlice
 from dist_ft.train.checkpoint import (
@@ -254,6 +257,46 @@ def test_a_replacement_that_was_cut_short_loses_nothing(tmp_path: Path) -> None:
     run_distributed(_cut_between_renames, tmp_path, world_size=1)
 
 
+def test_a_replacement_that_fails_leaves_the_older_one_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = EngineState([StateSlice("p", 0, {"weight": torch.ones(3)})], {}, ())
+    saved = save_checkpoint(tmp_path, step=1, state=state, trainer={}).path
+    rename = Path.rename
+
+    def full(self: Path, target: Path) -> Path:
+        if self.name.startswith(".tmp-"):
+            raise OSError(errno.ENOSPC, "no room for a name")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(CheckpointError, match="no room for a name"):
+        save_checkpoint(tmp_path, step=1, state=state, trainer={})
+    assert find_checkpoint(tmp_path) == (saved, [])
+    assert list(tmp_path.iterdir()) == [saved]
+
+
+def test_an_old_checkpoint_that_can_not_be_removed_is_no_reason_to_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = EngineState([StateSlice("p", 0, {"weight": torch.ones(3)})], {}, ())
+
+    unlink = Path.unlink
+
+    def busy(self: Path, **options: Any) -> None:
+        if self.name == "manifest.json":
+            raise OSError(errno.EBUSY, f"{self} is in use")
+        unlink(self, **options)
+
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step=step, state=state, trainer={})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", busy)
+        save_checkpoint(tmp_path, step=3, state=state, trainer={})
+    save_checkpoint(tmp_path, step=4, state=state, trainer={})
+    assert sorted(path.name[-1] for path in tmp_path.iterdir()) == ["3", "4"]
+
+
 def _changes_of(text: bytes) -> Iterator[bytes]:
     for place in range(len(text)):
         yield text[:place] + bytes([text[place] ^ 1 << place % 8]) + text[place + 1 :]
@@ -283,6 +326,48 @@ def test_any_change_of_a_manifest_is_found_and_it_leads_nowhere_else(tmp_path: P
     del said["xxh3"]
     manifest.write_text(json.dumps(said))
     assert "elsewhere" in str(verify_checkpoint(folder))
+
+
+class _Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def test_nothing_in_a_checkpoint_is_unpickled(tmp_path: Path) -> None:
+    mark = tmp_path / "was unpickled"
+    state = EngineState([StateSlice("p", 0, {"weight": torch.ones(3)})], {}, ())
+    folder = save_checkpoint(tmp_path, step=1, state=state, trainer={}).path
+    torch.save(_Evil(mark), tmp_path / "evil")
+    torch.load(tmp_path / "evil", weights_only=False)
+    assert mark.exists()  # as it would be
+    mark.unlink()
+    for evil in (pickle.dumps(_Evil(mark)), (tmp_path / "evil").read_bytes()):
+        for file in folder.iterdir():
+            before = file.read_bytes()
+            file.write_bytes(evil)
+            assert verify_checkpoint(folder) is not None
+            with pytest.raises((ValueError, SafetensorError)):
+                CheckpointReader(folder)  # as if it had a manifest to go with it
+            assert not mark.exists()
+            file.write_bytes(before)
+    assert verify_checkpoint(folder) is None
+
+
+def test_others_may_read_a_checkpoint_if_the_umask_lets_them(tmp_path: Path) -> None:
+    state = EngineState([StateSlice("p", 0, {"weight": torch.ones(3)})], {}, ())
+    before = os.umask(0o027)
+    try:
+        folder = save_checkpoint(tmp_path, step=1, state=state, trainer={}).path
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o750
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o640}
+    assert len(list(folder.iterdir())) == 3
 
 
 def _copy(engine: Any) -> dict[tuple[str, int, str], torch.Tensor]:

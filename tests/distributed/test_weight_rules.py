@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import torch.distributed as dist
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_ft.engine.base import EngineOptions
+from dist_ft.engine.base import EngineOptions, EngineState
 from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
 from dist_ft.engine.ds_config import DeepSpeedOptions
 from dist_ft.engine.reference import ReferenceEngine
@@ -20,10 +22,13 @@ from dist_ft.optim.averaging import Averaging
 from dist_ft.optim.mixout import kept_elements, mix, mixout_key
 from dist_ft.optim.param_groups import LearningRates, ParamGroup, build_param_groups
 from dist_ft.optim.penalties import PenaltyRules
+from dist_ft.train.retention import Retention
+from dist_ft.train.saving import CheckpointWriter, save_checkpoint
 from tests.helpers.drawn import drawn
 from tests.helpers.phases import ALL, bitwise_equal, clone, largest_difference, run
 from tests.helpers.plain import PlainRules, PlainRun, mask
 from tests.helpers.run_distributed import run_distributed
+from tests.helpers.supervised import before
 from tests.helpers.tiny import TinyModel, global_batch, layer_groups, learning_rates
 
 STEPS = 20
@@ -206,6 +211,55 @@ def _a_refused_step(rules: PlainRules) -> None:
 
 def test_a_refused_step_leaves_the_true_weights() -> None:
     run_distributed(_a_refused_step, BOTH)
+
+
+def _saves_beside_changes(root: Path, stages: list[int | None]) -> None:
+    """Let the copy of a save wait for other weights than those that the save is of."""
+    changed, copied = threading.Event(), threading.Event()
+    copy_from = CheckpointWriter._copy_from
+
+    def copy_late(self: CheckpointWriter, state: EngineState) -> None:
+        changed.wait(0.1)  # an engine that asks first does not change them until then
+        copy_from(self, state)
+        copied.set()
+
+    def other_weights(_call: int = 0) -> None:
+        changed.set()
+        assert copied.wait(5)
+
+    share = (dist.get_rank(), dist.get_world_size())
+    for stage in stages:
+        engine = _engine(BOTH, stage=stage)
+        run(engine, {0: ALL}, steps=range(2), micro_batches=4, share=share)
+        for step in (2, 3):
+            there = save_checkpoint(root / f"alone-{stage}", step=step, state=engine.state(),
+                                    trainer={}).path  # fmt: skip
+            writer = CheckpointWriter(root / f"beside-{stage}", retention=Retention())
+            engine.before_change = writer.copied
+            changed.clear()
+            copied.clear()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(CheckpointWriter, "_copy_from", copy_late)
+                writer.begin(step=step, state=engine.state(), trainer={})
+                if step == 2:  # forwards use mixed weights
+                    patch.setattr(engine, "_run", engine._run)
+                    before(engine, "_run", other_weights)
+                    run(engine, {}, steps=range(2, 3), micro_batches=4, share=share)
+                else:
+                    with engine.averaged():
+                        other_weights()
+            saved = writer.wait()
+            assert saved is not None
+            assert saved.problem is None
+            file = f"rank-{share[0]:05d}.safetensors"
+            assert (saved.path / file).read_bytes() == (there / file).read_bytes(), (stage, step)
+
+
+def test_a_save_is_of_its_step_while_mixout_or_averages_take_the_weights_place(
+    tmp_path: Path,
+) -> None:
+    run_distributed(_saves_beside_changes, tmp_path, [0, 1, 2, 3])
+    run_distributed(_saves_beside_changes, tmp_path, [None], world_size=1)
 
 
 def test_mixout_draws_are_uniform_and_of_their_own() -> None:

@@ -17,7 +17,7 @@ import torch.distributed
 
 from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
 from dist_ft.optim.adamw import GroupAdamW
-from dist_ft.train import build, loop, saving
+from dist_ft.train import build, loop, saving, signals
 from tests.helpers.supervised import before, die_before, fingerprint, supervise
 from tests.helpers.tiny_run import events, write_recipe
 
@@ -138,6 +138,69 @@ def test_a_stop_saves_and_ends_with_75_and_is_not_started_again(
     assert fingerprint(run) == expected
 
 
+def test_a_second_request_to_stop_ends_the_ranks_at_once(
+    undisturbed: tuple[Path, str],
+) -> None:
+    recipe, expected = undisturbed
+    launcher = os.getpid()
+
+    def ask_twice(call: int) -> None:
+        if call == 11:
+            os.kill(launcher, signal.SIGTERM)
+            time.sleep(0.6)
+            os.kill(launcher, signal.SIGTERM)
+            time.sleep(600)
+
+    def fault(attempt: int, rank: int) -> None:
+        del attempt
+        signals.SAME_REQUEST_S = 0.3
+        if rank == 1:
+            before(DeepSpeedEngine, "_run", ask_twice)
+
+    outcome = supervise(recipe, ["name=twice", "supervision.timeout_s=600"], fault=fault)
+    assert outcome.code == 1
+    (said,) = outcome.said
+    assert f"ended with exit code {128 + signal.SIGUSR1}" in said
+    assert "not started again: a stop was asked for" in said
+    run = recipe.parent / "runs/twice"
+    assert events(run)[-1]["event"] != "stop"
+    assert supervise(recipe, ["name=twice"], resume=True).code == 0
+    assert fingerprint(run) == expected
+
+
+def test_a_stop_while_a_save_goes_on_into_a_phase_change_loses_nothing(
+    undisturbed: tuple[Path, str],
+) -> None:
+    recipe, expected = undisturbed
+    launcher = os.getpid()
+    write = saving.write_rank_file
+
+    def fault(attempt: int, rank: int) -> None:
+        del attempt
+
+        def write_slowly(*args: Any, **kwargs: Any) -> Any:
+            time.sleep(0.5)
+            return write(*args, **kwargs)
+
+        saving.write_rank_file = write_slowly
+        # The second phase begins at step 8, right after a save has begun.
+        if rank == 0:
+            before(loop, "enter_phase", lambda call: ask() if call == 2 else None)
+
+    def ask() -> None:
+        os.kill(launcher, signal.SIGTERM)
+
+    outcome = supervise(recipe, ["name=changing"], fault=fault)
+    assert (outcome.code, outcome.said) == (75, [])
+    run = recipe.parent / "runs/changing"
+    stopped = events(run)[-1]
+    assert stopped["event"] == "stop"
+    saved = [e["step"] for e in events(run) if e["event"] == "checkpoint"]
+    assert saved == sorted({4, 8, stopped["step"]})
+    assert supervise(recipe, ["name=changing"], resume=True).code == 0
+    assert fingerprint(run) == expected
+
+
 def test_a_rank_that_fails_in_the_same_way_is_not_tried_for_ever(
     undisturbed: tuple[Path, str],
 ) -> None:
@@ -172,14 +235,14 @@ def test_a_killed_launcher_leaves_no_ranks_and_its_run_is_locked_until_then(
     mark = recipe.parent / "sleeping"
 
     def sleep(call: int) -> None:
-        if call == 11:
+        if call == 2:  # a save is being written, and this rank's share is not there yet
             mark.touch()
             time.sleep(600)
 
     def fault(attempt: int, rank: int) -> None:
         del attempt
         if rank == 1:
-            before(DeepSpeedEngine, "_run", sleep)
+            before(saving, "write_rank_file", sleep)
 
     launcher = os.fork()
     if launcher == 0:
@@ -199,6 +262,10 @@ def test_a_killed_launcher_leaves_no_ranks_and_its_run_is_locked_until_then(
         os.kill(launcher, signal.SIGKILL)
         os.waitpid(launcher, 0)
     _wait_for(lambda: not any(r.is_running() and r.status() != "zombie" for r in ranks), seconds=5)
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == [
+        ".tmp-step-00000008",
+        "step-00000004",
+    ]
     assert supervise(recipe, ["name=orphans"], resume=True).code == 0
     assert fingerprint(run) == expected
 

@@ -48,6 +48,25 @@ def page(run: Path) -> Path:
     return write_report([run])
 
 
+def test_a_run_is_not_used_with_another_tokenizer(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = run.parents[1] / "model/tokenizer.json"
+    before = file.read_text()
+    content = json.loads(before)
+    words = content["model"]["vocab"]
+    words["ada"], words["love"] = words["love"], words["ada"]
+    file.write_text(json.dumps(content))
+    try:
+        for command in ("export", "evaluate"):
+            assert cli.main([command, str(run)]) == 2
+            error = capsys.readouterr().err
+            assert "is not the one that" in error
+            assert "content_sha256" in error
+    finally:
+        file.write_text(before)
+
+
 class _Reader(html.parser.HTMLParser):
     """Checks that tags are closed in order, and remembers what there is."""
 

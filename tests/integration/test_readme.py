@@ -122,3 +122,16 @@ def test_the_reference_names_every_key_of_the_schema() -> None:
     keys = keys_of(SCHEMA)
     assert {"zero_stage", "doc_stride", "warmup", "patience"} <= keys
     assert keys - words == set()
+
+
+def test_the_tests_that_the_table_of_faults_names_are_there() -> None:
+    table = README.partition("## Faults")[2].partition("\n## ")[0]
+    files = {path.stem: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+    rows = [line for line in table.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert len({line.split("|")[1] for line in rows}) == 20
+    for line in rows:
+        named = re.findall(r"`(?:[a-z]+/)*(test_\w+)(?:\.py)?`", line)
+        assert named, line
+        for name in named:
+            is_test = any(f"def {name}(" in text for text in files.values())
+            assert name in files or is_test, name

@@ -1,4 +1,7 @@
-"""Real Slurm jobs: pre-empted, out of time, and with a node that loses power."""
+"""Real Slurm jobs: pre-empted, out of time, cancelled, and with a node that loses power.
+
+One cluster and one course of events for all tests: while one job waits for Slurm, another trains.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ import pytest
 
 from tests.helpers.cluster import Cluster, running_cluster, wait_for, why_not
 from tests.helpers.supervised import fingerprint, supervise
-from tests.helpers.tiny_run import events, write_recipe
+from tests.helpers.tiny_run import events, newest_checkpoint, write_recipe
 
 REASON = why_not(slurm=True)
 pytestmark = [
@@ -25,15 +28,18 @@ SLOW = Path(__file__).with_name("slow.py")
 class Job:
     """A job that `dist-ft slurm` has written and that is submitted."""
 
-    def __init__(self, cluster: Cluster, folder: Path, *options: str, **environment: str) -> None:
-        """Write the script with `options` and submit it."""
+    def __init__(
+        self, cluster: Cluster, folder: Path, *options: str, sbatch: tuple[str, ...] = (),
+        **environment: str,
+    ) -> None:  # fmt: skip
+        """Write the script with `options` and submit it, with `sbatch` on sbatch's own line."""
         words = (sys.executable, "-m", "dist_ft", "slurm", "recipe.yaml", "--cpus-per-node", "2")
         assert cluster(*words, *options, cwd=folder) == "wrote tiny.sbatch\n"
         settings = (f"{name}={value}" for name, value in environment.items())
         self.cluster = cluster
         self.number = cluster(
-            "env", "NPROC=1", *settings, "sbatch", "--parsable", "-p", "main", "tiny.sbatch",
-            cwd=folder,
+            "env", "NPROC=1", *settings, "sbatch", "--parsable", "-p", "main", *sbatch,
+            "tiny.sbatch", cwd=folder,
         ).strip()  # fmt: skip
         self.log = folder / f"tiny-{self.number}.log"
         self.run = folder / "runs/tiny"
@@ -59,6 +65,10 @@ class Job:
 
         wait_for(trains, seconds=120, log=self.log)
 
+    def wait_until_it_says(self, text: str) -> None:
+        """Wait until its log has a text."""
+        wait_for(lambda: text in self.said, seconds=120, log=self.log)
+
     def wait_for_the_end(self) -> str:
         """Return the state that it ends in."""
         going = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
@@ -66,56 +76,94 @@ class Job:
         return self.cluster.state(self.number)
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with running_cluster(tmp_path_factory.mktemp("cluster"), slurm=True, nodes=3) as running:
-        yield running
+class Course:
+    """What has become of three jobs: a slow one, one on two nodes, and one with a bad recipe."""
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        """Let everything happen."""
+        self._cluster = cluster
+        self.slow = self._submit_slow(folder / "slow")
+        self.two_nodes = self._submit_two_nodes(folder / "two")
+        self._preempt()
+        self._let_the_time_pass()
+        self.two_nodes.wait_until_it_trains(attempt=1)
+        cluster.verb("fail", "node2")
+        # Slurm takes a while to notice.
+        self._cancel()
+        self.bad = self._submit_bad(folder / "bad")
+        supervise(folder / "two/recipe.yaml", ["name=oracle"])
+        self.bad_end = self.bad.wait_for_the_end()
+        self.two_nodes_end = self.two_nodes.wait_for_the_end()
+        # Nothing has brought it back meanwhile.
+        self.slow_end = cluster.state(self.slow.number)
+
+    def _submit_slow(self, folder: Path) -> Job:
+        write_recipe(
+            folder,
+            train={"max_duration": "9000step"},
+            evaluation={"every": None},
+            checkpoint={"every": "5000step"},
+            logging={"every": 5},
+        )
+        python = folder / "slow.sh"
+        python.write_text(f'#!/bin/sh\nexec {sys.executable} {SLOW} "$@"\n')
+        python.chmod(0o755)
+        # Slurm looks at the clock twice a minute: the signal comes about 30 s after the start.
+        short = ("--time=2", "--signal=B:USR1@100", "--nodelist=node3")
+        return Job(self._cluster, folder, "--time", "30", sbatch=short, PYTHON=str(python))
+
+    def _submit_two_nodes(self, folder: Path) -> Job:
+        write_recipe(
+            folder,
+            train={"max_duration": "300step"},
+            evaluation={"every": None},
+            checkpoint={"every": "100step"},
+            logging={"every": 5},
+        )
+        return Job(self._cluster, folder, "--nodes", "2")
+
+    def _preempt(self) -> None:
+        """Let a more urgent job need a node: Slurm asks ours to leave."""
+        self.two_nodes.wait_until_it_trains(attempt=0)
+        self._cluster(
+            "sbatch", "-p", "urgent", "--nodelist=node2", "--exclusive", "-o", "/dev/null",
+            "--wrap", "sleep 1",
+        )  # fmt: skip
+        self.two_nodes.wait_until_it_says("attempt 0: saved; requeued")
+
+    def _let_the_time_pass(self) -> None:
+        self.slow.wait_until_it_says("attempt 0: saved; requeued")
+        # The next attempt gets time enough: it would be asked to stop at once.
+        self._cluster("scontrol", "update", f"JobId={self.slow.number}", "TimeLimit=60")
+
+    def _cancel(self) -> None:
+        self.slow.wait_until_it_trains(attempt=1)
+        self._cluster("scancel", self.slow.number)
+        wait_for(lambda: len(self.slow.of("stop")) > 1, seconds=20, log=self.slow.log)
+
+    def _submit_bad(self, folder: Path) -> Job:
+        recipe = write_recipe(folder)
+        sound = recipe.read_text()
+        job = Job(self._cluster, folder, sbatch=("--hold",))
+        recipe.write_text(sound.replace("seed: 3", "sed: 3"))
+        self._cluster("scontrol", "release", job.number)
+        return job
 
 
 @pytest.fixture(scope="module")
-def slow_job(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """Return a job whose time is up long before its end; the other test runs meanwhile."""
-    folder = tmp_path_factory.mktemp("slow")
-    write_recipe(
-        folder,
-        train={"max_duration": "9000step"},
-        evaluation={"every": None},
-        checkpoint={"every": "5000step"},
-        logging={"every": 5},
-    )
-    python = folder / "slow.sh"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} {SLOW} "$@"\n')
-    python.chmod(0o755)
-    # Slurm looks at the clock twice a minute: the signal comes 20 to 50 s after the start.
-    options = ("--time", "2", "--sbatch=--signal=B:USR1@100", "--sbatch=--nodelist=node3")
-    return Job(cluster, folder, *options, PYTHON=str(python))
+def course(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Course]:
+    with running_cluster(tmp_path_factory.mktemp("cluster"), slurm=True, nodes=3) as cluster:
+        yield Course(cluster, tmp_path_factory.mktemp("jobs"))
 
 
-@pytest.mark.usefixtures("slow_job")  # it waits for its time to pass
 def test_a_two_node_job_is_pre_empted_loses_a_node_and_ends_as_if_nothing_had_been(
-    cluster: Cluster, tmp_path: Path
+    course: Course,
 ) -> None:
-    recipe = write_recipe(
-        tmp_path,
-        train={"max_duration": "300step"},
-        evaluation={"every": None},
-        checkpoint={"every": "100step"},
-        logging={"every": 5},
-    )
-    supervise(recipe, ["name=oracle"])
-    job = Job(cluster, tmp_path, "--nodes", "2")
-    job.wait_until_it_trains(attempt=0)
-    # A more urgent job needs a node: Slurm asks ours to leave, which saves and requeues itself.
-    urgent = cluster(
-        "sbatch", "--parsable", "-p", "urgent", "--nodelist=node2", "--exclusive",
-        "-o", "/dev/null", "--wrap", "sleep 1",
-    ).strip()  # fmt: skip
-    wait_for(lambda: cluster.state(urgent) == "COMPLETED", seconds=60, log=job.log)
-    job.wait_until_it_trains(attempt=1)
-    cluster.verb("fail", "node2")
-    assert job.wait_for_the_end() == "COMPLETED", job.said
+    job = course.two_nodes
+    assert course.two_nodes_end == "COMPLETED", job.said
     assert f"job {job.number} attempt 0: saved; requeued" in job.said
     assert f"job {job.number} attempt 2: done" in job.said
+    assert "DUE TO NODE FAILURE" in job.said
     kinds = [e["event"] for e in job.of("stop", "resume", "end")]
     assert kinds == ["resume", "stop", "resume", "resume", "end"]
     (stopped,) = job.of("stop")
@@ -123,21 +171,24 @@ def test_a_two_node_job_is_pre_empted_loses_a_node_and_ends_as_if_nothing_had_be
     assert 0 < stopped["step"] == again["step"] < 300  # no step was lost
     # Nobody could save when the power was lost.
     assert last["step"] in (stopped["step"], 100, 200)
-    assert fingerprint(job.run) == fingerprint(tmp_path / "runs/oracle")
+    assert fingerprint(job.run) == fingerprint(job.run.with_name("oracle"))
 
 
-def test_a_job_whose_time_is_up_saves_and_requeues_itself(slow_job: Job) -> None:
-    wait_for(lambda: "attempt 0: saved; requeued" in slow_job.said, seconds=150, log=slow_job.log)
-    wait_for(lambda: len(slow_job.of("resume")) > 1, seconds=60, log=slow_job.log)
-    assert 0 < slow_job.of("stop")[0]["step"] == slow_job.of("resume")[1]["step"]
+def test_a_job_whose_time_is_up_saves_and_requeues_itself(course: Course) -> None:
+    first, second = course.slow.of("resume")
+    assert (first["step"], second["step"]) == (0, course.slow.of("stop")[0]["step"])
+    assert second["step"] > 0
 
 
-def test_a_bad_recipe_fails_the_job_without_requeueing_it(cluster: Cluster, tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path)
-    cluster(sys.executable, "-m", "dist_ft", "slurm", "recipe.yaml", cwd=tmp_path)
-    recipe.write_text(recipe.read_text().replace("seed: 3", "sed: 3"))
-    job = cluster("sbatch", "--parsable", "tiny.sbatch", cwd=tmp_path).strip()
-    log = tmp_path / f"tiny-{job}.log"
-    wait_for(lambda: cluster.state(job) == "FAILED", seconds=60, log=log)
-    assert "error: sed: unknown key" in log.read_text()
-    assert "requeued" not in log.read_text()
+def test_a_cancelled_job_saves_and_stays_cancelled(course: Course) -> None:
+    assert course.slow_end == "CANCELLED", course.slow.said
+    assert "attempt 1: saved; left to Slurm" in course.slow.said
+    _, last = course.slow.of("stop")
+    assert newest_checkpoint(course.slow.run).name == f"step-{last['step']:08d}"
+    assert last["step"] > course.slow.of("resume")[1]["step"]
+
+
+def test_a_bad_recipe_fails_the_job_without_requeueing_it(course: Course) -> None:
+    assert course.bad_end == "FAILED"
+    assert "error: sed: unknown key" in course.bad.said
+    assert "requeued" not in course.bad.said

@@ -263,6 +263,16 @@ def test_folder_has_only_what_the_task_needs(exported: dict[str, Exported]) -> N
     assert config["id2label"] == {"0": "O", "1": "B-PER", "2": "I-PER"}
 
 
+def test_others_may_read_the_folder_if_the_umask_lets_them(
+    exported: dict[str, Exported], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    usual = {(tmp_path / name).stat().st_mode for name in ("file", "folder")}
+    folder = exported["ner"].folder
+    assert {path.stat().st_mode for path in (folder, *folder.iterdir())} == usual
+
+
 def test_model_card_has_metrics_labels_recipe_and_usage(exported: dict[str, Exported]) -> None:
     card = (exported["qa"].folder / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])

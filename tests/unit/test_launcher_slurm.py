@@ -1,13 +1,18 @@
 """The scripts of Slurm jobs: what they ask for, and what is refused before one is written."""
 
+import os
 import re
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
 from dist_ft import cli
-from dist_ft.launcher.slurm import SlurmJob
+from dist_ft.launcher.slurm import JOB, SlurmJob
+from dist_ft.train.checkpoint_names import checkpoint_name
+from tests.helpers.tiny_run import write_recipe
 
 
 def run_script(script: str, folder: Path, **variables: str) -> str:
@@ -43,6 +48,10 @@ def test_each_task_of_an_array_has_its_own_overrides(tmp_path: Path) -> None:
     [
         (["--nodes", "0"], "--nodes must be at least 1, got 0"),
         (["--time", "soon"], "--time must be like 30 (minutes), 8:00:00"),
+        (["--time", "5"], "--time must be at least 6 minutes, got '5'"),
+        (["--time", "0:05:59"], "--time must be at least 6 minutes, got '0:05:59'"),
+        (["--time", "30", "--sbatch=--time=4"], "--time must be at least 6 minutes, got '4'"),
+        (["--time", "30", "--sbatch=--signal=B:USR1@1800"], "must be at least 33 minutes"),
         (["--sbatch", "partition=a"], "--sbatch takes an option of sbatch"),
         (["--each", "seed=1"], "has no name of its own"),
         (["--each", "sed=1 name=a"], "sed: unknown key"),
@@ -55,6 +64,155 @@ def test_what_sbatch_would_choke_on_is_refused(
     assert cli.main(["slurm", "quickstart", *words, "--output", str(output)]) == 2
     assert message in capsys.readouterr().err
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("limit", "options"),
+    [
+        ("6", []),
+        ("6:00", []),
+        ("0-0:06", []),
+        ("1-0", []),
+        ("0", []),  # no limit
+        ("4", ["--signal=B:USR1@60"]),
+        ("4", ["--time=2:00:00"]),
+        ("4", ["--time UNLIMITED"]),
+    ],
+)
+def test_a_limit_that_leaves_time_to_train_is_taken(limit: str, options: list[str]) -> None:
+    assert f"#SBATCH --time={limit}" in SlurmJob("a", time=limit, options=options).script(["r"])
+
+
+# In the places of Slurm's commands and of the interpreter: they write down what they are asked.
+STAND_INS = {
+    "scontrol": """case "$*" in
+  "show hostnames"*) echo node1 ;;
+  *"show job"*) echo "JobId=7 JobState=${STATE:-RUNNING} Reason=${REASON:-None} Restarts=0" ;;
+esac""",
+    "scancel": 'kill -USR1 "$(cat step)"',
+    "srun": 'eval "${SRUN:-}"; trap "exit 75" USR1; echo $$ >step; while sleep 0.05; do :; done',
+    "python": 'exit "${START_CODE:-0}"',
+}
+
+
+def run_job(
+    folder: Path, *, stop_after_s: float | None = None, **variables: str
+) -> tuple[int, str]:
+    """Run a job's script with stand-ins for all that it calls; return exit code and output."""
+    for name, text in STAND_INS.items():
+        (folder / name).write_text(f'#!/bin/bash\necho "{name} $*" >>calls\n{text}\n')
+        (folder / name).chmod(0o755)
+    job = subprocess.Popen(
+        ["bash", str(JOB), "recipe.yaml"],
+        cwd=folder,
+        env={
+            "PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": "python", "LISTEN_S": "0",
+            "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1",
+            **variables,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+    if stop_after_s is not None:
+        deadline = time.monotonic() + 10
+        while not (folder / "step").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(stop_after_s)
+        job.send_signal(signal.SIGUSR1)
+    out, _ = job.communicate(timeout=20)
+    return job.returncode, out
+
+
+def calls(folder: Path) -> str:
+    return (folder / "calls").read_text()
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "requeued"),
+    [
+        ("RUNNING", "None", True),
+        ("COMPLETING", "TimeLimit", True),
+        ("COMPLETING", "None", False),  # scancel; or Slurm has requeued it
+        ("CANCELLED", "None", False),
+    ],
+)
+def test_a_job_that_was_asked_to_stop_is_requeued_unless_it_was_cancelled(
+    state: str, reason: str, requeued: bool, tmp_path: Path
+) -> None:
+    code, out = run_job(tmp_path, stop_after_s=0.1, STATE=state, REASON=reason)
+    assert ("scontrol requeue 7" in calls(tmp_path)) is requeued, out
+    assert code == (0 if requeued else 75)
+    assert ("saved; requeued" if requeued else "saved; left to Slurm") in out
+
+
+def test_a_job_that_was_requeued_often_enough_is_not_requeued_again(tmp_path: Path) -> None:
+    code, out = run_job(tmp_path, stop_after_s=0.1, MAX_REQUEUES="2", SLURM_RESTART_COUNT="2")
+    assert code == 75
+    assert "saved, but not requeued any more: submit the same script to go on" in out
+    assert "scontrol requeue" not in calls(tmp_path)
+
+
+def test_a_job_whose_ranks_fail_fails(tmp_path: Path) -> None:
+    code, _ = run_job(tmp_path, SRUN="exit 1")
+    assert code == 1
+    assert "scontrol requeue" not in calls(tmp_path)
+
+
+def test_a_job_asks_nobody_to_stop_who_does_not_listen_yet(tmp_path: Path) -> None:
+    began = time.monotonic()
+    code, _ = run_job(tmp_path, stop_after_s=0.0, LISTEN_S="3")
+    assert code == 0
+    # Whole seconds are counted.
+    assert time.monotonic() - began > 2
+
+
+def test_a_job_that_ends_while_it_is_asked_to_stop_keeps_its_end(tmp_path: Path) -> None:
+    ends = "echo $$ >step; sleep 0.3; exit 2"
+    code, out = run_job(tmp_path, stop_after_s=0.0, LISTEN_S="1", SRUN=ends)
+    assert code == 2
+    assert "bad recipe" in out
+    assert "scontrol requeue" not in calls(tmp_path)
+
+
+def test_a_job_that_comes_no_further_starts_nothing(tmp_path: Path) -> None:
+    code, out = run_job(tmp_path, START_CODE="1", SLURM_RESTART_COUNT="3")
+    assert code == 1
+    assert "not started" in out
+    assert "--job 7 --max-idle 3 recipe.yaml" in calls(tmp_path)
+    assert "srun" not in calls(tmp_path)
+    assert "requeue" not in calls(tmp_path)
+
+
+def test_requeues_without_progress_are_counted_until_a_step_is_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "runs/tiny"
+    recipe = write_recipe(tmp_path)
+
+    def start(job: str = "7") -> int:
+        return cli.main(["slurm-start", "--job", job, "--max-idle", "2", str(recipe)])
+
+    def save(step: int) -> None:
+        folder = run / "checkpoints" / checkpoint_name(step)
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").touch()
+
+    assert [start(), start()] == [0, 0]
+    save(5)
+    (run / "checkpoints" / checkpoint_name(9)).mkdir()  # not finished
+    assert [start(), start()] == [0, 0]
+    save(6)
+    assert [start(), start(), start()] == [0, 0, 1]
+    error = capsys.readouterr().err
+    assert "job 7 was requeued 2 times in a row without a step of progress" in error
+    assert "is of step 6" in error
+    # Submitted again, it counts anew; so it does if the note is damaged.
+    assert [start("8"), start("8")] == [0, 0]
+    (run / "logs/job-starts.json").write_text('{"job": "8"')
+    assert [start("8"), start("8")] == [0, 0]
+    assert cli.main(["slurm-start", "--job", "8", "--max-idle", "2", str(recipe), "sed=1"]) == 2
 
 
 def test_without_sbatch_the_script_is_there_and_the_reason_said(
