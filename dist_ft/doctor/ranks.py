@@ -199,12 +199,15 @@ def _start(place: LocalRank, *, forked: bool) -> StartRank:
 
 def _wait_for(started: Sequence[Process], *, folder: Path) -> None:
     deadline = time.monotonic() + LOCAL_RANKS_S
-    while any(process.poll() is None for process in started):
-        for rank, process in enumerate(started):
-            if process.poll():
+    while True:
+        codes = [process.poll() for process in started]
+        for rank, code in enumerate(codes):
+            if code:
                 error = folder / f"{_ERROR}{rank}"
-                why = error.read_text() if error.is_file() else f"exit code {process.poll()}"
+                why = error.read_text() if error.is_file() else f"exit code {code}"
                 raise RuntimeError(f"rank {rank} of {len(started)} local ranks failed: {why}")
+        if None not in codes:
+            return
         if time.monotonic() > deadline:
             raise RuntimeError(
                 f"{len(started)} local ranks did not exchange numbers within {LOCAL_RANKS_S} s: "
