@@ -14,6 +14,7 @@ from typing import Any
 from dist_ft.version import __version__
 
 __all__ = [
+    "Choice",
     "FreezePolicy",
     "Generation",
     "LayerOrder",
@@ -34,6 +35,7 @@ _HOMES = {
     "dist_ft.api": ("RunHandle", "fine_tune", "open_run", "plan"),
     "dist_ft.freezing.policies": ("FreezePolicy",),
     "dist_ft.freezing.schedule": ("LayerOrder", "Phase"),
+    "dist_ft.tasks.base": ("Choice",),
     "dist_ft.recipe": ("RecipeError", "load_recipe"),
     "dist_ft.tasks.generation": ("Generation",),
     "dist_ft.tasks.question_answering": ("QuestionAnswering",),

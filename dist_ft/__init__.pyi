@@ -4,6 +4,7 @@ from dist_ft.api import RunHandle, fine_tune, open_run, plan
 from dist_ft.freezing.policies import FreezePolicy
 from dist_ft.freezing.schedule import LayerOrder, Phase
 from dist_ft.recipe import RecipeError, load_recipe
+from dist_ft.tasks.base import Choice
 from dist_ft.tasks.generation import Generation
 from dist_ft.tasks.question_answering import QuestionAnswering
 from dist_ft.tasks.text_classification import TextClassification
@@ -11,6 +12,7 @@ from dist_ft.tasks.token_classification import TokenClassification
 from dist_ft.version import __version__
 
 __all__ = [
+    "Choice",
     "FreezePolicy",
     "Generation",
     "LayerOrder",

@@ -12,6 +12,7 @@ from dist_ft.recipe import load_recipe
 
 if TYPE_CHECKING:
     from dist_ft.planning.settings import Plan
+    from dist_ft.tasks.output_regularization import OutputPenalty
     from dist_ft.train.extensions import Extensions, MakePolicy, MakeTask
 
 
@@ -80,6 +81,7 @@ def fine_tune(
     resume: bool = False,
     tasks: Mapping[str, MakeTask] | None = None,
     policy: MakePolicy | None = None,
+    regularizers: Mapping[str, OutputPenalty] | None = None,
 ) -> RunHandle:
     """Train on this process, or on all ranks when torchrun starts the program.
 
@@ -90,6 +92,9 @@ def fine_tune(
         tasks: Own tasks in the place of the recipe's, by name: called with the settings of the
             recipe's task as keywords.
         policy: Own freezing policy: called with the layer groups and the number of steps.
+        regularizers: What is added to the training loss of tasks, by name: called with the choices
+            (logits and right classes) of each forward, returns a sum over them, fp32 scalar.
+            Evaluation keeps the task's loss.
 
     Raises:
         ValueError: If the recipe is wrong, or does not fit the model, the data or the ranks.
@@ -98,7 +103,7 @@ def fine_tune(
     from dist_ft.train.extensions import Extensions
 
     loaded = _load(recipe, overrides)
-    extensions = Extensions(tasks=dict(tasks or {}), policy=policy)
+    extensions = Extensions(dict(tasks or {}), policy, dict(regularizers or {}))
     build.train(loaded, resume=resume, extensions=extensions)
     return RunHandle(loaded.output_dir / loaded.name, extensions)
 

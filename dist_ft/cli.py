@@ -282,16 +282,32 @@ def search(
 
 @app.command()
 def doctor(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="[RECIPE]", help="Whose folders to look at; else this folder."),
+    ] = None,
+    overrides: OverridesArgument = None,
     *,
     node: Annotated[
         bool, typer.Option("--node", help="Only what differs from node to node, for Slurm jobs.")
     ] = False,
 ) -> None:
-    """Look at versions, devices, backends, disk and memory; exit 1 if something is broken."""
-    from dist_ft.doctor import examine, examine_node, print_findings
+    """Look at versions, devices, ranks, disks, kernels and known problems; 1 if one is broken.
 
-    findings = examine_node() if node else examine()
-    print_findings(findings)
+    Started by a launcher (`dist-ft launch doctor`) it measures between the launcher's ranks.
+    """
+    from dist_ft import doctor
+
+    rank = int(os.environ.get("RANK", "0"))
+    folders = None
+    if recipe is not None:
+        loaded = _load(recipe, overrides, needs_files=False)
+        folders = doctor.folders_of(loaded)
+    if node:
+        findings = doctor.examine_node(folders)
+    else:
+        findings = doctor.examine(folders) if rank == 0 else doctor.examine_rank()
+    doctor.print_findings(findings, rank=rank)
     raise typer.Exit(FAILED if any(finding.is_broken for finding in findings) else 0)
 
 

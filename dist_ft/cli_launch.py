@@ -37,6 +37,8 @@ WordsArgument = Annotated[
     list[str], typer.Argument(metavar="COMMAND ...", help="For example: train RECIPE --resume")
 ]
 
+# What a restart brings further; any other command would only fail again.
+_GOES_ON = ("train", "search")
 
 Main = Callable[[list[str]], int]
 
@@ -65,17 +67,17 @@ def launch_command(main: Main) -> Callable[..., None]:
         from dist_ft.launcher.supervisor import Supervisor
 
         gpus = count_gpus()
+        own = module == "dist_ft"
         settings = LaunchSettings(
             ranks=nproc if nproc is not None else gpus or 2,
             place=Place(nnodes, node_rank, head_node, port),
-            max_restarts=max_restarts,
+            max_restarts=max_restarts if not own or words[0] in _GOES_ON else 0,
             grace_s=grace_s,
         )
         if 0 < gpus < settings.ranks:
             raise ValueError(
                 f"NPROC is {settings.ranks} but there are {gpus} GPUs: a GPU holds one rank"
             )
-        own = module == "dist_ft"
         # A bad recipe ends here, before any rank starts.
         logs = _logs_of(words) if own else None
         os.environ.update(thread_settings(ranks=settings.ranks, gpus=gpus))
@@ -107,7 +109,7 @@ def _starter(words: Sequence[str], *, main: Main | None, module: str) -> Callabl
 
     def start(attempt: int) -> StartRank:
         again = [*words]
-        if attempt and words[0] in ("train", "search") and "--resume" not in words:
+        if attempt and words[0] in _GOES_ON and "--resume" not in words:
             again.append("--resume")
         program = main
         if program is None:

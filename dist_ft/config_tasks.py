@@ -71,6 +71,7 @@ class GenerationConfig(TaskBase):
     type: Literal["generation"]
     style: Literal["causal", "seq2seq"] = "causal"
     prompt: str = "prompt"
+    context: str | None = None
     response: str = "response"
     separator: str = "\n"
     chat: bool = False

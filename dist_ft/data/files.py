@@ -80,10 +80,21 @@ def _named_errors(path: Path, *, rows: Iterator[Row], file_format: str) -> Itera
     try:
         yield from rows
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path} can't be read as {file_format} ({error}): repair the file, or set the "
-            f"source's format ({', '.join(FORMATS)})"
-        ) from error
+        remedy = _csv_remedy(path, error) if file_format == "csv" else None
+        remedy = remedy or f"repair the file, or set the source's format ({', '.join(FORMATS)})"
+        raise ValueError(f"{path} can't be read as {file_format} ({error}): {remedy}") from error
+
+
+def _csv_remedy(path: Path, error: Exception) -> str | None:
+    """Return what to do about the usual faults of files that spreadsheets have written."""
+    if "invalid UTF8" in str(error):
+        return "save it as UTF-8 (iconv -f latin1 -t utf-8)"
+    with path.open("rb") as file:
+        header = file.readline(_ESTIMATED_FROM_BYTES)
+    for separator, name in ((b";", "semicolons"), (b"\t", "tabs")):
+        if separator in header and b"," not in header:
+            return f"its columns are separated by {name}: save it with commas"
+    return None
 
 
 def _json(path: Path, *, on_bad_row: OnBadRow) -> Iterator[Row]:

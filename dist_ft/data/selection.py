@@ -170,7 +170,7 @@ class BadRows:
         """Skips the row, or raises ValueError with the message."""
         if not self._skip:
             raise ValueError(
-                f"{message}: repair or remove the row, or let bad rows be skipped"
+                f"{message}: repair or remove the row, or leave bad rows out (on_error: skip)"
             ) from cause
         self.count += 1
         if self.count <= _LOGGED_BAD_ROWS:

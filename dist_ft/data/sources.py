@@ -128,7 +128,7 @@ def open_source(spec: SourceSpec, *, base_dir: Path) -> RawSource:
 
 
 def _refuse(message: str) -> NoReturn:
-    raise ValueError(f"{message}: repair or remove the row, or let bad rows be skipped")
+    raise ValueError(f"{message}: repair or remove the row, or leave bad rows out (on_error: skip)")
 
 
 def _refuse_hub_options(spec: SourceSpec) -> None:

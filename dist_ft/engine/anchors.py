@@ -39,7 +39,7 @@ def take_anchors(
     """
     anchors: Anchors = {}
     for group in groups:
-        if not (group.penalty.l2_start or group.mixout):
+        if not group.needs_start:
             continue
         layouts = owner_layouts(
             [(name, weights[name].numel()) for name in group.parameters],

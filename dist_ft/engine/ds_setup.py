@@ -19,8 +19,7 @@ def set_up_deepspeed() -> None:
     On a CPU DeepSpeed compiles a shared-memory extension in its first run, which takes minutes
     and a compiler and measured no faster than gloo on one host; gloo is used instead.
     """
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    choose_accelerator()
     # Third-party deprecations that a user can do nothing about.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     with _no_stderr():
@@ -34,6 +33,12 @@ def set_up_deepspeed() -> None:
         accelerator: Any = deepspeed.get_accelerator()
         if "LOCAL_SIZE" not in os.environ:
             os.environ["LOCAL_SIZE"] = str(accelerator.device_count())
+
+
+def choose_accelerator() -> None:
+    """Tell DeepSpeed the device, so that whoever imports it is not warned of having no GPU."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @contextmanager

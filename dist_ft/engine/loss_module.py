@@ -49,6 +49,7 @@ class InTraining:
         weights: What a task's loss weighs, in its gradient and where it is reported; 1 for others.
             Tuned, fixed weights match costlier balancers (Kurin et al. 2022).
         fused: Tasks whose head computes the loss, in place of the task or of `losses`.
+        whole_logits: Tasks whose head doesn't, as `losses` look at all of their logits.
     """
 
     losses: Mapping[str, Objective] = field(default_factory=dict)
@@ -56,6 +57,7 @@ class InTraining:
     noisy: frozenset[str] = frozenset()
     weights: Mapping[str, float] = field(default_factory=dict)
     fused: Mapping[str, FusedLoss] = field(default_factory=dict)
+    whole_logits: frozenset[str] = frozenset()
 
 
 class LossModule(nn.Module):
@@ -97,7 +99,8 @@ class LossModule(nn.Module):
             way: How the trunk is run; None as transformers made it.
         """
         extra = self._in_training
-        fused = extra.fused.get(task) if self.training else None
+        fuses = self.training and task not in extra.whole_logits
+        fused = extra.fused.get(task) if fuses else None
         special = extra.losses.get(task) if self.training and fused is None else None
         if way is not None and special is not None and special.mixup is not None:
             way.trunk.prepare(None)  # rows of other lengths can only be mixed side by side

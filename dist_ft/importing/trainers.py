@@ -18,9 +18,9 @@ from dist_ft.recipe.model_folder import count_blocks
 TO_FILL = "FILL-IN"
 # Columns of the prompt formats that have plain ones.
 _FORMATS = {
-    "alpaca": ("instruction", "output"),
-    "completion": ("text", "text"),
-    "oasst": ("INSTRUCTION", "RESPONSE"),
+    "alpaca": {"prompt": "instruction", "context": "input", "response": "output"},
+    "completion": {"prompt": "text", "response": "text"},
+    "oasst": {"prompt": "INSTRUCTION", "response": "RESPONSE"},
 }
 
 
@@ -162,7 +162,7 @@ def _instruction(
     kind = str(entry.get("type", "alpaca")).partition(":")[0]
     if kind not in _FORMATS:
         draft.note(f"datasets[{number}].type {kind!r}: check `prompt` and `response`")
-    prompt, response = _FORMATS.get(kind, _FORMATS["alpaca"])
+    columns = _FORMATS.get(kind, _FORMATS["alpaca"])
     data: dict[str, Any] = {
         "train": _source(entry.get("path"), subset=entry.get("name"), split=entry.get("split"))
     }
@@ -171,8 +171,7 @@ def _instruction(
     return {
         "name": "chat" if number == 0 else f"chat{number + 1}",
         "type": "generation",
-        "prompt": prompt,
-        "response": response,
+        **columns,
         "separator": "\n\n",
         "max_length": length,
         "max_target_length": length // 2,

@@ -38,6 +38,11 @@ class ParamGroup:
     held_rows: Mapping[str, Sequence[tuple[int, int]]] = field(default_factory=dict)
     mixout: float = 0.0
 
+    @property
+    def needs_start(self) -> bool:
+        """Whether the weights that the run started from are kept, for L2-SP or mixout."""
+        return bool(self.penalty.l2_start or self.mixout)
+
     def is_active(self, tasks: frozenset[str], *, trainable: frozenset[str]) -> bool:
         """Return whether a step of these tasks updates the group while `trainable` trains."""
         return self.layer_group in trainable and not tasks.isdisjoint(self.tasks)

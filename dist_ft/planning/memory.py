@@ -35,6 +35,7 @@ class Setting:
         checkpointing: Recompute the activations of blocks.
         offload_optimizer: Masters and moments in host memory.
         switch: How phases change: ``in_place`` keeps the masters of all groups that ever train.
+        averages: An average of the weights is kept.
         deepspeed: The ``zero_optimization`` section of the user's own JSON.
     """
 
@@ -46,6 +47,7 @@ class Setting:
     checkpointing: Literal["none", "reentrant", "non_reentrant"] = "none"
     offload_optimizer: bool = False
     switch: Literal["rebuild", "in_place"] = "rebuild"
+    averages: bool = False
     deepspeed: Mapping[str, int] = field(default_factory=dict[str, int])
 
     @property
@@ -65,7 +67,9 @@ class Memory:
         activations: What autograd keeps of one micro-batch, at most over the tasks.
         buffers: Whole parameters gathered for computing (stage 3) and reduction buckets.
         framework: CUDA context, NCCL and kernels.
-        host: Offloaded optimizer state and the parked state of groups that do not train.
+        host: Offloaded optimizer state, and averages of groups that do not train.
+        regularization: Starting weights for L2-SP and mixout, the true weights beside mixed ones,
+            averages of the groups that train.
     """
 
     parameters: int
@@ -75,6 +79,7 @@ class Memory:
     buffers: int
     framework: int
     host: int
+    regularization: int = 0
 
     @property
     def total(self) -> int:
@@ -86,6 +91,7 @@ class Memory:
             + self.activations
             + self.buffers
             + self.framework
+            + self.regularization
         )
 
 
@@ -108,17 +114,20 @@ def memory_of(
     """
     held = universe | trainable if setting.switch == "in_place" else trainable
     optimizer = optimizer_bytes(shape, trainable=trainable, held=held, setting=setting)
+    away = optimizer if setting.offload_optimizer else 0
+    averages, parked = average_bytes(shape, trainable=trainable, universe=universe, setting=setting)
     return Memory(
         parameters=parameter_bytes(shape, setting=setting),
         gradients=gradient_bytes(shape, trainable=trainable, held=held, setting=setting),
-        optimizer=0 if setting.offload_optimizer else optimizer,
+        optimizer=optimizer - away,
         activations=max(
             (activation_bytes(shape, w, trainable=trainable, setting=setting) for w in shape.work),
             default=0,
         ),
         buffers=buffer_bytes(shape, trainable=trainable, setting=setting),
         framework=FRAMEWORK_BYTES if on_gpu else 0,
-        host=optimizer if setting.offload_optimizer else 0,
+        host=away + parked,
+        regularization=averages + start_bytes(shape, trainable=trainable, setting=setting),
     )
 
 
@@ -166,6 +175,39 @@ def optimizer_bytes(
     if setting.zero_stage == 0 and setting.precision == "fp32":
         return moments
     return moments + MASTER_BYTES * _partitions(shape, held, setting)
+
+
+def start_bytes(shape: ModelShape, *, trainable: frozenset[str], setting: Setting) -> int:
+    """Return the bytes of the starting weights, and of the true ones that mixout puts aside.
+
+    The first are there for all groups that L2-SP or mixout applies to, whether they train or not;
+    the second, for the length of a step, for those that train.
+    """
+    elements = 0
+    for group in shape.groups:
+        for sizes in group.optimizer_groups:
+            names = {name for name, _ in sizes}
+            copies = bool(names & group.anchored)
+            copies += bool(names & group.mixed) and group.name in trainable
+            elements += copies * partition_numel(
+                sizes, zero_stage=setting.zero_stage, world_size=setting.world_size
+            )
+    return elements * setting.element_bytes
+
+
+def average_bytes(
+    shape: ModelShape, *, trainable: frozenset[str], universe: frozenset[str], setting: Setting
+) -> tuple[int, int]:
+    """Return the bytes of fp32 averages of the weights, on the device and on the host.
+
+    Those of groups that train are where the masters are; those of groups that trained before are
+    on the host, where all of `universe` is the bound.
+    """
+    if not setting.averages:
+        return 0, 0
+    training = MASTER_BYTES * _partitions(shape, trainable, setting)
+    parked = MASTER_BYTES * _partitions(shape, universe - trainable, setting)
+    return (0, parked + training) if setting.offload_optimizer else (training, parked)
 
 
 def _partitions(shape: ModelShape, names: frozenset[str], setting: Setting) -> int:

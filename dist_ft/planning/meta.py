@@ -22,10 +22,12 @@ from dist_ft.model.layer_groups import LayerGroup, find_layer_groups
 from dist_ft.model.lora import LoraSettings, add_lora, fix_base
 from dist_ft.model.probe import AnswersOnMeta
 from dist_ft.model.sources import resolve_model_path
+from dist_ft.optim.param_groups import LearningRates, build_param_groups
 from dist_ft.planning.fused import FusedKernels
 from dist_ft.planning.known import KNOWN
 from dist_ft.planning.shape import GroupShape, GroupWork, ModelShape, ParameterShape, TaskWork
 from dist_ft.tasks import build_task
+from dist_ft.train.regularization import penalty_rules
 
 # Of a classification whose labels are only found in the data; they hardly weigh.
 ASSUMED_LABELS = 8
@@ -67,7 +69,7 @@ def read_shape(recipe: Recipe, *, on_gpu: bool) -> ModelShape:
     tracer = _Tracer(model, groups, modules, on_gpu=on_gpu)
     return ModelShape(
         source=source,
-        groups=_group_shapes(model, groups),
+        groups=_group_shapes(model, groups, recipe=recipe),
         work=tuple(_task_work(tracer, task, recipe=recipe) for task in recipe.tasks),
         checkpointable=_checkpointable(groups, modules),
     )
@@ -111,8 +113,19 @@ def _labels(task: TaskConfig) -> int:
     return len(task.labels or ()) or ASSUMED_LABELS
 
 
-def _group_shapes(model: MultiTaskModel, groups: Sequence[LayerGroup]) -> tuple[GroupShape, ...]:
+def _group_shapes(
+    model: MultiTaskModel, groups: Sequence[LayerGroup], *, recipe: Recipe
+) -> tuple[GroupShape, ...]:
     parameters = dict(model.named_parameters())
+    regularized = build_param_groups(
+        groups,
+        dimensions={name: parameter.dim() for name, parameter in parameters.items()},
+        rates=LearningRates(recipe.optim.lr),
+        weight_decay=recipe.optim.weight_decay,
+        penalties=penalty_rules(recipe, groups),
+    )
+    anchored = {n for g in regularized if g.needs_start for n in g.parameters}
+    mixed = {n for g in regularized if g.mixout for n in g.parameters}
     return tuple(
         GroupShape(
             g.name,
@@ -124,6 +137,8 @@ def _group_shapes(model: MultiTaskModel, groups: Sequence[LayerGroup]) -> tuple[
                 )
                 for n in g.parameters
             ),
+            anchored=frozenset(anchored.intersection(g.parameters)),
+            mixed=frozenset(mixed.intersection(g.parameters)),
         )
         for g in groups
     )

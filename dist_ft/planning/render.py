@@ -21,6 +21,15 @@ from dist_ft.planning.settings import PhasePlan, Plan, changes
 from dist_ft.planning.shape import ModelShape
 
 _MOST_ROWS = 12
+# Kinds of memory and what they are called in the table.
+_MEMORY_COLUMNS = {
+    "parameters": "weights",
+    "gradients": "gradients",
+    "optimizer": "optimizer",
+    "activations": "activations",
+    "buffers": "buffers",
+    "regularization": "start, averages",
+}
 _STAGES = {
     0: "everything on every rank",
     1: "optimizer partitioned",
@@ -64,13 +73,18 @@ def show_plan(
 
 def _table(plan: Plan) -> Table:
     table = Table(title="GiB of each rank, by phase; a step of each rank")
-    for name in ("phase", "of run", "trains M", "weights", "gradients", "optimizer"):
-        table.add_column(name, justify="right")
-    for name in ("activations", "buffers", "total", "TFLOP", "sent GB", "step s"):
-        table.add_column(name, justify="right")
+    names = ["phase", "of run", "trains M", *_memory_columns(plan), "total", "TFLOP", "sent GB"]
+    for name in (*names, "step s"):
+        table.add_column(_MEMORY_COLUMNS.get(name, name), justify="right")
     for row in _rows(plan.phases, peak=plan.peak):
-        table.add_row(*(_cells(row, plan) if row else ["..."] + [""] * 11))
+        table.add_row(*(_cells(row, plan) if row else ["..."] + [""] * len(names)))
     return table
+
+
+def _memory_columns(plan: Plan) -> list[str]:
+    """Return the kinds of memory that are shown: regularization only where it takes some."""
+    unused = {"regularization"} if not any(p.memory.regularization for p in plan.phases) else set()
+    return [name for name in _MEMORY_COLUMNS if name not in unused]
 
 
 def _rows(phases: tuple[PhasePlan, ...], *, peak: PhasePlan) -> list[PhasePlan | None]:
@@ -91,14 +105,7 @@ def _cells(row: PhasePlan, plan: Plan) -> list[str]:
         f"{row.trained / 1e6:,.1f}",
         *(
             _gib(n)
-            for n in (
-                memory.parameters,
-                memory.gradients,
-                memory.optimizer,
-                memory.activations,
-                memory.buffers,
-                memory.total,
-            )
+            for n in (*(getattr(memory, name) for name in _memory_columns(plan)), memory.total)
         ),
         f"{flops / 1e12:,.2f}",
         f"{(traffic.reduced + traffic.gathered) / 1e9:,.2f}",
@@ -132,6 +139,8 @@ def assumptions(shape: ModelShape, schedule: Schedule, cluster: Cluster) -> list
         "the kernels of the device; temporary memory of single operations is not counted; blocks "
         "are counted with padding (without, a CPU in bf16 keeps more of attention, in fp32)",
         "optimizer: AdamW, fp32 masters and moments; gradients in the training precision",
+        "regularization: starting weights (L2-SP, mixout) and averages are cut over the ranks like "
+        "the optimizer; while averages are scored, the trained weights are beside them",
         f"{FRAMEWORK_BYTES / 2**30:.0f} GiB for the CUDA context on a GPU, and {FRAGMENTATION:.0%} "
         "of the device lost to fragmentation",
         f"roofline: {hardware.half_flops / 1e12:,.0f} TFLOP/s in bf16/fp16 "

@@ -116,6 +116,7 @@ def setting_of(recipe: Recipe, schedule: Schedule, *, world_size: int) -> Settin
         checkpointing=recipe.model.activation_checkpointing,
         offload_optimizer=recipe.engine.offload_optimizer,
         switch="in_place" if schedule.switch == "in_place" else "rebuild",
+        averages=recipe.regularization.averaging is not None,
         deepspeed={k: v for k, v in given.items() if isinstance(v, int)},
     )
 
@@ -133,7 +134,8 @@ def make_plan(shape: ModelShape, *, schedule: Schedule, setting: Setting, cluste
         setting=setting,
         phases=phases,
         run_s=run_s,
-        checkpoint_bytes=shape.numel * setting.element_bytes + 12 * trained,
+        checkpoint_bytes=shape.numel * setting.element_bytes
+        + (12 + 4 * setting.averages) * trained,
         usable_bytes=int(cluster.hardware.memory_bytes * (1 - FRAGMENTATION)),
     )
 

@@ -33,12 +33,16 @@ class GroupShape:
         kind: ``embeddings``, ``block``, ``head`` and so on.
         tasks: Tasks whose loss reaches it.
         parameters: Its parameters in the model's order.
+        anchored: Names of those whose starting values are kept, for L2-SP or mixout.
+        mixed: Names of those that mixout replaces in a step.
     """
 
     name: str
     kind: str
     tasks: frozenset[str]
     parameters: tuple[ParameterShape, ...]
+    anchored: frozenset[str] = frozenset()
+    mixed: frozenset[str] = frozenset()
 
     @cached_property
     def numel(self) -> int:

@@ -22,7 +22,7 @@ _COLUMN_KEYS = {
     "token_classification": ("tokens", "tags"),
     "question_answering": ("question", "context", "answers"),
     "image_classification": ("image", "label"),
-    "generation": ("prompt", "response"),
+    "generation": ("prompt", "context", "response"),
 }
 _PACKAGE_PREFIX = "package:"
 
@@ -82,6 +82,8 @@ def _missing_columns(
         known = ", ".join(source.columns)
         meant = closest(column, source.columns)
         remedy = f"did you mean {meant}?" if meant else "name one of them"
+        if len(source.columns) == 1 and any(s in source.columns[0] for s in ";\t"):
+            remedy = "its columns are separated by something else: save it with commas"
         text = f"must be a column of {source.name} ({known}), got {show_value(column)}: {remedy}"
         yield Finding(("tasks", index, key), text)
 

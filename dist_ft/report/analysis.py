@@ -63,7 +63,7 @@ def reliability_plots(analysis: Mapping[str, Any]) -> Iterator[Plot]:
         if not found:
             continue
         points = [(b["confidence"], b["accuracy"]) for b in found["bins"]]
-        lines = [Line(name, points), Line("as sure as right", [(0, 0), (1, 1)], dashed=True)]
+        lines = [Line(name, points), Line("as sure as right", [(0, 0), (1, 1)], thin=True)]
         axes = Axes("mean confidence of a bin", "share that is right", from_zero=True)
         title = f"Reliability of {name}, expected calibration error {found['ece']:.4f}"
         plot = line_plot(f"reliability-{name}", title, lines, axes)

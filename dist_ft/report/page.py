@@ -17,10 +17,11 @@ _STYLE = """
 *{box-sizing:border-box}
 body{font:15px/1.5 system-ui,sans-serif;max-width:62rem;margin:0 auto;padding:1rem;
 background:var(--back);color:var(--ink)}
-h1{font-size:1.5rem}h2{font-size:1.2rem;display:inline-block;margin:.6rem .6rem .3rem 0}
+h1{font-size:1.5rem}h2{font-size:1.2rem;display:inline;margin:.6rem .6rem .3rem 0}
 h3{font-size:1rem;margin:1.4rem 0 .3rem}
 .table{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.2rem .7rem;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
+.n{text-align:right;white-space:nowrap}
 th{color:var(--soft);font-weight:600}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.1rem 1rem;margin:.5rem 0}
 dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}

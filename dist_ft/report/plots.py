@@ -195,7 +195,7 @@ def _mixture(run: RunRecord) -> Plot | None:
         for task, counts in plan["tasks"].items():
             points = [(float(s), c / s) for s, c in zip(plan["steps"], counts, strict=True)]
             color = run.tasks.index(task) if task in run.tasks else None
-            lines.append(Line(f"{task}, target", points, color=color, dashed=True))
+            lines.append(Line(f"{task}, target", points, color=color, thin=True))
     axes = _axes(run, "share of the steps so far", from_zero=True)
     return line_plot("mixture", "Mixture: drawn against target", lines, axes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from dist_ft.report.raster import can_draw
 from dist_ft.report.record import Event, RunRecord, flatten, thinned
 from dist_ft.report.svg import Axes, Line, Plot, line_plot, tick
 
+_FIGURES = re.compile(r"[-+\d.,e %]+( to [-+\d.,e]+)?")
 _FAULTS = ("failure", "resume", "stop", "bad_numbers", "roll_back", "checkpoint_failed",
            "out_of_memory", "straggler")  # fmt: skip
 
@@ -109,28 +111,53 @@ def _time(seconds: float) -> str:
 
 
 def _scores(run: RunRecord) -> str:
-    rows = []
-    for event in run.latest():
-        intervals = event.get("intervals") or {}
-        primary = run.primary(event["task"])
-        for name, value in event["metrics"].items():
-            low_high = intervals.get(name)
-            rows.append(
-                {
-                    "task": event["task"],
-                    "split": event["split"],
-                    "metric": f"{name} (decides)" if name == primary else name,
-                    "value": tick(value),
-                    "95 % interval": " to ".join(map(tick, low_high)) if low_high else "",
-                    "rows": f"{event['rows']:,}" if event.get("rows") else "",
-                    "step": f"{event['step']:,}",
-                }
-            )
+    rows = [
+        {
+            "task": event["task"],
+            "split": event["split"],
+            "metric": f"{name} (decides)" if name == run.primary(event["task"]) else name,
+            "value": tick(value),
+            "95 % interval": _interval(event, name),
+            "rows": f"{event['rows']:,}" if event.get("rows") else "",
+            "step": f"{event['step']:,}",
+        }
+        for event in run.latest()
+        for name, value in event["metrics"].items()
+    ]
+    if not rows:
+        return "<p>none yet</p>"
     note = (
         "<p class='note'>Intervals: percentile bootstrap over the rows, 200 draws, by "
-        "<code>dist-ft evaluate</code>.</p>"
+        "<code>dist-ft evaluate</code>. A baseline is what a trivial answer scores.</p>"
     )
-    return table(rows) + (note if rows else "")
+    every = f"<details><summary>All metrics</summary>{table(rows)}</details>"
+    return table(_deciding(run)) + note + every
+
+
+def _deciding(run: RunRecord) -> list[dict[str, str]]:
+    """Return the score that decides of each task and split, beside its trivial baseline."""
+    rows: list[dict[str, str]] = []
+    for event in run.latest():
+        metrics, name = event["metrics"], run.primary(event["task"])
+        if name not in metrics:
+            continue
+        trivial = [v for k, v in metrics.items() if k.startswith("base") and k.endswith(f"_{name}")]
+        rows.append(
+            {
+                "task": event["task"],
+                "split": event["split"],
+                "metric": name,
+                "value": tick(metrics[name]),
+                "95 % interval": _interval(event, name),
+                "baseline": tick(max(trivial)) if trivial else "",
+            }
+        )
+    return rows
+
+
+def _interval(event: Event, name: str) -> str:
+    low_high = (event.get("intervals") or {}).get(name)
+    return " to ".join(map(tick, low_high)) if low_high else ""
 
 
 def _phases(run: RunRecord) -> str:
@@ -246,10 +273,16 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     if not rows:
         return "<p>none</p>"
     head = "".join(f"<th scope='col'>{_e(key)}</th>" for key in rows[0])
-    lines = ("".join(f"<td>{_e(value)}</td>" for value in row.values()) for row in rows)
+    lines = ("".join(map(_cell, row.values())) for row in rows)
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     head = f"<thead><tr>{head}</tr></thead>"
     return f"<div class='table'><table>{head}<tbody>{body}</tbody></table></div>"
+
+
+def _cell(value: Any) -> str:
+    # Figures stand under each other, and none is broken over lines.
+    kind = " class='n'" if _FIGURES.fullmatch(str(value)) else ""
+    return f"<td{kind}>{_e(value)}</td>"
 
 
 def _as_yaml(recipe: Mapping[str, Any]) -> str:

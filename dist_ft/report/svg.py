@@ -24,7 +24,7 @@ svg{--ink:#222;--faint:#8884;--frozen:#8882;font:12px system-ui,sans-serif}
 .c0{--c:#4aa8e0}.c1{--c:#f0863a}.c2{--c:#2fc79b}.c3{--c:#e3a0c8}.c4{--c:#e6b84a}.c5{--c:#8fd0f5}}
 svg text{fill:var(--ink)}.axis{stroke:var(--ink)}.grid{stroke:var(--faint)}
 .mark{stroke:var(--ink);stroke-dasharray:2 4;opacity:.6}
-.line{fill:none;stroke:var(--c);stroke-width:2}
+.line{fill:none;stroke:var(--c);stroke-width:2}.thin .line{stroke-width:1}
 .dot{fill:var(--c)}.bar{fill:var(--c)}.frozen{fill:var(--frozen)}.on{fill:var(--c)}
 @media print{svg{--ink:#000}}
 """
@@ -32,12 +32,18 @@ svg text{fill:var(--ink)}.axis{stroke:var(--ink)}.grid{stroke:var(--faint)}
 
 @dataclass(frozen=True)
 class Line:
-    """A named curve; `color` 0 to 5, by default its place."""
+    """A named curve; `color` by default its place; thin beside a thick one of that colour."""
 
     name: str
     points: Sequence[tuple[float, float]]
     color: int | None = None
-    dashed: bool = False
+    thin: bool = False
+
+    def look(self, index: int) -> tuple[str, str]:
+        """Return the classes and the dashes of the line at a place; no two places look alike."""
+        number = index if self.color is None else self.color
+        dashes = _DASHES[(number + number // COLORS) % len(_DASHES)]
+        return f"c{number % COLORS}{' thin' if self.thin else ''}", dashes
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,11 @@ class Axes:
     from_zero: bool = False
     log: bool = False
 
+    def label(self, low: float, high: float) -> str:
+        """Return the horizontal axis' label, with what the vertical lines between two ends are."""
+        seen = any(low < place <= high for place, _ in self.marks)
+        return f"{self.x} (dotted lines: phase changes)" if seen else self.x
+
 
 @dataclass(frozen=True)
 class _Scale:
@@ -109,14 +120,12 @@ def line_plot(slug: str, title: str, lines: Sequence[Line], axes: Axes) -> Plot 
     y = _Scale(low, high, height - BOTTOM, top)
     parts = _frame(x, y, axes=axes, height=height, log=log)
     for index, line in enumerate(drawn):
-        color = (index if line.color is None else line.color) % COLORS
-        dash = _DASHES[2] if line.dashed else _DASHES[index % len(_DASHES)]
+        look, dash = line.look(index)
         path = " ".join(f"{x(a):.1f},{y(_log(b, log=log)):.1f}" for a, b in line.points)
         parts.append(
-            f"<g class='c{color}'><polyline class='line' stroke-dasharray='{dash}' "
-            f"points='{path}'/>"
+            f"<g class='{look}'><polyline class='line' stroke-dasharray='{dash}' points='{path}'/>"
         )
-        if len(line.points) <= 40 and not line.dashed:
+        if len(line.points) <= 40 and not line.thin:
             parts += [
                 f"<circle class='dot' cx='{x(a):.1f}' cy='{y(_log(b, log=log)):.1f}' r='3'>"
                 f"<title>{html.escape(line.name)}: {tick(b)} at {tick(a)}</title></circle>"
@@ -206,7 +215,8 @@ def grid_plot(
             )
     parts += [_text(x(v), bottom + 16, tick(v), anchor="middle") for v in ticks(0.0, last)]
     parts += [_mark(x(place), TOP + LINE_HEIGHT, bottom, says) for place, says in axes.marks]
-    parts.append(_text((left + WIDTH - RIGHT) / 2, height - 8, axes.x, anchor="middle"))
+    says = axes.label(0.0, last)
+    parts.append(_text((left + WIDTH - RIGHT) / 2, height - 8, says, anchor="middle"))
     at = left
     for paint, meaning in key:
         look = f"fill='{paint}'" if paint[0] == "#" else f"class='{paint}'"
@@ -263,7 +273,8 @@ def _frame(x: _Scale, y: _Scale, *, axes: Axes, height: int, log: bool) -> list[
     bottom = height - BOTTOM
     for value in ticks(x.low, x.high, count=7):
         parts.append(_text(x(value), bottom + 16, tick(value), anchor="middle"))
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, height - 8, axes.x, anchor="middle"))
+    says = axes.label(x.low, x.high)
+    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, height - 8, says, anchor="middle"))
     parts += [
         _mark(x(place), y.end, bottom, meaning)
         for place, meaning in axes.marks
@@ -318,11 +329,10 @@ def _legend_rows(lines: Sequence[Line]) -> int:
 def _legend(lines: Sequence[Line]) -> list[str]:
     parts = []
     for index, (line, (x, row)) in enumerate(zip(lines, _legend_places(lines), strict=True)):
-        color = (index if line.color is None else line.color) % COLORS
-        dash = _DASHES[2] if line.dashed else _DASHES[index % len(_DASHES)]
+        look, dash = line.look(index)
         y = 12 + LINE_HEIGHT * row
         parts.append(
-            f"<g class='c{color}'><line class='line' stroke-dasharray='{dash}' x1='{x:.0f}' "
+            f"<g class='{look}'><line class='line' stroke-dasharray='{dash}' x1='{x:.0f}' "
             f"x2='{x + 26:.0f}' y1='{y}' y2='{y}'/></g>"
         )
         parts.append(_text(x + 31, y + 4, line.name))

@@ -47,6 +47,7 @@ class Generation:
         name: name in the recipe.
         style: ``causal``: the model continues the prompt; ``seq2seq``: it encodes it.
         prompt: column of the prompt, without loss.
+        context: column of more to read, put behind the prompt in the rows that have some.
         response: column of the text to learn; an end token is added.
         separator: text between prompt and response of a causal model.
         chat: prompt and response are a turn each in the tokenizer's chat template (causal only).
@@ -62,6 +63,7 @@ class Generation:
     name: str
     style: Literal["causal", "seq2seq"] = "causal"
     prompt: str = "prompt"
+    context: str | None = None
     response: str = "response"
     separator: str = "\n"
     chat: bool = False
@@ -83,6 +85,11 @@ class Generation:
             raise ValueError(
                 f"tasks.{self.name}.chat: a chat template needs style causal, got {self.style}: "
                 "change one of them"
+            )
+        if self.messages is not None and self.context is not None:
+            raise ValueError(
+                f"tasks.{self.name}.context: conversations have no prompt to put it behind, got "
+                f"{self.context!r} beside messages: remove one of them"
             )
         if self.style == "causal" and self.max_target_length >= self.max_length:
             raise ValueError(
@@ -108,8 +115,14 @@ class Generation:
     def _messages(self, row: Row) -> list[Message]:
         if self.messages is not None:
             return messages_of(row, self.messages)
-        asked, said = text_of(row, self.prompt), text_of(row, self.response)
+        asked, said = self._prompt(row), text_of(row, self.response)
         return [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+
+    def _prompt(self, row: Row) -> str:
+        prompt = text_of(row, self.prompt)
+        if self.context is None or not row.get(self.context):
+            return prompt
+        return f"{prompt}\n\n{text_of(row, self.context)}"
 
     @property
     def required_columns(self) -> tuple[str, ...]:
@@ -150,7 +163,7 @@ class Generation:
         """Returns the prompt: its responses stay together."""
         if self.messages is not None:
             return str(self._messages(row)[:-1])
-        return text_of(row, self.prompt).strip()
+        return self._prompt(row).strip()
 
     def dedupe_key(self, row: Row) -> str:
         """Returns prompt and response."""
@@ -192,7 +205,7 @@ class Generation:
                 feature = encode_chat(messages, tokenizer=tokenizer, max_length=self.max_length)
                 yield {**feature, "response": messages[-1]["content"]}
                 continue
-            prompt, response = text_of(row, self.prompt), text_of(row, self.response)
+            prompt, response = self._prompt(row), text_of(row, self.response)
             encode = self._encode_causal if self.style == "causal" else self._encode_pair
             yield {**encode(prompt, response, tokenizer=tokenizer), "response": response}
 

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from dist_ft.tasks.base import Choice, LossSum
 
+# Takes a forward's choices; returns what they add to the summed loss, float32 scalar.
+OutputPenalty = Callable[[Sequence[Choice]], Tensor]
+
 
 @dataclass(frozen=True)
 class OutputRegularizer:
@@ -21,14 +24,20 @@ class OutputRegularizer:
         loss: The task's loss.
         choices: The task's choices among classes.
         label_smoothing: Share of the target that all classes get alike (Szegedy et al. 2016).
+        penalty: What a program adds.
     """
 
     loss: Callable[[Any, Mapping[str, Tensor]], LossSum]
     choices: Callable[[Any, Mapping[str, Tensor]], list[Choice]]
     label_smoothing: float = 0.0
+    penalty: OutputPenalty | None = None
 
     def __call__(self, outputs: Any, targets: Mapping[str, Tensor]) -> Tensor:
         """Return the summed loss of a forward's outputs, float32 scalar."""
+        loss = self._loss(outputs, targets)
+        return loss if self.penalty is None else loss + self.penalty(self.choices(outputs, targets))
+
+    def _loss(self, outputs: Any, targets: Mapping[str, Tensor]) -> Tensor:
         if not self.label_smoothing:
             return self.loss(outputs, targets).sum
         losses = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from dist_ft.model.layer_groups import LayerGroup
 from dist_ft.optim.param_groups import LearningRates, build_param_groups
 from dist_ft.train.adapt import WatchGroups
 from dist_ft.train.balancing import Balance, make_balancer
+from dist_ft.train.beats import make_beat
 from dist_ft.train.best import Decision, TrackBest
 from dist_ft.train.callbacks import Checkpoint, Evaluate, LogSteps
 from dist_ft.train.console import Console
@@ -33,10 +34,11 @@ from dist_ft.train.loading import make_loader
 from dist_ft.train.loop import Run, fit
 from dist_ft.train.memory import fit_memory
 from dist_ft.train.numbers import GuardNumbers
+from dist_ft.train.objectives import in_training
 from dist_ft.train.parts import Parts, eval_data, make_parts
 from dist_ft.train.rates import learning_rates
 from dist_ft.train.recorder import Recorder
-from dist_ft.train.regularization import in_training, penalty_rules
+from dist_ft.train.regularization import penalty_rules
 from dist_ft.train.restoring import go_back, restore
 from dist_ft.train.retention import Retention
 from dist_ft.train.run_folder import RunFolder, environment
@@ -52,8 +54,6 @@ log = logging.getLogger("dist_ft")
 DONE, PREEMPTED = 0, 75
 # Set by the launcher for ranks that are started again: what went wrong, as JSON.
 FAILURE = "DIST_FT_FAILURE"
-# Sections that may take longer than a step, and whose length no rank knows.
-SLOW_SECTIONS = {"start", "phase change", "save"}
 # Places in a run at which the record says what the mixture plans, for the report.
 PLAN_MARKS = 20
 
@@ -104,32 +104,18 @@ def _train(recipe: Recipe, *, resume: bool, stop: StopRequest, extensions: Exten
             restore(run, folder=folder, recorder=recorder, console=console)
         run.stop_signal = lambda: stop.signal
         run.beat = beat
+        console.begin_run(recipe, total_steps=run.total_steps, world_size=world.world_size,
+                          device=device.type, folder=folder.root)  # fmt: skip
         with memory.watching(run):
             fit(run)
         exit_code = finish(run, recorder=recorder, console=console)
         if exit_code == DONE:  # who is asked to stop leaves no time for it, and the process ends
             run.engine.close()
+            console.end_run(folder.root)
         return exit_code
     finally:
         lock.release()
         dist.shut_down()
-
-
-def make_beat(recipe: Recipe, run: Run, heartbeat: Heartbeat) -> Callable[[str], None]:
-    """Return what tells the launcher which section of the run this rank enters."""
-    limits = recipe.supervision
-
-    def beat(section: str) -> None:
-        # The first step of a process builds and compiles what later ones find.
-        slow = section in SLOW_SECTIONS or run.busy_s == 0
-        heartbeat.beat(
-            section,
-            step=run.progress.step,
-            phase=run.progress.phase,
-            timeout_s=limits.slow_timeout_s if slow else limits.timeout_s,
-        )
-
-    return beat
 
 
 def _record_failure(recorder: Recorder) -> None:
@@ -222,7 +208,7 @@ def make_run(
     balancer = make_balancer(recipe.balancing, tasks=names)
     kernels = take_kernels(recipe, parts.model, tasks=tasks, device=device, say=console.say)
     weights = dict.fromkeys(names, 1.0) | getattr(recipe.balancing, "weights", {})
-    extra = in_training(recipe, parts.model, tasks=tasks, groups=parts.groups, weights=weights)
+    extra = in_training(recipe, parts, weights=weights)
     module = LossModule(
         parts.model,
         {task.name: task.loss for task in tasks},

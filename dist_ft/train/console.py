@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dist_ft.config import Recipe
 from dist_ft.engine.base import PhaseReport
 from dist_ft.freezing.schedule import Phase
 from dist_ft.train.evaluate import Scores
 from dist_ft.train.reading import ReadingProgress
 
 log = logging.getLogger("dist_ft")
+
+# Plain progress lines of a run: about so many, but one at each logging interval at most.
+_LINES = 20
+_MOST_INTERVALS = 10
 
 
 @dataclass
@@ -24,7 +31,7 @@ class Console:
 
     Attributes:
         main: Whether this rank prints.
-        every: Steps between plain progress lines.
+        every: Steps of a logging interval.
         losses: Latest mean training loss of each task.
         tokens_per_s: Latest throughput over all ranks, padding not counted.
         current_phase: Index of the phase.
@@ -37,6 +44,8 @@ class Console:
     current_phase: int = 0
     _bar: Progress | None = None
     _total: int = 0
+    _first: int = 0
+    _started_s: float = 0.0
 
     def __post_init__(self) -> None:
         self._rich = RichConsole(file=sys.stderr, soft_wrap=True)
@@ -54,7 +63,7 @@ class Console:
 
     def start(self, total: int, *, done: int) -> None:
         """Show the bar at `done` of `total` steps."""
-        self._total = total
+        self._total, self._first, self._started_s = total, done, time.monotonic()
         if not (self.main and self._rich.is_terminal):
             return
         self._bar = Progress(
@@ -73,8 +82,12 @@ class Console:
         text = f"phase {self.current_phase} | {task} | {self._figures()}"
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, text=text)
-        elif step % (10 * self.every) == 0:
-            self.say(f"step {step}/{self._total} | {text}")
+            return
+        intervals = min(_MOST_INTERVALS, max(1, self._total // (_LINES * self.every)))
+        if step % (intervals * self.every) == 0 and step < self._total:
+            each_s = (time.monotonic() - self._started_s) / max(1, step - self._first)
+            left = duration_text(each_s * (self._total - step))
+            self.say(f"step {step}/{self._total} | about {left} left | {text}")
 
     def _figures(self) -> str:
         losses = " ".join(f"{task} {loss:.3f}" for task, loss in sorted(self.losses.items()))
@@ -102,11 +115,46 @@ class Console:
         figures = ", ".join(f"{name} {value:.4f}" for name, value in scores.metrics.items())
         self.say(f"step {step}: {scores.task}/{scores.split}: {figures} ({scores.seconds:.1f} s)")
 
+    def begin_run(
+        self, recipe: Recipe, *, total_steps: int, world_size: int, device: str, folder: Path
+    ) -> None:
+        """Say what is about to run, on what, and where its files go."""
+        rows = recipe.train.global_batch_size * recipe.mixture.tasks_per_step
+        engine = recipe.engine
+        kind = "reference engine" if engine.type == "reference" else f"ZeRO-{engine.zero_stage}"
+        ranks = f"{world_size} {'rank' if world_size == 1 else 'ranks'}"
+        self.say(
+            f"{_near(folder)}: {total_steps:,} steps ({recipe.train.max_duration}) of {rows} rows "
+            f"on {ranks}, {device}, {engine.precision}, {kind}"
+        )
+
+    def end_run(self, folder: Path) -> None:
+        """Say that training is done, how long it took and what can be done with it."""
+        took = duration_text(time.monotonic() - self._started_s)
+        run = _near(folder)
+        self.say(
+            f"done: step {self._total:,} after {took}. Next: dist-ft evaluate {run}, dist-ft "
+            f"export {run}, dist-ft report {run}"
+        )
+
     def stop(self) -> None:
         """Take the bar away."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def duration_text(seconds: float) -> str:
+    """Return a duration in a unit that suits it, such as "14 s", "25 min" or "3.5 h"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
+
+
+def _near(folder: Path) -> Path:
+    """Return a folder as one types it from here."""
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 def _short(names: tuple[str, ...]) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dist_ft.engine.ds_setup import choose_accelerator
 from dist_ft.model.backbone import MultiTaskModel, quiet_transformers
 from dist_ft.train.file_mode import follow_umask
 from dist_ft.train.model_card import CUSTOM_PIPELINES, PIPELINES, model_card
@@ -55,6 +56,7 @@ def export_task(
     """
     if task not in model.tasks:
         raise ValueError(f"export: the model has no task {task!r}, only {', '.join(model.tasks)}")
+    choose_accelerator()  # accelerate, with which transformers saves, imports DeepSpeed
     with new_folder(folder) as temporary:
         with model.task_model(task) as task_model:
             auto_class = _auto_class(task_model)

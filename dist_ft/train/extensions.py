@@ -1,4 +1,4 @@
-"""What a Python program puts in the place of a recipe's own task or freezing policy."""
+"""What a Python program adds to a recipe: tasks, a freezing policy and regularizers of its own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dist_ft.freezing.policies import FreezePolicy
 from dist_ft.freezing.schedule import LayerOrder
 from dist_ft.tasks import build_task
 from dist_ft.tasks.base import Task
+from dist_ft.tasks.output_regularization import OutputPenalty
 
 MakeTask = Callable[..., Task]
 MakePolicy = Callable[[LayerOrder, int], FreezePolicy]
@@ -25,10 +26,12 @@ class Extensions:
         tasks: By the name of the task: called with the settings of the recipe's task as keywords,
             usually a subclass of a task of ``dist_ft.tasks``.
         policy: Called with the layer groups and the number of steps.
+        regularizers: By the name of the task: called with the choices of each training forward.
     """
 
     tasks: Mapping[str, MakeTask] = field(default_factory=dict)
     policy: MakePolicy | None = None
+    regularizers: Mapping[str, OutputPenalty] = field(default_factory=dict)
 
     def check(self, names: list[str]) -> None:
         """Check that every task is one of the recipe's.
@@ -36,12 +39,13 @@ class Extensions:
         Raises:
             ValueError: If one is not.
         """
-        unknown = sorted(set(self.tasks) - set(names))
-        if unknown:
-            raise ValueError(
-                f"tasks: the recipe has no task {', '.join(unknown)}; its tasks are "
-                f"{', '.join(names)}: use one of their names"
-            )
+        for argument, given in (("tasks", self.tasks), ("regularizers", self.regularizers)):
+            unknown = sorted(set(given) - set(names))
+            if unknown:
+                raise ValueError(
+                    f"{argument}: the recipe has no task {', '.join(unknown)}; its tasks are "
+                    f"{', '.join(names)}: use one of their names"
+                )
 
     def make_task(self, settings: Mapping[str, Any]) -> Task:
         """Return the task of a recipe's settings, the program's own if it has one."""

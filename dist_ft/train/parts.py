@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from dist_ft.model.backbone import HeadSpec, ModelSource, MultiTaskModel, load_m
 from dist_ft.model.layer_groups import LayerGroup, find_layer_groups
 from dist_ft.model.lora import LoraSettings, add_lora, fix_base
 from dist_ft.model.processors import load_image_processor
+from dist_ft.tasks.output_regularization import OutputPenalty
 from dist_ft.train.data import PreparedTask, prepare_tasks
 from dist_ft.train.evaluate import EvalData
 from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
@@ -40,6 +41,7 @@ class Parts:
     lengths: Lengths
     mixture: Mixture
     turns: int = 1
+    regularizers: Mapping[str, OutputPenalty] = field(default_factory=dict[str, OutputPenalty])
 
 
 def make_parts(
@@ -83,7 +85,7 @@ def make_parts(
     prepare_model(recipe, model, groups=groups, trains=policy.universe())
     return Parts(
         tokenizer, tasks, model, groups, policy, steps.total_steps, steps.lengths, steps.mixture,
-        recipe.mixture.tasks_per_step,
+        recipe.mixture.tasks_per_step, extensions.regularizers,
     )  # fmt: skip
 
 

@@ -1,28 +1,17 @@
-"""Turns the recipe's regularisation into what model, losses and optimizer take."""
+"""Turns the recipe's regularisation into what model and optimizer take."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from dist_ft.config import Recipe
-from dist_ft.config_regularization import RegularizationConfig, SmartConfig
 from dist_ft.duration import Duration
-from dist_ft.engine.adversary import FreeLB, Smart
-from dist_ft.engine.loss_module import InTraining
-from dist_ft.engine.objective import Cutoff, Objective
 from dist_ft.model.backbone import MultiTaskModel
 from dist_ft.model.dropout import has_dropout, set_dropout
-from dist_ft.model.embedding_noise import EmbeddingNoise
-from dist_ft.model.hidden_mixup import HiddenMixup
 from dist_ft.model.layer_groups import LayerGroup
 from dist_ft.model.new_blocks import reinitialize_top
-from dist_ft.model.word_embeddings import WordEmbeddings
 from dist_ft.optim.averaging import Averaging
 from dist_ft.optim.penalties import PenaltyRules
-from dist_ft.tasks.base import Task
-from dist_ft.tasks.output_regularization import OutputRegularizer
-
-_OF_THE_LOSS = ("label_smoothing", "r_drop", "adversarial", "cutoff", "mixup")
 
 
 def penalty_rules(recipe: Recipe, groups: Sequence[LayerGroup]) -> PenaltyRules:
@@ -92,65 +81,6 @@ def prepare_model(
                 f"regularization.reinitialize_blocks: {', '.join(frozen)} would start from random "
                 "weights and never train: lower it, or change freezing"
             )
-
-
-def in_training(
-    recipe: Recipe,
-    model: MultiTaskModel,
-    *,
-    tasks: Sequence[Task],
-    groups: Sequence[LayerGroup],
-    weights: Mapping[str, float],
-) -> InTraining:
-    """Return what is different in the forward pass of training; hooks `model` where it changes.
-
-    Args:
-        recipe: The recipe.
-        model: The model.
-        tasks: Its tasks.
-        groups: Its layer groups.
-        weights: What each task's loss weighs; may change from step to step.
-    """
-    config = recipe.regularization
-    chosen = [t for t in tasks if config.tasks is None or t.name in config.tasks]
-    losses: dict[str, Objective] = {}
-    if any(getattr(config, key) for key in _OF_THE_LOSS):
-        losses = _objectives(config, model, tasks=chosen, groups=groups)
-    if config.neftune_alpha is None:
-        return InTraining(losses, weights=weights)
-    noise = EmbeddingNoise(model, alpha=config.neftune_alpha)
-    noisy = frozenset(t.name for t in chosen)
-    return InTraining(losses, noise, noisy, weights)
-
-
-def _objectives(
-    config: RegularizationConfig,
-    model: MultiTaskModel,
-    *,
-    tasks: Sequence[Task],
-    groups: Sequence[LayerGroup],
-) -> dict[str, Objective]:
-    changing = [key for key in ("adversarial", "cutoff") if getattr(config, key)]
-    words = WordEmbeddings(model, key=changing[0]) if changing else None
-    cutoff = config.cutoff and Cutoff(**config.cutoff.model_dump())
-    mixup = config.mixup and HiddenMixup(
-        model, groups=groups, blocks=config.mixup.blocks, alpha=config.mixup.alpha
-    )
-    adversary: Smart | FreeLB | None = None
-    if config.adversarial is not None:
-        kind = Smart if isinstance(config.adversarial, SmartConfig) else FreeLB
-        adversary = kind(**config.adversarial.model_dump(exclude={"type"}))
-    return {
-        t.name: Objective(
-            OutputRegularizer(t.loss, t.choices, config.label_smoothing or 0.0),
-            r_drop=config.r_drop or 0.0,
-            words=words,
-            cutoff=cutoff,
-            adversary=adversary,
-            mixup=mixup,
-        )
-        for t in tasks
-    }
 
 
 def changes_hidden_states(recipe: Recipe) -> str | None:

@@ -60,6 +60,29 @@ SETTINGS: dict[str, list[str]] = {
         "engine.precision=bf16",
         "freezing={policy: random_block, blocks: 1, every: 2step}",
     ],
+    "L2-SP and an average, ZeRO-2, bf16, half frozen": [
+        "engine.zero_stage=2",
+        "engine.precision=bf16",
+        "freezing={policy: static, depth: 2}",
+        "regularization={l2_sp: {strength: 0.01}, averaging: {type: ema}}",
+        "optim.weight_decay=0",
+    ],
+    "mixout and an average, ZeRO-3, bf16, half frozen": [
+        "engine.zero_stage=3",
+        "engine.precision=bf16",
+        "freezing={policy: static, depth: 2}",
+        "regularization={mixout: 0.2, averaging: {type: swa, start: 0step}}",
+    ],
+    "mixout, replicated": [
+        "engine.zero_stage=0",
+        "freezing={policy: none}",
+        "regularization={mixout: 0.2}",
+    ],
+    "LoRA, ZeRO-1": [
+        "engine.zero_stage=1",
+        "freezing={policy: none}",
+        "model.lora={r: 4, target_modules: [query, value]}",
+    ],
 }
 
 
@@ -104,13 +127,15 @@ def _gradients(engine: Any, *, stage: int) -> list[torch.Tensor]:
 def _measure(run: Run, report: PhaseReport, *, stage: int) -> dict[str, int]:
     """Return what one rank holds in the first phase, and what a step of it keeps."""
     engine: Any = run.engine
-    inner, found, kept = engine._engine, {"gradients": 0}, {}
+    inner, found, kept = engine._engine, {"gradients": 0, "mixed": 0}, {}
     ours = {t.untyped_storage().data_ptr() for t in _weights(engine.module)}
 
     def watch(method: Any) -> Any:
         def watched(*args: Any, **kwargs: Any) -> Any:
             now = _nbytes(_gradients(inner, stage=stage))
             found["gradients"] = max(found["gradients"], now)
+            mixed = _nbytes(true for _, true in engine._mixing._true)
+            found["mixed"] = max(found["mixed"], mixed)
             return method(*args, **kwargs)
 
         return watched
@@ -134,7 +159,9 @@ def _measure(run: Run, report: PhaseReport, *, stage: int) -> dict[str, int]:
             global_count=batch.global_count,
             learning_rates=run.learning_rates(0, {}),
         )
+    averages = _nbytes(t for tensors in engine._average._values.values() for t in tensors)
     return found | {
+        "regularization": report.anchor_bytes + found.pop("mixed") + averages,
         "parameters": _nbytes(_weights(engine.module)),
         "optimizer": report.optimizer_bytes,
         "trainable": report.trainable_params,
@@ -168,7 +195,13 @@ def _errors(recipe: Recipe, folder: Path) -> dict[str, float]:
     enter_phase(run, run.policy.phase_at(0))
     measured = _measure(run, reports[0], stage=recipe.engine.zero_stage)
     planned = _plan(recipe, world_size=world.world_size)
-    return {key: planned[key] / value - 1 for key, value in measured.items()}
+    rules = recipe.regularization
+    assert bool(measured["regularization"]) == any((rules.l2_sp, rules.mixout, rules.averaging))
+    return {
+        # Nothing planned where nothing was measured is right, too.
+        key: planned[key] / value - 1 if value or planned[key] else 0.0
+        for key, value in measured.items()
+    }
 
 
 class _Remember(Watcher):
@@ -191,6 +224,7 @@ def _plan(recipe: Recipe, *, world_size: int) -> dict[str, int]:
     return {
         "parameters": memory.parameters,
         "gradients": memory.gradients,
+        "regularization": memory.regularization,
         "optimizer": memory.optimizer,
         "activations": memory.activations,
         "trainable": shape.numel_of(trainable),
@@ -235,4 +269,4 @@ def test_planned_bytes_are_those_of_runs(recipe: Path) -> None:
         # Measured: 0 for everything but the activations, 0.4 % there. The rest is for versions.
         assert abs(found.pop("activations")) <= 0.02, (name, errors[name])
         assert all(abs(e) <= 1e-6 for e in found.values()), (name, found)
-        assert set(found) == {"parameters", "gradients", "optimizer", "trainable"}
+        assert set(found) == {"parameters", "gradients", "optimizer", "trainable", "regularization"}

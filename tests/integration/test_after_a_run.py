@@ -154,6 +154,23 @@ def test_every_plot_comes_as_a_picture_too(run: Path, page: Path) -> None:
         assert f"plots/{file.stem}.png" in page.read_text()
 
 
+def test_no_two_lines_of_a_plot_look_alike() -> None:
+    looks = [Line("", []).look(place) for place in range(18)]
+    assert len(set(looks)) == 18
+    # A target is the thin line in the colour and the dashes of what was drawn.
+    (drawn, dashes), thin = Line("", [], color=2).look(0), Line("", [], color=2, thin=True).look(7)
+    assert thin == (f"{drawn} thin", dashes)
+
+
+def test_the_page_begins_with_the_scores_that_decide(page: Path) -> None:
+    text = page.read_text()
+    first = text[text.index("<h3>Scores") : text.index("All metrics")]
+    cells = re.findall(r"<td(?: class='n')?>(.*?)</td>", first)
+    assert {"spans", "validation", "f1"} <= set(cells)
+    assert len(re.findall("<tr>", first)) == 1 + 3  # a row for each task
+    assert "<th scope='col'>baseline</th>" in first
+
+
 def test_pictures_have_text_on_machines_without_fonts() -> None:
     pytest.importorskip("resvg_py", reason="the extra [report] is not installed")
     lines = [Line("a", [(0, 1.0), (1, 2.0)])]

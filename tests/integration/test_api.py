@@ -1,17 +1,22 @@
 """dist_ft from Python: the examples of the documentation, run as they stand."""
 
 import json
+import math
 import os
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 import dist_ft
+from dist_ft.tasks.base import Choice, LossSum
+from dist_ft.tasks.output_regularization import OutputRegularizer
 from tests.helpers.run_distributed import run_distributed
 from tests.helpers.tiny_run import events, write_recipe
 
@@ -40,7 +45,7 @@ def _run_example(name: str, folder: Path) -> None:
     (folder / f"{name}.json").write_text(json.dumps({**kept, "scored": scores}, default=str))
 
 
-@pytest.mark.parametrize("name", ["notebook", "custom_task", "custom_policy"])
+@pytest.mark.parametrize("name", ["notebook", "custom_task", "custom_policy", "custom_regularizer"])
 def test_an_example_runs(name: str, folder: Path) -> None:
     run_distributed(_run_example, name, folder, world_size=1)
     found = json.loads((folder / f"{name}.json").read_text())
@@ -64,6 +69,31 @@ def test_an_own_task_trains_otherwise_and_has_shards_of_its_own(folder: Path) ->
     )
     assert focal[0] < plain[0]  # the focal loss is smaller on every row
     assert len(list((folder / "data" / "kind").glob("train*"))) >= 1
+
+
+def test_an_own_regularizer_is_in_the_training_loss_alone(folder: Path) -> None:
+    losses: dict[str, list[float]] = {}
+    for name in ("notebook", "less-sure"):
+        found = events(folder / "runs" / name)
+        losses[name] = [e["loss"] for e in found if e["event"] == "step"]
+    # Minus a tenth of the entropy of two classes, log 2 at most, which new heads nearly have.
+    first = losses["notebook"][0] - losses["less-sure"][0]
+    assert 0.05 < first < 0.1 * math.log(2) + 0.005
+    with pytest.raises(ValueError, match="regularizers: the recipe has no task spans"):
+        dist_ft.fine_tune(
+            folder / "tickets.yaml", regularizers={"spans": lambda _: torch.zeros(())}
+        )
+
+
+def test_an_own_regularizer_comes_on_top_of_the_recipes() -> None:
+    choices = [Choice(torch.randn(4, 3), torch.tensor([0, 2, 1, 1]))]
+    plain = OutputRegularizer(lambda *_: LossSum(torch.tensor(7.0), torch.tensor(4)),
+                              lambda *_: choices)  # fmt: skip
+    for smoothing in (0.0, 0.1):
+        base = replace(plain, label_smoothing=smoothing)
+        own = replace(base, penalty=lambda given: 2.0 * given[0].logits.sum())
+        expected = base(None, {}) + 2.0 * choices[0].logits.sum()
+        torch.testing.assert_close(own(None, {}), expected)
 
 
 def test_examples_are_short() -> None:

@@ -209,6 +209,20 @@ def test_without_a_new_python_the_remedy_is_said(tmp_path: Path, name: str) -> N
     assert "install Python 3.11" in done.stderr
 
 
+def test_install_says_how_to_go_on_and_makes_nothing_twice(tmp_path: Path) -> None:
+    venv = tmp_path / "venv"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin" / "python").symlink_to(sys.executable)
+    common(f"_fingerprint >'{venv}/.made-base'", venv)
+    done = subprocess.run(
+        ["bash", ROOT / "launch" / "install.sh"], env={**os.environ, "VENV": str(venv)},
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "is up to date" in done.stdout
+    assert f"source {venv}/bin/activate" in done.stdout
+
+
 @pytest.mark.parametrize(("made", "wanted"), [("base", "base"), ("dev", "base"), ("dev", "dev")])
 def test_an_environment_that_is_made_is_not_made_again(
     tmp_path: Path, made: str, wanted: str

@@ -174,20 +174,23 @@ def test_recipes_are_listed_shown_and_copied(
 def test_doctor_finds_this_environment_whole() -> None:
     done = run("doctor", DS_ACCELERATOR="cpu", COLUMNS="160")
     assert done.returncode == 0, done.stdout
-    for found in ("python", "gloo", "deepspeed accelerator", "memory", "disk speed"):
+    for found in (
+        "python", "gloo", "gloo between ranks", "deepspeed accelerator", "deepspeed ops, built",
+        "kernel attention, bf16", "memory", "disk of run, speed", "known bad combinations",
+    ):  # fmt: skip
         assert found in done.stdout
 
 
 def test_doctor_ends_with_1_when_something_is_broken(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dist_ft import doctor
+    from dist_ft.doctor import findings, probes
 
-    def breaks() -> list[doctor.Finding]:
+    run_probes = findings.run_probes
+
+    def breaks() -> list[findings.Finding]:
         raise OSError("no disk")
 
-    monkeypatch.setattr(doctor, "_disk", lambda _: breaks())
-    monkeypatch.setattr(doctor, "_backends", list)
-    monkeypatch.setattr(doctor, "_deepspeed", list)
+    monkeypatch.setattr(probes, "run_probes", lambda _: run_probes({"disk": breaks}))
     assert cli.main(["doctor"]) == 1
     assert "no disk" in capsys.readouterr().out

@@ -54,6 +54,23 @@ def test_json_lines_in_a_json_file_and_byte_order_mark(tmp_path: Path) -> None:
     assert read("a.json", base_dir=tmp_path) == [{"a": 1}, {"a": 2}]
 
 
+@pytest.mark.parametrize(
+    ("content", "remedy"),
+    [
+        (b"text;label\none, two;a\nthree;b\n", "separated by semicolons: save it with commas"),
+        (b"text\tlabel\none, two\ta\n", "separated by tabs: save it with commas"),
+        ("text,label\nZugang für Größe,a\n".encode("latin-1"), "save it as UTF-8"),
+        (b"text,label\na,b,c\n", "repair the file, or set the source's format"),
+    ],
+)
+def test_csv_of_a_spreadsheet_says_how_to_save_it(
+    tmp_path: Path, content: bytes, remedy: str
+) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=remedy):
+        read("a.csv", base_dir=tmp_path)
+
+
 def test_csv_keeps_texts_and_finds_nulls(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(
         'text,date,label\n"two\nlines",2024-01-02,1\n"a ""quoted"" NA",2024-01-03,\nNA,x,3\n'

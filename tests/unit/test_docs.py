@@ -35,6 +35,8 @@ def test_links_and_snippets_lead_somewhere() -> None:
         text = page.read_text()
         for link in re.findall(r"\]\(([^)#:]+\.md)[^)]*\)", text):
             assert (page.parent / link).is_file(), (page.name, link)
+        # A formatter of code takes a snippet in a block of Python for an expression, and parts it.
+        assert not re.search(r"--8 ?<(?!--)", text), page.name
         for name, _, section in re.findall(r'^--8<-- "([^":]+)(:([\w-]+))?"', text, re.MULTILINE):
             source = (ROOT / name).read_text()
             assert not section or f"[start:{section}]" in source, (page.name, name, section)
@@ -92,3 +94,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "fine_tune" in (tmp_path / "api" / "index.html").read_text()
+    shown = (tmp_path / "how-to" / "python" / "index.html").read_text()
+    for name in ("FocalClassification", "middle_out", "confidence_penalty"):
+        assert name in shown
+    for page in tmp_path.rglob("index.html"):
+        assert "--8" not in page.read_text(), page

@@ -5,6 +5,7 @@ import os
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,41 @@ def test_what_is_frozen_costs_nothing_but_its_weights() -> None:
     away = memory_of(_shape(), trainable=heads, universe=ALL, setting=offloaded)
     assert away.optimizer == 0
     assert away.host > 0
+
+
+def test_what_regularization_keeps_by_hand() -> None:
+    plain, kept = _shape(), frozenset({"block.1.w"})
+    shape = replace(
+        plain,
+        groups=tuple(
+            replace(g, anchored=kept, mixed=kept) if g.name == "block.1" else g
+            for g in plain.groups
+        ),
+    )
+    heads = frozenset({"head.t"})
+
+    def found(trainable: frozenset[str], **changes: object) -> tuple[int, int]:
+        memory = memory_of(shape, trainable=trainable, universe=ALL, setting=_setting(**changes))
+        return memory.regularization, memory.host
+
+    # The start stays on the device while the block is frozen; mixing is for those that train.
+    assert found(heads) == (2 * 226, 0)
+    assert found(ALL) == (2 * 2 * 226, 0)
+    # Averages in fp32: on the device of what trains, on the host of what trained before.
+    assert found(heads, averages=True) == (2 * 226 + 4 * 252, 4 * 3 * 252)
+    offloaded = _setting(averages=True, offload_optimizer=True)
+    memory = memory_of(shape, trainable=heads, universe=ALL, setting=offloaded)
+    assert (memory.regularization, memory.host) == (2 * 226, 12 * 252 + 4 * 4 * 252)
+
+
+def test_regularization_has_a_column_where_it_takes_memory(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert cli.main(["plan", "bert-sst2"]) == 0
+    assert "averages" not in capsys.readouterr().out.partition("fits")[0]
+    assert cli.main(["plan", "bert-sst2", "regularization.averaging={type: ema}"]) == 0
+    assert "start, averages" in capsys.readouterr().out.partition("fits")[0]
 
 
 def test_activations_stop_at_the_lowest_group_that_trains() -> None:

@@ -34,6 +34,20 @@ def test_prompt_and_separator_have_no_loss() -> None:
     assert feature["loss_count"] == 4
 
 
+def test_a_context_is_part_of_the_prompt_where_a_row_has_one() -> None:
+    task = Generation(name="gen", prompt="q", context="more", max_length=40, max_target_length=10)
+    with_it = {"q": "sum up", "more": "a text", "response": "b"}
+    rows = numbered([with_it, with_it | {"more": ""}, {"q": "sum up", "response": "b"}])
+    features = task.encode(rows, tokenizer=TOKENIZER)
+    assert text(features[0]["input_ids"]) == "sum up\n\na text\nb<eos>"
+    assert [text(f["input_ids"]) for f in features[1:]] == ["sum up\nb<eos>"] * 2
+    assert text([label for label in features[0]["labels"] if label >= 0]) == "b<eos>"
+    # Other contexts are other questions: they are no duplicates, and may part at a split.
+    assert task.dedupe_key(rows[0]) != task.dedupe_key(rows[1]) == task.dedupe_key(rows[2])
+    assert task.split_key(rows[0]) == "sum up\n\na text"
+    assert task.required_columns == ("q", "response")
+
+
 def test_long_texts_keep_the_beginning_and_the_end_token() -> None:
     row = {"prompt": "p" * 50, "response": "r" * 50}
     feature = CAUSAL.encode(numbered([row]), tokenizer=TOKENIZER)[0]
@@ -151,6 +165,7 @@ def test_metrics_of_texts_need_generation() -> None:
     [
         ({"style": "diffusion"}, "is not one of causal, seq2seq"),
         ({"max_length": 10, "max_target_length": 10}, "leaves no room"),
+        ({"messages": "turns", "context": "more"}, "conversations have no prompt"),
     ],
 )
 def test_impossible_settings_are_errors(settings: dict[str, Any], message: str) -> None:

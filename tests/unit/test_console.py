@@ -1,0 +1,64 @@
+"""What a person reads while a run goes on, where there is no terminal for a bar."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dist_ft.recipe import load_recipe
+from dist_ft.train.console import Console, duration_text
+
+
+@pytest.mark.parametrize(
+    ("total", "lines"),
+    [
+        (31, [10, 20, 30]),  # a short run has a line at each logging interval
+        (1000, list(range(50, 1000, 50))),
+        (100_000, list(range(100, 100_000, 100))),
+    ],
+)
+def test_plain_progress_lines_come_in_short_and_long_runs(
+    total: int, lines: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    console = Console(main=True, every=10)
+    console.losses["spam"] = 0.5
+    console.start(total, done=0)
+    for step in range(1, total + 1):
+        console.advance(step, task="spam")
+    said = capsys.readouterr().err.splitlines()
+    found = [re.match(rf"step (\d+)/{total} \| about \S+ (s|min|h) left \| ", s) for s in said]
+    assert [int(match.group(1)) for match in found if match] == lines
+    assert len(found) == len(lines)
+    assert said[0].endswith("phase 0 | spam | loss spam 0.500 | 0 tokens/s")
+
+
+def test_what_is_left_counts_from_where_the_run_was_resumed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter([100.0, 110.0])
+    monkeypatch.setattr("dist_ft.train.console.time.monotonic", lambda: next(now))
+    console = Console(main=True, every=10)
+    console.start(100, done=10)
+    console.advance(20, task="spam")  # ten steps in ten seconds
+    assert "step 20/100 | about 80 s left" in capsys.readouterr().err
+
+
+def test_a_run_says_what_it_is_and_what_can_be_done_then(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    console = Console(main=True)
+    recipe = load_recipe("cpu-spam", needs_files=False)
+    console.begin_run(
+        recipe, total_steps=1200, world_size=1, device="cpu", folder=Path("runs/cpu-spam")
+    )
+    console.end_run(Path("runs/cpu-spam"))
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "runs/cpu-spam: 1,200 steps (1ep) of 32 rows on 1 rank, cpu, fp32, ZeRO-1"
+    assert "dist-ft evaluate runs/cpu-spam, dist-ft export runs/cpu-spam" in last
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(14.4, "14 s"), (1500.0, "25 min"), (12_600.0, "3.5 h")]
+)
+def test_durations_have_units_that_suit_them(seconds: float, text: str) -> None:
+    assert duration_text(seconds) == text
