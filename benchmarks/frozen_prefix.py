@@ -118,17 +118,23 @@ class Bench:
 
     def epochs(self, depth: int, *, cached: bool) -> tuple[float, float]:
         """Return the mean time of a step in the first epoch and in the later ones, seconds."""
-        self.cache.close()
+        self._forget()
         self.passes.cache = self.cache if cached else None
         self.passes.boundary = 0
         self.run.engine.set_trainable(self.order.above(depth))
         self._steps(self.batches[:1])  # DeepSpeed's first step allocates
         if cached:
-            self.cache.close()
+            self._forget()
             self.run.engine.set_trainable(self.order.above(depth))
         first = self._steps(self.batches)
         later = sum(self._steps(self.batches) for _ in range(EPOCHS - 1)) / (EPOCHS - 1)
         return first / len(self.batches), later / len(self.batches)
+
+    def _forget(self) -> None:
+        """Delete what is kept, on all ranks before any of them begins anew."""
+        dist.barrier()
+        self.cache.close()
+        dist.barrier()
 
     def _read_ahead(self, step: int, batch: StepBatch) -> None:
         self.reader.submit(
