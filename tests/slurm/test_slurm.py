@@ -85,14 +85,14 @@ class Course:
         self.slow = self._submit_slow(folder / "slow")
         self.two_nodes = self._submit_two_nodes(folder / "two")
         self._preempt()
-        self._let_the_time_pass()
         self.two_nodes.wait_until_it_trains(attempt=1)
         cluster.verb("fail", "node2")
         # Slurm takes a while to notice.
-        self._cancel()
         self.bad = self._submit_bad(folder / "bad")
         supervise(folder / "two/recipe.yaml", ["name=oracle"])
         self.bad_end = self.bad.wait_for_the_end()
+        self._let_the_time_pass()
+        self._cancel()
         self.two_nodes_end = self.two_nodes.wait_for_the_end()
         # Nothing has brought it back meanwhile.
         self.slow_end = cluster.state(self.slow.number)
@@ -108,8 +108,8 @@ class Course:
         python = folder / "slow.sh"
         python.write_text(f'#!/bin/sh\nexec {sys.executable} {SLOW} "$@"\n')
         python.chmod(0o755)
-        # Slurm looks at the clock twice a minute: the signal comes about 30 s after the start.
-        short = ("--time=2", "--signal=B:USR1@100", "--nodelist=node3")
+        # Slurm looks at the clock twice a minute: the signal comes 30 to 60 s after the start.
+        short = ("--time=2", "--signal=B:USR1@60", "--nodelist=node3")
         return Job(self._cluster, folder, "--time", "30", sbatch=short, PYTHON=str(python))
 
     def _submit_two_nodes(self, folder: Path) -> Job:
