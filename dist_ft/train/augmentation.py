@@ -101,7 +101,9 @@ def _fields(config: TaskConfig, *, task: Task) -> Fields:
         return ContextFields(config.question, config.context, config.answers)
     if config.type == "generation":
         return TextFields((config.prompt,))
-    raise ValueError(f"tasks.{config.name}.augmentation: transforms are of text, not of images")
+    raise ValueError(
+        f"tasks.{config.name}.augmentation: transforms are of text, not of {config.takes}"
+    )
 
 
 def make_transform(

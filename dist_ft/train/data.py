@@ -167,7 +167,7 @@ def _spec(
 
 def raw_columns(config: TaskConfig) -> tuple[str, ...]:
     """Return the columns of the raw rows that augmented rows are made from; () without any."""
-    if not config.augmentation or config.type == "image_classification":
+    if not config.augmentation or config.takes != "text":
         return ()
     if config.type == "text_classification":
         return tuple(c for c in (config.text, config.text_pair, config.label) if c is not None)
