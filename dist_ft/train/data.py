@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,18 @@ def raw_columns(config: TaskConfig) -> tuple[str, ...]:
     if config.type == "question_answering":
         return (config.question, config.context, config.answers, config.id)
     return (config.prompt, config.response)
+
+
+def selected_rows(
+    config: TaskConfig, task: Task, *, tokenizer: PreTrainedTokenizerBase, split: str
+) -> Iterator[dict[str, Any]]:
+    """Yield a split's raw rows from their source, those that were encoded, in that order.
+
+    Raises:
+        ValueError: If the source can't be read.
+    """
+    plan = split_plan(config)
+    return _spec(config, task=task, plan=plan, tokenizer=tokenizer, own={}).raw_rows(split)
 
 
 def split_plan(config: TaskConfig) -> SplitPlan:
