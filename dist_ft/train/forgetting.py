@@ -90,7 +90,7 @@ def count_forgetting(
         return None
     right = np.stack([seen[step] for step in sorted(seen)])
     lost = right[:-1] & ~right[1:]
-    return Forgetting(len(right), lost.sum(axis=0, dtype=np.int64), right.any(axis=0))
+    return Forgetting(len(right), lost.sum(axis=0, dtype=np.int64), right.max(axis=0))
 
 
 def _bits(text: str, rows: int) -> Bools:

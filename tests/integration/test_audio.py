@@ -37,7 +37,6 @@ def _write(folder: Path) -> Path:
         conv_dim=(16, 16, 16),
         conv_kernel=(10, 8, 4),
         conv_stride=(5, 4, 4),
-        num_feat_extract_layers=3,
         num_conv_pos_embeddings=8,
         num_conv_pos_embedding_groups=2,
         classifier_proj_size=16,
@@ -79,7 +78,9 @@ def test_a_wav2vec2_unfreezes_gradually_and_exports(tmp_path: Path) -> None:
     paths = [tmp_path / "0.wav", tmp_path / "1.wav", tmp_path / "2.wav"]
     rows = [{"audio": str(path), "label": "low", "source_row": 0} for path in paths]
     features = task.encode(rows, tokenizer=extractor)
-    columns = {key: [np.asarray(f[key]) for f in features] for key in ("input_values", "labels")}
+    columns: Any = {
+        key: [np.asarray(f[key]) for f in features] for key in ("input_values", "labels")
+    }
     spec = task.collate_spec(extractor, evaluation=True)
     own, _ = collate(columns, spec)
     clips = [read_audio(str(path), rate=RATE)[: RATE // 10] for path in paths]
