@@ -182,7 +182,7 @@ def raw_columns(config: TaskConfig) -> tuple[str, ...]:
     elif config.type == "question_answering":
         columns = (config.question, config.context, config.answers, config.id)
     elif config.type == "generation":
-        columns = (config.prompt, config.response)
+        columns = (config.prompt, config.context, config.response)
     return tuple(c for c in columns if c is not None)
 
 
