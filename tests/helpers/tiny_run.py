@@ -202,6 +202,13 @@ def terminate_at(metrics: Path, step: int) -> None:
         time.sleep(0.002)
 
 
+def terminate_after(journal: Path, scores: int) -> None:
+    """Send this process SIGTERM once a search's journal holds that many scores."""
+    while not journal.exists() or journal.read_text().count('"intermediate_value"') < scores:
+        time.sleep(0.002)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def events(run: Path) -> list[dict[str, Any]]:
     """Return the events of a run, leaving out an unfinished last line."""
     found = []
