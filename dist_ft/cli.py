@@ -20,6 +20,7 @@ from dist_ft.cli_arguments import (
     OverridesArgument,
     RecipeArgument,
     ReplaceOption,
+    RoundsOption,
     TrialsOption,
 )
 from dist_ft.cli_data import data_app
@@ -260,14 +261,20 @@ def search(
     ] = 1,
     over: OverOption = None,
     trials: TrialsOption = 16,
+    rounds: RoundsOption = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the search that is there.")
     ] = False,
 ) -> None:
     """Find which blocks to train, or values of keys, by validation score; write the recipe."""
-    from dist_ft.search import run, tune
+    from dist_ft.search import population, run, tune
 
-    if over:
+    if rounds is not None:
+        outcome = population.tune_population(
+            lambda more: _load(recipe, [*(overrides or ()), *more]),
+            over=over or (), count=trials, rounds=rounds, resume=resume,
+        )  # fmt: skip
+    elif over:
         outcome = tune.tune(
             lambda more: _load(recipe, [*(overrides or ()), *more]),
             options=tune.TuneOptions(tuple(over), trials, budget), resume=resume,

@@ -32,7 +32,8 @@ LoraOption = Annotated[
 AnalysisOption = Annotated[
     bool,
     typer.Option(
-        "--analysis", help="Look into the model: drift, calibration, confusions, attributions."
+        "--analysis",
+        help="Look into the model: drift, calibration, confusions, forgetting, robustness.",
     ),
 ]
 AgainstOption = Annotated[
@@ -53,4 +54,12 @@ OverOption = Annotated[
 ]
 TrialsOption = Annotated[
     int, typer.Option("--trials", help="Of --over: candidates, the recipe itself among them.")
+]
+RoundsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--rounds",
+        help="Of --over: population-based training instead of halving. After each round the worst "
+        "quarter goes on from the best, with values moved.",
+    ),
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,7 @@ from dist_ft.config_data import DataConfig, TransformConfig
 class TaskBase(Section):
     """What every task has."""
 
+    takes: ClassVar[str] = "text"
     name: TaskName
     data: DataConfig
     max_length: Positive = 128
@@ -84,6 +85,7 @@ class GenerationConfig(TaskBase):
 class ImageClassificationConfig(TaskBase):
     """Single-label classification of images of one size."""
 
+    takes = "images"
     type: Literal["image_classification"]
     image: str = "image"
     label: str = "label"
@@ -93,11 +95,26 @@ class ImageClassificationConfig(TaskBase):
     max_length: Positive = Field(128, exclude=True)
 
 
+class AudioClassificationConfig(TaskBase):
+    """Single-label classification of clips of sound."""
+
+    takes = "audio"
+    type: Literal["audio_classification"]
+    audio: str = "audio"
+    label: str = "label"
+    labels: list[str] | None = None
+    max_seconds: Annotated[float, Field(ge=0.1)] = 10.0
+    metric: str | None = None
+    # Clips are measured in seconds; see `recipe.task_checks`.
+    max_length: Positive = Field(128, exclude=True)
+
+
 TaskConfig = Annotated[
     TextClassificationConfig
     | TokenClassificationConfig
     | QuestionAnsweringConfig
     | GenerationConfig
-    | ImageClassificationConfig,
+    | ImageClassificationConfig
+    | AudioClassificationConfig,
     Field(discriminator="type"),
 ]

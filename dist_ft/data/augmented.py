@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from dist_ft.data.augment.augmenter import Augmenter, AugmentStatistics, Changes
 from dist_ft.data.files import Row
@@ -261,6 +262,16 @@ def _feature_numbers(source_rows: np.ndarray) -> tuple[Int64Array, Int64Array]:
     starts = np.flatnonzero(np.diff(source_rows, prepend=-1))
     counts = np.diff(starts, append=len(source_rows))
     return np.arange(len(source_rows)) - np.repeat(starts, counts), np.repeat(counts, counts)
+
+
+def columns_of(features: Sequence[Mapping[str, Any]], *, schema: pa.Schema) -> Columns:
+    """Returns features that are in no shard as `ShardedDataset.take` would; but for ``length``."""
+    found: Columns = {}
+    for field in schema:
+        if field.name != "length":
+            values = [_value(feature[field.name], field=field) for feature in features]
+            found[field.name] = np.array(values) if column_kind(field) == "scalar" else values
+    return found
 
 
 def _value(value: Any, *, field: Any) -> Any:

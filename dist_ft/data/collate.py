@@ -50,11 +50,12 @@ class CollateSpec:
         ragged: list columns and the value they are padded with.
         scalar: columns with one number a row.
         inputs: columns which go to the model as keyword arguments; "attention_mask" needs no
-            column, it is made from the lengths of `input_ids`.
+            column, it is made from the lengths of `mask_of`.
         targets: columns which go to the task's loss and metrics.
         kept: columns handed on as they are, for decoding: strings as str, lists as numpy arrays.
         pad_side: where the padding goes; "left" for generating with a causal model.
         arrays: inputs that are made from arrays of one size.
+        mask_of: list column that the attention mask is made from.
     """
 
     ragged: Mapping[str, int | float]
@@ -64,11 +65,12 @@ class CollateSpec:
     kept: tuple[str, ...] = ()
     pad_side: Literal["right", "left"] = "right"
     arrays: Mapping[str, ArrayInput] = field(default_factory=dict)
+    mask_of: str = "input_ids"
 
     def __post_init__(self) -> None:
         known = {*self.ragged, *self.scalar, *self.arrays}
         unknown = [c for c in (*self.inputs, *self.targets) if c not in known]
-        if _ATTENTION_MASK in self.inputs and "input_ids" in self.ragged:
+        if _ATTENTION_MASK in self.inputs and self.mask_of in self.ragged:
             unknown = [c for c in unknown if c != _ATTENTION_MASK]
         if unknown:
             raise ValueError(
@@ -84,7 +86,7 @@ class CollateSpec:
         made = {_ATTENTION_MASK} - {*self.ragged, *self.scalar}
         needed = {*self.inputs, *self.targets, *self.kept} - made - self.arrays.keys()
         needed |= {array.column for array in self.arrays.values()}
-        return frozenset(needed | ({"input_ids"} if _ATTENTION_MASK in self.inputs else set()))
+        return frozenset(needed | ({self.mask_of} if _ATTENTION_MASK in self.inputs else set()))
 
 
 def collate(
@@ -108,7 +110,7 @@ def collate(
     filled = _Filled(spec.pad_side)
     for name in dict.fromkeys((*spec.inputs, *spec.targets)):
         if name == _ATTENTION_MASK and name not in spec.ragged:
-            places = filled.of(_column(columns, "input_ids"))
+            places = filled.of(_column(columns, spec.mask_of))
             tensors[name] = torch.from_numpy(places.astype(np.int64))
         elif name in spec.arrays:
             array = spec.arrays[name]

@@ -25,7 +25,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> dict[str, Any]:
     tokenizer, and change as it is used.
 
     Args:
-        tokenizer: a transformers tokenizer, or an image processor.
+        tokenizer: a transformers tokenizer, or an image processor or feature extractor.
     """
     if not hasattr(tokenizer, "special_tokens_map"):
         content = json.loads(tokenizer.to_json_string())

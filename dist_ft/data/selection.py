@@ -121,6 +121,7 @@ class RowFunctions:
         encode: raw rows -> features. A raw row also has "source_row", its number in the source; a
             feature has input_ids, loss_count, source_row, the task's columns, and, if it lost
             tokens, how many under "truncated_tokens". Raises ValueError for a row it can't encode.
+        rows_at_once: rows that are encoded together, so that what they become fits into memory.
     """
 
     schema: Any
@@ -128,6 +129,7 @@ class RowFunctions:
     split_key: Callable[[Row], str]
     dedupe_key: Callable[[Row], str]
     encode: Callable[[list[Row]], Sequence[dict[str, Any]]]
+    rows_at_once: int = BATCH_ROWS
 
 
 @dataclass
@@ -299,7 +301,8 @@ def _valid_batches(
         bad_rows(message)
         unreadable += 1
 
-    for piece in _pieces(enumerate(source.rows(on_bad_row=on_bad_row))):
+    numbered = enumerate(source.rows(on_bad_row=on_bad_row))
+    for piece in _pieces(numbered, most=functions.rows_at_once):
         batch = _Batch(read=len(piece) + unreadable)
         unreadable = 0
         for number, row in piece:
@@ -312,14 +315,14 @@ def _valid_batches(
         yield _Batch(read=unreadable)
 
 
-def _pieces(rows: Iterable[tuple[int, Row]]) -> Iterator[list[tuple[int, Row]]]:
+def _pieces(rows: Iterable[tuple[int, Row]], *, most: int) -> Iterator[list[tuple[int, Row]]]:
     """Yields the rows in pieces which are neither long nor large."""
     piece: list[tuple[int, Row]] = []
     size = 0
     for number, row in rows:
         piece.append((number, row))
         size += sum(map(_characters, row.values()))
-        if len(piece) == BATCH_ROWS or size >= _BATCH_CHARACTERS:
+        if len(piece) == most or size >= _BATCH_CHARACTERS:
             yield piece
             piece, size = [], 0
     if piece:

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from dist_ft.model import grafting
+from dist_ft.model.own_draws import let_inputs_be, without_own_draws
 from dist_ft.model.sources import resolve_model_path
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ class MultiTaskModel(nn.Module):
             raise ValueError("tasks: the model has no task, it needs at least one")
         slots = [slot for task in self._slots.values() for slot in task]
         self.pruned = tuple(grafting.prune(backbone, slots))
+        let_inputs_be(backbone)
         for module in backbone.modules():  # a cache of keys and values is of no use in training
             config = getattr(module, "config", None)
             if isinstance(config, PreTrainedConfig) and getattr(config, "use_cache", None):
@@ -122,11 +124,16 @@ class MultiTaskModel(nn.Module):
         Args:
             task: task name.
             inputs: keyword arguments of the transformers forward, e.g. ``input_ids`` and
-                ``attention_mask`` (micro-batch x length, int64). ``labels`` (micro-batch x target
+                ``attention_mask`` (micro-batch x length, int64); pixels and waveforms take the
+                weights' type. ``labels`` (micro-batch x target
                 length, int64, -100 = none) of a sequence-to-sequence task become the decoder's
                 inputs, shifted; transformers' own loss is never computed.
         """
-        arguments: dict[str, Any] = dict(inputs)
+        dtype = next(self.backbone.parameters()).dtype
+        arguments: dict[str, Any] = {
+            key: value.to(dtype) if value.is_floating_point() else value
+            for key, value in inputs.items()
+        }
         labels = arguments.pop("labels", None)
         if labels is not None:
             arguments["decoder_input_ids"] = _shifted(self.heads[task], labels)
@@ -296,6 +303,7 @@ def _assemble(
             with seeded(seed, f"head {head.name}"):
                 yield head.name, make(head.auto_class, head_config)
 
+    config = without_own_draws(config)
     for head in heads:
         if not head.auto_class.startswith("AutoModel") or not hasattr(
             transformers, head.auto_class

@@ -44,8 +44,8 @@ def read_shape(recipe: Recipe, *, on_gpu: bool) -> ModelShape:
     Raises:
         ValueError: If the model's configuration can't be read.
     """
-    if any(t.type == "image_classification" for t in recipe.tasks):
-        raise ValueError("tasks: runs on images can't be planned yet, only runs on text")
+    if any(t.takes != "text" for t in recipe.tasks):
+        raise ValueError("tasks: only runs on text can be planned yet, not on images or audio")
     config, source = _config(recipe)
     attention = recipe.model.attention
     if attention == "auto":

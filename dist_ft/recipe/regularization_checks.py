@@ -14,6 +14,8 @@ from dist_ft.recipe.validate import Draft
 _OF_TASKS = ("label_smoothing", "r_drop", "neftune_alpha", "adversarial", "cutoff", "mixup")
 # What compares the choices of two forwards, or takes apart those of one.
 _OF_CHOICES = ("label_smoothing", "r_drop", "cutoff")
+# What is done to the words of a row, or to their embeddings.
+_OF_WORDS = ("neftune_alpha", "adversarial", "cutoff", "mixup")
 # Of bf16 or fp16 beside embeddings of the usual size, 0.05: less is lost in rounding.
 _LEAST_RADIUS = 1e-3
 
@@ -26,6 +28,7 @@ def check_regularization(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
         return
     yield from _check_penalties(recipe)
     yield from _check_tasks(draft, recipe)
+    yield from _check_words(draft, recipe)
     yield from _check_cache(recipe)
     blocks = count_blocks(recipe.model.path) if draft.is_sure("model", "path") else None
     wanted = recipe.regularization.reinitialize_blocks
@@ -89,6 +92,16 @@ def _check_tasks(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
                 )
                 yield Finding(("regularization", key), text)
     yield from _check_forwards(recipe)
+
+
+def _check_words(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
+    others = [t for t in recipe.tasks if t.takes != "text"]
+    if not others or not draft.is_sure("tasks"):
+        return
+    for key in _OF_WORDS:
+        if getattr(recipe.regularization, key):
+            text = f"changes words, and task {others[0].name} has {others[0].takes}: remove it"
+            yield Finding(("regularization", key), text)
 
 
 def _check_forwards(recipe: Recipe) -> Iterator[Finding]:

@@ -22,6 +22,7 @@ _COLUMN_KEYS = {
     "token_classification": ("tokens", "tags"),
     "question_answering": ("question", "context", "answers"),
     "image_classification": ("image", "label"),
+    "audio_classification": ("audio", "label"),
     "generation": ("prompt", "context", "response"),
 }
 _PACKAGE_PREFIX = "package:"

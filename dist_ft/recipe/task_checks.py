@@ -14,6 +14,7 @@ METRICS: dict[str, tuple[str, ...]] = {
     "single_label": ("accuracy", "macro_f1", "mcc"),
     "multi_label": ("micro_f1", "macro_f1", "exact_match"),
     "image_classification": ("accuracy", "macro_f1", "mcc"),
+    "audio_classification": ("accuracy", "macro_f1", "mcc"),
     "regression": ("mse", "mae", "pearson", "spearman"),
     "token_classification": ("f1", "precision", "recall", "token_accuracy", "macro_f1"),
     "question_answering": ("f1", "exact_match", "answerable_f1", "answerable_exact_match"),
@@ -40,22 +41,24 @@ def check_tasks(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
 
 
 def check_inputs(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
-    """Yield keys that mean nothing for images or conversations, and images beside text."""
+    """Yield keys that mean nothing for what a task takes, and tasks that can't share a model."""
     if not draft.is_sure("tasks"):
         return
-    images = [t.type == "image_classification" for t in recipe.tasks]
+    others = [t.takes for t in recipe.tasks if t.takes != "text"]
     for index, task in enumerate(recipe.tasks):
         if getattr(task, "messages", None) is not None and task.augmentation:
             text = f"can't change conversations, and task {task.name} has messages: remove it"
             yield Finding(("tasks", index, "augmentation"), text)
-        if not images[index]:
-            if any(images):
-                text = "one model takes text or images, and another task has images: use two runs"
-                yield Finding(("tasks", index, "type"), f"{text}, got {task.type}")
+        if others and task.takes != others[0]:
+            text = (
+                f"one model takes one of text, images and audio, and another task has {others[0]}"
+            )
+            yield Finding(("tasks", index, "type"), f"{text}: use two runs, got {task.type}")
+        if task.takes == "text":
             continue
         given = {"max_length": task.max_length != 128, "augmentation": bool(task.augmentation)}
         for key in (key for key, is_given in given.items() if is_given):
-            text = f"is about text, and task {task.name} has images: remove it"
+            text = f"is about text, and task {task.name} has {task.takes}: remove it"
             yield Finding(("tasks", index, key), text)
 
 

@@ -53,7 +53,43 @@ def _task(name: str, body: Mapping[str, Any], table: MakeTable) -> str:
         hardest = [{**row, "loss": f"{row['loss']:.3f}"} for row in body["hardest"]]
         parts.append(f"<h3>Hardest rows of {_e(name)}</h3>{table(hardest)}")
         parts.append(_attributions(name, body.get("attributions") or {}, labels))
+    parts.append(_forgotten(name, body.get("forgotten") or {}, table))
+    parts.append(_robustness(name, body.get("robustness") or {}, table))
     return "".join(parts)
+
+
+def _forgotten(name: str, found: Mapping[str, Any], table: MakeTable) -> str:
+    if not found:
+        return ""
+    note = (
+        f"Right and, at the next of {found['evaluations']} evaluations, wrong again "
+        f"{found['events']} times (Toneva et al. 2019). {found['never_forgotten']} rows were "
+        f"learnt and never forgotten, {found['never_learnt']} never right."
+    )
+    rows = table(found["rows"]) if found["rows"] else ""
+    return f"<h3>Most forgotten rows of {_e(name)}</h3><p class='note'>{note}</p>{rows}"
+
+
+def _robustness(name: str, found: Mapping[str, Any], table: MakeTable) -> str:
+    if "under" not in found:
+        return ""
+    metric = found["metric"]
+    rows = [
+        {
+            "transform": one["transform"],
+            "share of words": "" if one["share"] is None else f"{one['share']:g}",
+            "rows changed": one["changed_rows"],
+            metric: f"{found['clean'] + one['difference']:.4f}",
+            "difference": f"{one['difference']:+.4f}",
+            "95 % interval": f"{one['interval'][0]:+.4f} to {one['interval'][1]:+.4f}",
+        }
+        for one in found["under"]
+    ]
+    return (
+        f"<h3>{_e(name)} under noise</h3><p class='note'>{_e(metric)} is {found['clean']:.4f} on "
+        f"{found['rows']} rows as they are; the intervals are of the paired difference.</p>"
+        f"{table(rows)}"
+    )
 
 
 def reliability_plots(analysis: Mapping[str, Any]) -> Iterator[Plot]:

@@ -41,10 +41,12 @@ class Range:
     Attributes:
         key: Dotted path in the recipe.
         value: Returns the value at a place in [0, 1).
+        bounds: Least and largest value of ``log`` and ``uniform``; None for the others.
     """
 
     key: str
     value: Callable[[float], Any]
+    bounds: tuple[float, float] | None = None
 
     @classmethod
     def parse(cls, text: str) -> Range:
@@ -64,7 +66,8 @@ class Range:
                 f"data can be compared: use keys of {', '.join(SECTIONS)}"
             )
         try:
-            return cls(key, _KINDS[kind](values))
+            bounds = _bounds(values) if kind in ("log", "uniform") else None
+            return cls(key, _KINDS[kind](values), bounds)
         except ValueError as error:
             raise ValueError(f"{problem} ({error})") from None
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dist_ft import dist
 from dist_ft.config import Recipe, StaticFreezing
 from dist_ft.freezing.schedule import LayerOrder
 from dist_ft.search.blocks import Block, Space, make_space
 from dist_ft.search.candidates import Candidates, Outcome
 from dist_ft.search.halving import Race, make_race
-from dist_ft.search.study import BlockCodes, import_optuna
+from dist_ft.search.session import run_session
+from dist_ft.search.study import BlockCodes
 from dist_ft.search.writing import Findings, write_findings
-from dist_ft.train.build import DONE, PREEMPTED, check_world
+from dist_ft.train.build import DONE
 from dist_ft.train.console import Console
 from dist_ft.train.freeze_plan import COMMON, as_patterns
 from dist_ft.train.parts import make_parts
-from dist_ft.train.segment import Place, PreemptedError
-from dist_ft.train.signals import StopRequest
+from dist_ft.train.segment import Place
 
 
 @dataclass(frozen=True)
@@ -66,37 +65,26 @@ def search(recipe: Recipe, *, options: SearchOptions, resume: bool) -> Outcome:
         ValueError: If recipe, model and options do not fit, or another search is in the folder.
         RuntimeError: If Optuna is not installed.
     """
-    import_optuna()  # on every rank, so that all of them end if it is missing
-    stop = StopRequest()
-    with stop.listening():
-        world = dist.world_from_environment()
-        check_world(recipe, world)
-        console = Console(main=world.is_main)
+
+    def look(console: Console) -> tuple[Model, Space]:
         model = _look_at(recipe, console)
-        space = model.space(options.granule)
-        device = dist.init_process_group(
-            world,
-            timeout_s=recipe.engine.collective_timeout_s,
-            join_timeout_s=recipe.engine.join_timeout_s,
+        return model, model.space(options.granule)
+
+    def run(seen: tuple[Model, Space], place: Place, console: Console) -> Outcome:
+        model, space = seen
+        searcher = Searcher(recipe, model=model, place=place, console=console)
+        race = make_race(
+            space,
+            total_steps=model.total_steps,
+            budget=options.budget,
+            shortest=len(recipe.tasks),
+            score=searcher.score,
+            drop=searcher.drop,
         )
-        try:
-            place = Place(world, device, stop_signal=lambda: stop.signal)
-            searcher = Searcher(recipe, model=model, place=place, console=console)
-            race = make_race(
-                space,
-                total_steps=model.total_steps,
-                budget=options.budget,
-                shortest=len(recipe.tasks),
-                score=searcher.score,
-                drop=searcher.drop,
-            )
-            searcher.open(options, resume=resume)
-            return searcher.run(race)
-        except PreemptedError:
-            console.say("stopped after saving; start the same command with --resume to go on")
-            return Outcome(PREEMPTED)
-        finally:
-            dist.shut_down()
+        searcher.open(options, resume=resume)
+        return searcher.run(race)
+
+    return run_session(recipe, look=look, search=run)
 
 
 def _look_at(recipe: Recipe, console: Console) -> Model:

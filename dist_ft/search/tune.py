@@ -8,18 +8,17 @@ from typing import Any
 
 import yaml
 
-from dist_ft import dist
 from dist_ft.config import Recipe
 from dist_ft.search.candidates import Candidates, Outcome
 from dist_ft.search.halving import Halving, plan_rungs
 from dist_ft.search.keys import Candidate, KeySpace, Range, draw
+from dist_ft.search.session import run_session
 from dist_ft.search.study import KeyCodes, import_optuna
 from dist_ft.search.writing import CHOSEN, TABLE, as_csv, metric_columns
-from dist_ft.train.build import DONE, PREEMPTED, check_world
+from dist_ft.train.build import DONE
 from dist_ft.train.console import Console
 from dist_ft.train.parts import make_parts
-from dist_ft.train.segment import Place, PreemptedError
-from dist_ft.train.signals import StopRequest
+from dist_ft.train.segment import Place
 
 Load = Callable[[Sequence[str]], Recipe]
 
@@ -79,40 +78,28 @@ def tune(load: Load, *, options: TuneOptions, resume: bool) -> Outcome:
     base = load(())
     drawn = draw([Range.parse(o) for o in options.over], count=options.trials, seed=base.seed)
     keys = Keys({candidate: load(candidate.overrides) for candidate in drawn})
-    stop = StopRequest()
-    with stop.listening():
-        world = dist.world_from_environment()
-        check_world(base, world)
-        console = Console(main=world.is_main)
+
+    def look(console: Console) -> tuple[int, tuple[int, ...]]:
         total = make_parts(base, console.say).total_steps
-        rungs = plan_rungs(
+        return total, plan_rungs(
             len(drawn), total_steps=total, budget=options.budget, shortest=len(base.tasks)
         )
-        device = dist.init_process_group(
-            world,
-            timeout_s=base.engine.collective_timeout_s,
-            join_timeout_s=base.engine.join_timeout_s,
+
+    def search(seen: tuple[int, tuple[int, ...]], place: Place, console: Console) -> Outcome:
+        total, rungs = seen
+        runs = Candidates(base, subject=keys, place=place, console=console)
+        race: Halving[Candidate] = Halving(KeySpace(), rungs, runs.score, runs.drop, 0)
+        described = {"over": list(options.over), "trials": options.trials}
+        runs.open(
+            {**described, "budget": options.budget},
+            codes=KeyCodes(drawn), total_steps=total, resume=resume,
+        )  # fmt: skip
+        console.say(
+            f"search: {len(drawn)} candidates, compared after {', '.join(map(str, rungs))} steps"
         )
-        try:
-            place = Place(world, device, stop_signal=lambda: stop.signal)
-            runs = Candidates(base, subject=keys, place=place, console=console)
-            race: Halving[Candidate] = Halving(KeySpace(), rungs, runs.score, runs.drop, 0)
-            described = {"over": list(options.over), "trials": options.trials}
-            runs.open(
-                {**described, "budget": options.budget},
-                codes=KeyCodes(drawn), total_steps=total, resume=resume,
-            )  # fmt: skip
-            console.say(
-                f"search: {len(drawn)} candidates, compared after "
-                f"{', '.join(map(str, rungs))} steps"
-            )
-            best = race.halve(drawn)
-            return _finish(race, best, keys=keys, runs=runs)
-        except PreemptedError:
-            console.say("stopped after saving; start the same command with --resume to go on")
-            return Outcome(PREEMPTED)
-        finally:
-            dist.shut_down()
+        return _finish(race, race.halve(drawn), keys=keys, runs=runs)
+
+    return run_session(base, look=look, search=search)
 
 
 def _finish(

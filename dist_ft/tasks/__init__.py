@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from dist_ft.tasks.audio_classification import AudioClassification
 from dist_ft.tasks.base import LossSum, Metrics, Task
 from dist_ft.tasks.generation import Generation
 from dist_ft.tasks.image_classification import ImageClassification
@@ -21,6 +22,7 @@ _CLASSES = (
     QuestionAnswering,
     Generation,
     ImageClassification,
+    AudioClassification,
 )
 TASKS = {task_class.type: task_class for task_class in _CLASSES}
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -30,12 +30,12 @@ from dist_ft.tasks.base import (
 )
 from dist_ft.tasks.labels import (
     check_labels,
-    discover_labels,
     known_labels,
     label_config,
     label_index,
     label_name,
 )
+from dist_ft.tasks.single_label import SINGLE_LABEL_METRICS, LabelScan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,14 +43,14 @@ if TYPE_CHECKING:
     from dist_ft.data.loader import MicroBatch
 
 _METRICS: dict[str, dict[str, bool]] = {
-    "single_label": {"accuracy": True, "macro_f1": True, "mcc": True},
+    "single_label": SINGLE_LABEL_METRICS,
     "multi_label": {"micro_f1": True, "macro_f1": True, "exact_match": True},
     "regression": {"mse": False, "mae": False, "pearson": True, "spearman": True},
 }
 
 
 @dataclass(frozen=True)
-class TextClassification(NoGeneration):
+class TextClassification(LabelScan, NoGeneration):
     """The task type ``text_classification``.
 
     Attributes:
@@ -100,20 +100,7 @@ class TextClassification(NoGeneration):
     @property
     def needs_scan(self) -> bool:
         """Whether the labels must be found in the training rows."""
-        return self.labels is None and self.problem != "regression"
-
-    def scan(self, rows: Iterable[Row]) -> dict[str, Any]:
-        """Returns the labels of the training rows under ``labels``.
-
-        Raises:
-            ValueError: the label column holds no labels.
-        """
-        names = (name for row in rows for name in self._names(row))
-        return {"labels": discover_labels(names, task=self.name)}
-
-    def with_state(self, state: Mapping[str, Any]) -> Self:
-        """Returns the task with the labels that ``scan`` found."""
-        return replace(self, labels=tuple(state["labels"])) if self.needs_scan else self
+        return super().needs_scan and self.problem != "regression"
 
     def config_updates(self) -> dict[str, Any]:
         """Returns the configuration values of the head."""

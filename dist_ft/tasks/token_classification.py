@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -31,12 +31,12 @@ from dist_ft.tasks.base import (
 )
 from dist_ft.tasks.labels import (
     check_labels,
-    discover_labels,
     known_labels,
     label_config,
     label_index,
     label_name,
 )
+from dist_ft.tasks.single_label import LabelScan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +48,7 @@ _PLAIN_METRICS = {"token_accuracy": True, "macro_f1": True}
 
 
 @dataclass(frozen=True)
-class TokenClassification(NoGeneration):
+class TokenClassification(LabelScan, NoGeneration):
     """The task type ``token_classification``.
 
     The first subword of a word carries its label, other tokens none. Words cut off, or without a
@@ -96,24 +96,14 @@ class TokenClassification(NoGeneration):
             known = _ENTITY_METRICS | _PLAIN_METRICS
         return choose_metric(self.metric, task=self.name, known=known)
 
-    @property
-    def needs_scan(self) -> bool:
-        """Whether the labels must be found in the training rows."""
-        return self.labels is None
-
     def scan(self, rows: Iterable[Row]) -> dict[str, Any]:
         """Returns the labels of the training rows under ``labels``, ``O`` first.
 
         Raises:
             ValueError: the tag column holds no labels.
         """
-        names = (label_name(tag) for row in rows for tag in self._words(row)[1])
-        labels = discover_labels(names, task=self.name)
+        labels = super().scan(rows)["labels"]
         return {"labels": sorted(labels, key=lambda label: label != "O")}
-
-    def with_state(self, state: Mapping[str, Any]) -> Self:
-        """Returns the task with the labels that ``scan`` found."""
-        return replace(self, labels=tuple(state["labels"])) if self.needs_scan else self
 
     def config_updates(self) -> dict[str, Any]:
         """Returns the configuration values of the head."""
@@ -216,6 +206,9 @@ class TokenClassification(NoGeneration):
     def new_metrics(self) -> RecordMetrics:
         """Returns empty metrics."""
         return RecordMetrics(decode=self._decode, score=self._score)
+
+    def _names(self, row: Row) -> list[str]:
+        return [label_name(tag) for tag in self._words(row)[1]]
 
     def _words(self, row: Row) -> tuple[list[str], list[Any]]:
         words, tags = row.get(self.tokens), row.get(self.tags)

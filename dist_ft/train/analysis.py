@@ -1,4 +1,4 @@
-"""Looks into a finished run: what moved, how sure it is, what it confuses and what it looks at."""
+"""Looks into a finished run: what moved, how sure it is, what it confuses, forgets and looks at."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ from dist_ft.tasks.calibration import confusion_matrix, reliability
 from dist_ft.train.attributions import attribute_tokens
 from dist_ft.train.checkpoint import CheckpointReader
 from dist_ft.train.evaluate import EvalData
+from dist_ft.train.forgetting import count_forgetting
 from dist_ft.train.parts import Parts, eval_data
+from dist_ft.train.recorder import surviving_events
+from dist_ft.train.robustness import measure_robustness
+from dist_ft.train.run_folder import RunFolder
 from dist_ft.train.weights import load_weights
 
 FILE = "analysis.json"
@@ -89,6 +93,21 @@ def analyse(recipe: Recipe, parts: Parts, reader: CheckpointReader, *, folder: P
         "groups": _groups(parts, before, blocks_before, blocks_after),
         "tasks": {one.task.name: _task(parts, one, forward) for one in data},
     }
+    log = surviving_events(RunFolder(folder).metrics)
+    configs = {config.name: config for config in recipe.tasks}
+    for prepared in parts.tasks:
+        of_task = next((one for one in data if one.task.name == prepared.task.name), None)
+        if of_task is None:
+            continue
+        found = body["tasks"][prepared.task.name]
+        found["forgotten"] = _forgotten(parts, of_task, log)
+        found["robustness"] = measure_robustness(
+            configs[prepared.task.name],
+            prepared=prepared,
+            data=of_task,
+            tokenizer=parts.tokenizer,
+            forward=forward,
+        )
     path = folder / FILE
     path.write_text(json.dumps(body, indent=1))
     return path
@@ -178,6 +197,18 @@ def _task(parts: Parts, data: EvalData, forward: Forward) -> dict[str, Any]:
     ]
     body["attributions"] = attribute_tokens(parts, data, row=hardest[0][0][1])
     return body
+
+
+def _forgotten(parts: Parts, data: EvalData, log: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the rows that were right and then wrong again most often; empty if none can be."""
+    found = count_forgetting(log, task=data.task.name, rows=len(data.dataset))
+    if found is None:
+        return {}
+    most = [
+        {"row": row, "forgotten": events, "text": _text(parts, data, row)}
+        for row, events in found.most(HARDEST)
+    ]
+    return {**found.summary(), "rows": most}
 
 
 def _names(data: EvalData, *, classes: int) -> list[str]:

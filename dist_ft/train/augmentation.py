@@ -77,12 +77,30 @@ def make_augmentation(
     # the same time, to decode generated text, would fail with "Already borrowed".
     own = copy.deepcopy(tokenizer)
     return Augmentation(
-        Augmenter(
-            [make_transform(t, config=config, dataset=dataset) for t in config.augmentation],
-            fields=_fields(config, task=task),
-        ),
+        make_augmenter(config.augmentation, config=config, task=task, dataset=dataset),
         encode=lambda rows: task.encode(rows, tokenizer=own),
         variants=variants,
+    )
+
+
+def make_augmenter(
+    transforms: Sequence[TransformConfig],
+    *,
+    config: TaskConfig,
+    task: Task,
+    dataset: ShardedDataset,
+) -> Augmenter:
+    """Return what changes the raw rows of a task.
+
+    Args:
+        transforms: In this order.
+        config: The task in the recipe.
+        task: The task, knowing its labels.
+        dataset: Its training data, where mentions of entities are taken from.
+    """
+    return Augmenter(
+        [make_transform(t, config=config, dataset=dataset) for t in transforms],
+        fields=_fields(config, task=task),
     )
 
 
@@ -101,7 +119,9 @@ def _fields(config: TaskConfig, *, task: Task) -> Fields:
         return ContextFields(config.question, config.context, config.answers)
     if config.type == "generation":
         return TextFields((config.prompt,))
-    raise ValueError(f"tasks.{config.name}.augmentation: transforms are of text, not of images")
+    raise ValueError(
+        f"tasks.{config.name}.augmentation: transforms are of text, not of {config.takes}"
+    )
 
 
 def make_transform(

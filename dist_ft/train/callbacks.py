@@ -233,6 +233,7 @@ class Evaluate(Watcher):
                 metrics=scores.metrics,
                 rows=scores.rows,
                 eval_s=round(scores.seconds, 3),
+                **({} if scores.correct is None else {"correct": scores.correct}),
             )
             self.console.scores(run.progress.step, scores)
 

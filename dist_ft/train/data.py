@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from dist_ft.data.prepare import (
     SplitPlan,
     prepare_split,
 )
+from dist_ft.data.selection import BATCH_ROWS
 from dist_ft.data.shards import ShardedDataset
 from dist_ft.data.sources import SourceSpec
 from dist_ft.tasks.base import Task
@@ -31,6 +32,9 @@ from dist_ft.train.reading import ReadingProgress
 # Task settings that change how rows are scored or named, not what is in them.
 NOT_IN_FEATURES = {"name", "data", "metric", "max_answer_length", "max_new_tokens", "on_error"}
 NOT_IN_FEATURES |= {"augmentation"}
+
+# Ten seconds of sound take 640 kB, and an image 150 kB, as a model takes them.
+_MEDIA_AT_ONCE = 64
 
 Say = Callable[[str], None]
 # What is read, and about how many rows that is -> what shows how far it has come.
@@ -154,6 +158,7 @@ def _spec(
             split_key=task.split_key,
             dedupe_key=task.dedupe_key,
             encode=encode,
+            rows_at_once=BATCH_ROWS if config.takes == "text" else _MEDIA_AT_ONCE,
         ),
         tokenizer=tokenizer_fingerprint(tokenizer),
         arguments={
@@ -167,15 +172,30 @@ def _spec(
 
 def raw_columns(config: TaskConfig) -> tuple[str, ...]:
     """Return the columns of the raw rows that augmented rows are made from; () without any."""
-    if not config.augmentation or config.type == "image_classification":
+    columns: tuple[str | None, ...] = ()
+    if not config.augmentation:
         return ()
     if config.type == "text_classification":
-        return tuple(c for c in (config.text, config.text_pair, config.label) if c is not None)
-    if config.type == "token_classification":
-        return (config.tokens, config.tags)
-    if config.type == "question_answering":
-        return (config.question, config.context, config.answers, config.id)
-    return (config.prompt, config.response)
+        columns = (config.text, config.text_pair, config.label)
+    elif config.type == "token_classification":
+        columns = (config.tokens, config.tags)
+    elif config.type == "question_answering":
+        columns = (config.question, config.context, config.answers, config.id)
+    elif config.type == "generation":
+        columns = (config.prompt, config.context, config.response)
+    return tuple(c for c in columns if c is not None)
+
+
+def selected_rows(
+    config: TaskConfig, task: Task, *, tokenizer: PreTrainedTokenizerBase, split: str
+) -> Iterator[dict[str, Any]]:
+    """Yield a split's raw rows from their source, those that were encoded, in that order.
+
+    Raises:
+        ValueError: If the source can't be read.
+    """
+    plan = split_plan(config)
+    return _spec(config, task=task, plan=plan, tokenizer=tokenizer, own={}).raw_rows(split)
 
 
 def split_plan(config: TaskConfig) -> SplitPlan:

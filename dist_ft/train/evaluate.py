@@ -15,6 +15,7 @@ from dist_ft.data.collate import CollateSpec
 from dist_ft.data.loader import MicroBatch, eval_batches
 from dist_ft.data.shards import ShardedDataset
 from dist_ft.tasks.base import Metrics, Record, Task
+from dist_ft.train.forgetting import correct_rows
 
 Forward = Callable[[str, MicroBatch], tuple[Tensor, Any]]
 
@@ -42,6 +43,7 @@ class Scores:
         seconds: Wall time that they took.
         rows: How many were scored.
         intervals: 95 % confidence interval of each metric that was resampled.
+        correct: Which rows were right, see `forgetting.correct_rows`.
     """
 
     task: str
@@ -50,6 +52,7 @@ class Scores:
     seconds: float
     rows: int = 0
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    correct: str | None = None
 
 
 def evaluate_task(
@@ -73,8 +76,15 @@ def evaluate_task(
     count = int(data.dataset.loss_counts.sum(dtype="int64"))
     scores = {"loss": total / max(1, count), **values}
     intervals = bootstrap(metrics, records, resamples=resamples) if resamples else {}
-    seconds = time.monotonic() - began
-    return Scores(data.task.name, data.split, scores, seconds, len(records), intervals)
+    return Scores(
+        task=data.task.name,
+        split=data.split,
+        metrics=scores,
+        seconds=time.monotonic() - began,
+        rows=len(records),
+        intervals=intervals,
+        correct=correct_rows(records),
+    )
 
 
 def collect(

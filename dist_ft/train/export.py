@@ -102,6 +102,7 @@ def _auto_class(task_model: PreTrainedModel) -> str:
         "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
         "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING",
         "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
+        "AutoModelForAudioClassification": "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING",
     }
     for auto_class, mapping in mappings.items():
         known = getattr(modeling_auto, mapping).get(type(task_model.config), None)
@@ -173,6 +174,7 @@ def _labels(config: Any, *, auto_class: str) -> list[str]:
         "AutoModelForSequenceClassification",
         "AutoModelForTokenClassification",
         "AutoModelForImageClassification",
+        "AutoModelForAudioClassification",
     ):
         return []
     return [config.id2label[index] for index in sorted(config.id2label)]

@@ -16,6 +16,7 @@ PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForSeq2SeqLM": "text2text-generation",
     "AutoModelForImageClassification": "image-classification",
+    "AutoModelForAudioClassification": "audio-classification",
 }
 CUSTOM_PIPELINES = {"question-answering", "text2text-generation"}
 _EXAMPLES = {
@@ -25,6 +26,11 @@ _EXAMPLES = {
     "text-generation": '"a prompt"',
     "text2text-generation": '"a text"',
     "image-classification": '"an image file"',
+    "audio-classification": '"a sound file"',
+}
+_READERS = {  # the others have a tokenizer
+    "image-classification": ("processor", "AutoImageProcessor"),
+    "audio-classification": ("extractor", "AutoFeatureExtractor"),
 }
 _RESERVED = {"metrics", "recipe", "base_model"}
 
@@ -96,7 +102,7 @@ def _base_model(recipe: Mapping[str, Any]) -> str:
 
 def _usage(auto_class: str, pipeline: str) -> str:
     trust = ", trust_remote_code=True" if pipeline in CUSTOM_PIPELINES else ""
-    reader = "AutoImageProcessor" if pipeline == "image-classification" else "AutoTokenizer"
+    name, reader = _READERS.get(pipeline, ("tokenizer", "AutoTokenizer"))
     lines = [
         "```python",
         f"from transformers import {reader}, {auto_class}, pipeline",
@@ -105,8 +111,7 @@ def _usage(auto_class: str, pipeline: str) -> str:
         f"pipe({_EXAMPLES[pipeline]})",
         "",
         f'model = {auto_class}.from_pretrained("THIS FOLDER")',
-        f"{'processor' if reader != 'AutoTokenizer' else 'tokenizer'} = "
-        f'{reader}.from_pretrained("THIS FOLDER")',
+        f'{name} = {reader}.from_pretrained("THIS FOLDER")',
         "```",
     ]
     if trust:

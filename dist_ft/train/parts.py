@@ -18,7 +18,7 @@ from dist_ft.freezing.schedule import LayerOrder
 from dist_ft.model.backbone import HeadSpec, ModelSource, MultiTaskModel, load_model, load_tokenizer
 from dist_ft.model.layer_groups import LayerGroup, find_layer_groups
 from dist_ft.model.lora import LoraSettings, add_lora, fix_base
-from dist_ft.model.processors import load_image_processor
+from dist_ft.model.processors import load_processor
 from dist_ft.tasks.output_regularization import OutputPenalty
 from dist_ft.train.data import PreparedTask, prepare_tasks
 from dist_ft.train.evaluate import EvalData
@@ -115,11 +115,9 @@ def check_vocabulary(tasks: Sequence[PreparedTask], *, model: torch.nn.Module) -
 
 
 def load_preprocessor(recipe: Recipe) -> Any:
-    """Return the model's tokenizer, or its image processor where the tasks are of images."""
-    source = model_source(recipe.model)
-    if all(task.type == "image_classification" for task in recipe.tasks):
-        return load_image_processor(source)
-    return load_tokenizer(source)
+    """Return the model's tokenizer, or what takes its place where the tasks are not of text."""
+    source, takes = model_source(recipe.model), recipe.tasks[0].takes
+    return load_tokenizer(source) if takes == "text" else load_processor(source, takes=takes)
 
 
 def model_source(config: ModelConfig) -> ModelSource:

@@ -66,7 +66,7 @@ def make_passes(
         wants_cache = False
     if recipe.model.padding == "padded" and not wants_cache:
         return TrunkPasses()
-    if any(t.type == "image_classification" for t in recipe.tasks):
+    if any(t.takes != "text" for t in recipe.tasks):
         reason = "its inputs are no tokens"
         _refuse(recipe, unpadded=reason, boundary=reason if wants_cache else None, say=say)
         return TrunkPasses()

@@ -5,9 +5,7 @@ from __future__ import annotations
 import csv
 import gc
 import os
-import signal
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +17,14 @@ from dist_ft.recipe import load_recipe
 from dist_ft.search.run import SearchOptions, search
 from dist_ft.train.segment import Place, train_until
 from tests.helpers.run_distributed import run_distributed
-from tests.helpers.tiny_run import events, newest_checkpoint, state_hash, train, write_model
+from tests.helpers.tiny_run import (
+    events,
+    newest_checkpoint,
+    state_hash,
+    terminate_after,
+    train,
+    write_model,
+)
 from tests.helpers.tiny_run import write_recipe as write_tiny_recipe
 
 TASK = {
@@ -55,16 +60,10 @@ def _rank_searches(
     rank = os.environ["RANK"]
     if stop_after is not None and rank == "1":
         journal = recipe.output_dir / f"{recipe.name}-search" / "study.journal"
-        threading.Thread(target=_terminate, args=(journal, stop_after), daemon=True).start()
+        threading.Thread(target=terminate_after, args=(journal, stop_after), daemon=True).start()
     outcome = search(recipe, options=SearchOptions(), resume=resume)
     assert outcome.exit_code == exit_code
     assert (outcome.table is not None) == (rank == "0" and exit_code == 0)
-
-
-def _terminate(journal: Path, scores: int) -> None:
-    while not journal.exists() or journal.read_text().count('"intermediate_value"') < scores:
-        time.sleep(0.002)
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def table(folder: Path) -> list[dict[str, str]]:

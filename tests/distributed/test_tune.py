@@ -1,17 +1,23 @@
-"""`dist-ft search --over` on real runs: small ones, but whole."""
+"""`dist-ft search --over`, with and without `--rounds`, on real runs: small ones, but whole."""
 
 from __future__ import annotations
 
 import csv
 import json
+import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from dist_ft.config import Recipe
 from dist_ft.recipe import load_recipe
+from dist_ft.search.population import tune_population
 from dist_ft.search.tune import TuneOptions, tune
+from dist_ft.train.build import PREEMPTED
 from tests.helpers.run_distributed import run_distributed
-from tests.helpers.tiny_run import events, write_recipe
+from tests.helpers.tiny_run import events, state_hash, terminate_after, write_recipe
 
 OPTIONS = TuneOptions(
     ("optim.lr=log:1e-6:1e-2", "regularization.label_smoothing=choice:null|0.1"),
@@ -60,3 +66,49 @@ def test_the_best_values_win_and_the_log_has_it_all(tmp_path: Path) -> None:
     run_distributed(_rank_tunes, path, True)
     assert (folder / "table.csv").read_text() == before
     assert counts == {run: len(events(run)) for run in (folder / "runs").iterdir()}
+
+
+OVER = ("optim.lr=log:1e-6:1e-2",)
+
+
+def _rank_evolves(path: Path, name: str, resume: bool, stop_after: int | None) -> None:
+    def load(overrides: Sequence[str]) -> Recipe:
+        return load_recipe(path, overrides=[f"name={name}", *overrides])
+
+    if stop_after is not None and os.environ["RANK"] == "1":
+        journal = path.parent / "runs" / f"{name}-search" / "study.journal"
+        threading.Thread(target=terminate_after, args=(journal, stop_after), daemon=True).start()
+    outcome = tune_population(load, over=OVER, count=3, rounds=2, resume=resume)
+    assert outcome.exit_code == (0 if stop_after is None else PREEMPTED)
+
+
+def test_the_worst_goes_on_from_the_best_also_after_a_stop(tmp_path: Path) -> None:
+    path = write_recipe(
+        tmp_path, tasks=[TASK], checkpoint={}, train={"max_duration": "8step"}, optim={"lr": 1e-3}
+    )
+    run_distributed(_rank_evolves, path, "whole", False, None)
+    folder = tmp_path / "runs" / "whole-search"
+    table = (folder / "table.csv").read_text()
+    rows = {int(r["member"]): r for r in csv.DictReader(table.splitlines())}
+    [(child, row)] = [(n, r) for n, r in rows.items() if r["parent"]]
+    parent = rows[int(row["parent"])]
+    assert (row["from_step"], row["to_step"]) == ("4", "8")
+    assert sorted(r["to_step"] for r in rows.values()) == ["4", "8", "8", "8"]
+    lr, before = float(row["optim.lr"]), float(parent["optim.lr"])
+    assert lr == pytest.approx(before * 0.8, rel=1e-3) or lr == pytest.approx(
+        min(1e-2, before * 1.2), rel=1e-3
+    )
+    run = folder / "runs" / f"member-{child:03d}"
+    [resumed] = [e for e in events(run) if e["event"] == "resume"]
+    assert resumed["step"] == 4
+    trained = json.loads((run / "recipe.json").read_text())
+    assert trained["optim"]["lr"] == lr
+
+    run_distributed(_rank_evolves, path, "halves", False, 4)
+    run_distributed(_rank_evolves, path, "halves", True, None)
+    again = tmp_path / "runs" / "halves-search"
+    assert (again / "table.csv").read_text() == table
+    for number in rows:
+        if rows[number]["to_step"] == "8":
+            one, other = (f / "runs" / f"member-{number:03d}" for f in (folder, again))
+            assert state_hash(one) == state_hash(other)

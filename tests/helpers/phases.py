@@ -80,6 +80,13 @@ def largest_difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -
     return max(float((one[n].float() - other[n].float()).abs().max()) for n in one)
 
 
+def mean_difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Return the mean absolute difference between two sets of weights."""
+    assert one.keys() == other.keys()
+    total = sum(float((one[n].float() - other[n].float()).abs().sum()) for n in one)
+    return total / sum(value.numel() for value in one.values())
+
+
 def clone(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return copies of the weights."""
     return {n: w.detach().clone() for n, w in weights.items()}

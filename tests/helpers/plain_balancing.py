@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from tests.helpers.tiny import TASKS, TinyModel, learning_rates
 
@@ -38,7 +39,7 @@ class Plain:
             return self.learnt.detach().clone()
         if self.policy == "dwa":
             return self._dwa()
-        if not self.past:
+        if self.policy == "equal" or not self.past:
             return torch.ones(2, dtype=torch.float64)
         parts = self.learnt.detach().softmax(0) / self.past[-1]
         return 2 * parts / parts.sum()
@@ -78,11 +79,20 @@ class Plain:
 
 
 def train_plain(
-    policy: str, groups: Any, schedule: Mapping[int, Any], *, steps: int, turns: Any
+    policy: str,
+    groups: Any,
+    schedule: Mapping[int, Any],
+    *,
+    steps: int,
+    turns: Any,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[dict[str, Tensor], list[list[float]]]:
-    """Return the weights of the model, and those of the losses by step."""
+    """Return the weights of the model, and those of the losses by step.
+
+    The model computes in `dtype`; the optimizer updates fp32 values.
+    """
     model, plain = TinyModel(), Plain(policy)
-    values = dict(model.named_parameters())
+    values = {n: p.detach().to(dtype).float().requires_grad_() for n, p in model.named_parameters()}
     optimizers = {
         g.name: torch.optim.AdamW([values[n] for n in g.parameters], weight_decay=g.weight_decay)
         for g in groups
@@ -93,11 +103,13 @@ def train_plain(
         trains = schedule.get(step, trains)
         weights = plain.weights()
         history.append(weights.tolist())
+        working = {n: v.to(dtype) for n, v in values.items()}
         losses = []
         for task in TASKS:
             batches = turns(step, task)
             terms = sum(len(b.targets["y"]) for b in batches)
-            losses.append(sum(model(task, b.inputs, b.targets)[0] for b in batches) / terms)
+            parts = [functional_call(model, working, (task, b.inputs, b.targets)) for b in batches]
+            losses.append(sum(part[0] for part in parts) / terms)
         shared = [values[n] for n in SHARED]
         norms = torch.stack(
             [
@@ -107,9 +119,10 @@ def train_plain(
                 for x in losses
             ]
         )
-        parts = [float(w) * x for w, x in zip(weights, losses, strict=True)]
-        total = torch.stack(parts).mean()
-        model.zero_grad(set_to_none=True)
+        weighed = [float(w) * x for w, x in zip(weights, losses, strict=True)]
+        total = torch.stack(weighed).mean()
+        for value in values.values():
+            value.grad = None
         total.backward()
         rates = learning_rates(groups, step)
         for group in groups:

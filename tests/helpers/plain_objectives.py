@@ -2,7 +2,8 @@
 
 Nothing of dist_ft's objectives is called and no hook is used: changed embeddings go in through
 transformers' own ``inputs_embeds``, and mixed hidden states by running the blocks one by one.
-Dropout and draws come from torch's generator, so forwards and draws stand in one order.
+Dropout and draws come from torch's generator, so forwards and draws stand in one order. Logits and
+draws are fp32 whatever the model is.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class PlainObjective:
             if self.cutoff is None:
                 return torch.zeros(())
             share, weight, consistency = self.cutoff
-            keep = _cut(mask, share)[..., None].float()
-            other = run(lambda e: e * keep)
+            keep = _cut(mask, share)[..., None]
+            other = run(lambda e: e * keep.to(e.dtype))
             return weight * entropy(other) + consistency * _js(clean, other)
 
         if self.freelb is not None:
@@ -72,8 +73,9 @@ class PlainObjective:
 
     def _noise(self, mask: Tensor) -> Change:
         def change(e: Tensor) -> Tensor:
-            noise = torch.empty_like(e).uniform_(-1, 1)
-            return e + noise * (self.neftune / (mask.sum(1) * e.shape[-1]).sqrt())[:, None, None]
+            noise = torch.empty(e.shape).uniform_(-1, 1)
+            size = self.neftune / (mask.sum(1) * e.shape[-1]).sqrt()
+            return e + (noise * size[:, None, None]).to(e.dtype)
 
         return change
 
@@ -93,9 +95,9 @@ class PlainObjective:
         def change(e: Tensor) -> Tensor:
             nonlocal delta
             if delta is None:
-                delta = (torch.randn_like(e.detach()) * noise).clamp(-radius, radius)
+                delta = (torch.randn(e.shape) * noise).clamp(-radius, radius)
                 delta.requires_grad_()
-            return e + delta
+            return e + delta.to(e.dtype)
 
         for _ in range(steps):
             value = _symmetric(run(change), clean.detach())
@@ -116,9 +118,9 @@ class PlainObjective:
             nonlocal delta
             if delta is None:
                 scale = init / (mask.sum(1) * e.shape[-1]).sqrt()
-                start = torch.empty_like(e.detach()).uniform_(-1, 1) * scale[:, None, None]
+                start = torch.empty(e.shape).uniform_(-1, 1) * scale[:, None, None]
                 delta = (start * mask[..., None]).requires_grad_()
-            return e + delta
+            return e + delta.to(e.dtype)
 
         losses, cut = [], torch.zeros(())
         for step in range(steps):
@@ -141,16 +143,18 @@ def _logits(model: Any, inputs: dict[str, Tensor], changes: Sequence[Change], mi
         e = change(e)
     mask = inputs["attention_mask"]
     if mixing is None:
-        return model("a", {"inputs_embeds": e, "attention_mask": mask})["logits"]
+        return model("a", {"inputs_embeds": e, "attention_mask": mask})["logits"].float()
     block, partner, share, both = mixing
     h = backbone.embeddings(inputs_embeds=e)
-    blocked = torch.zeros(mask.shape).masked_fill(~mask.bool(), torch.finfo(h.dtype).min)
+    blocked = torch.zeros(mask.shape, dtype=h.dtype).masked_fill(
+        ~mask.bool(), torch.finfo(h.dtype).min
+    )
     for index, layer in enumerate(backbone.encoder.layer):
         out = layer(h, blocked[:, None, None, :])
         h = out[0] if isinstance(out, tuple) else out
         if index == block:
             h = torch.where(both[..., None], share * h + (1 - share) * h[partner], h)
-    return head.classifier(head.dropout(backbone.pooler(h)))
+    return head.classifier(head.dropout(backbone.pooler(h))).float()
 
 
 def _cut(mask: Tensor, share: float) -> Tensor:

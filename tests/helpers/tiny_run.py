@@ -113,6 +113,35 @@ def write_recipe(folder: Path, **changes: Any) -> Path:
     return path
 
 
+def write_media_recipe(folder: Path, *, name: str, task: dict[str, Any]) -> Path:
+    """Write a recipe of one task on images or audio, of three phases; return its path."""
+    recipe = {
+        "name": name,
+        "output_dir": "runs",
+        "data_dir": "data",
+        "model": {"path": "model"},
+        "tasks": [task],
+        "freezing": {"policy": "gradual", "phases": 3},
+        "optim": {"lr": 3e-3, "head_lr": 1e-2},
+        "engine": {"zero_stage": 3},
+        "train": {"max_duration": "30step", "global_batch_size": 8, "micro_batch_size": 4},
+        "evaluation": {"every": "30step"},
+        "checkpoint": {"every": "10step"},
+        "logging": {"every": 10},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def check_unfroze_and_learnt(run: Path) -> None:
+    """Check that one more block trained in each phase, and that the run beats the majority."""
+    phases = [e["trainable_groups"] for e in events(run) if e["event"] == "phase"]
+    assert [len([g for g in groups if g.startswith("block.")]) for groups in phases] == [0, 1, 2]
+    [scores] = [e["metrics"] for e in events(run) if e["event"] == "eval"]
+    assert scores["accuracy"] > scores["baseline_majority_accuracy"]
+
+
 def train(
     recipe: Path,
     overrides: Sequence[str] = (),
@@ -171,6 +200,13 @@ def terminate_at(metrics: Path, step: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             return
         time.sleep(0.002)
+
+
+def terminate_after(journal: Path, scores: int) -> None:
+    """Send this process SIGTERM once a search's journal holds that many scores."""
+    while not journal.exists() or journal.read_text().count('"intermediate_value"') < scores:
+        time.sleep(0.002)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def events(run: Path) -> list[dict[str, Any]]:

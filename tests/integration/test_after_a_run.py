@@ -1,5 +1,6 @@
 """What shows a run: report, watch and trackers, all from one tiny run that was interrupted."""
 
+import base64
 import dataclasses
 import html
 import html.parser
@@ -13,6 +14,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dist_ft import cli
@@ -321,10 +323,51 @@ def test_the_analysis_says_what_the_run_did(run: Path, page: Path) -> None:
     # What the words add is what tells the row from the one without them (completeness).
     added = found["probability"] - found["baseline_probability"]
     assert sum(found["values"]) == pytest.approx(added, abs=0.02)
+    _forgetting_is_that_of_the_log(run, tasks)
+    _noise_is_measured(run, tasks)
     html_text = page.read_text()
+    assert "Most forgotten rows of text" in html_text
+    assert "spans under noise" in html_text
     assert "Reliability of text" in html_text
     assert "CKA to the start" in html_text
     assert "Integrated gradients" in html_text
+
+
+def _forgetting_is_that_of_the_log(run: Path, tasks: dict[str, Any]) -> None:
+    """The bits in the log are the rows that the scores of the same event count."""
+    assert tasks["spans"]["forgotten"] == {}  # an answer is more or less right
+    for name, metric in (("text", "accuracy"), ("tags", None)):
+        seen = [e for e in read_run(run).of("eval") if e["task"] == name and "correct" in e]
+        assert [e["step"] for e in seen] == [12, 24]
+        right = [
+            np.unpackbits(np.frombuffer(base64.b64decode(e["correct"]), np.uint8))[: e["rows"]]
+            for e in seen
+        ]
+        for event, rows in zip(seen, right, strict=True):
+            if metric is not None:
+                assert rows.mean() == pytest.approx(event["metrics"][metric])
+        lost = np.flatnonzero((right[0] == 1) & (right[1] == 0))
+        found = tasks[name]["forgotten"]
+        assert found["evaluations"] == 2
+        assert [row["row"] for row in found["rows"]] == lost.tolist()[:10]
+        assert found["events"] == len(lost)
+
+
+def _noise_is_measured(run: Path, tasks: dict[str, Any]) -> None:
+    scores = {e["task"]: e for e in read_run(run).latest() if e["split"] == "validation"}
+    for name, body in tasks.items():
+        found = body["robustness"]
+        # The rows as they are, read from their source and encoded anew, are those of the shards.
+        clean = scores[name]["metrics"][found["metric"]]
+        assert found["clean"] == pytest.approx(clean, abs=1e-6)
+        kinds = {one["transform"]: one for one in found["under"]}
+        assert len(kinds) == 5
+        assert kinds["casing"]["changed_rows"] > 0
+        # The tokenizer does not know letter case.
+        assert kinds["casing"]["difference"] == pytest.approx(0, abs=1e-6)
+        for one in found["under"]:
+            low, high = one["interval"]
+            assert low - 1e-9 <= one["difference"] <= high + 1e-9 or low == high == 0
 
 
 def test_runs_are_compared_on_the_same_rows(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

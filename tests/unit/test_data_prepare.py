@@ -94,6 +94,25 @@ def test_rows_arrive_in_order_without_duplicates(tmp_path: Path) -> None:
     assert list((tmp_path / "d" / "demo").glob(".*.tmp")) == []
 
 
+def test_rows_that_become_large_are_encoded_a_few_at_a_time(tmp_path: Path) -> None:
+    rows = [*make_rows(0, 60), *make_rows(20, 40)]
+    spec = make_spec(tmp_path, {"train": write_rows(tmp_path / "a.jsonl", rows)})
+    sizes: list[int] = []
+
+    def watched(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        sizes.append(len(rows))
+        return encode(rows)
+
+    few = replace(spec, functions=replace(FUNCTIONS, encode=watched, rows_at_once=7))
+    one, other = (
+        prepare_split(s, split="train", data_dir=tmp_path / name).manifest
+        for s, name in ((spec, "d"), (few, "e"))
+    )
+    assert max(sizes) == 7
+    assert one.shards == other.shards
+    assert one.selection == other.selection
+
+
 def test_raw_rows_are_the_rows_that_are_encoded(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "a.jsonl", make_rows(0, 300))
     spec = make_spec(tmp_path, {"train": source}, fractions={"validation": 0.2})

@@ -185,7 +185,8 @@ GOLDEN: dict[str, tuple[list[str], list[str]]] = {
         ["tasks.topics.type=text_clasification"],
         [
             "tasks.topics.type: must be one of text_classification, token_classification, "
-            "question_answering, generation, image_classification, got 'text_clasification': "
+            "question_answering, generation, image_classification, audio_classification, got "
+            "'text_clasification': "
             "did you mean text_classification?"
         ],
     ),

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from dist_ft.config import Recipe, RoundRobinMixture, WordReplacementConfig
+from dist_ft.config import CasingConfig, Recipe, RoundRobinMixture, WordReplacementConfig
+from dist_ft.config_data import DataConfig, SourceConfig
+from dist_ft.config_tasks import GenerationConfig
 from dist_ft.dist import World
 from dist_ft.recipe import RecipeError, load_recipe
 from dist_ft.train.build import check_world
+from dist_ft.train.data import raw_columns
 from tests.unit.test_recipe import folder as folder_of_test_recipe
 
 folder = folder_of_test_recipe
@@ -59,6 +62,18 @@ def test_a_lexicon_starts_from_the_recipe(folder: Path) -> None:
     assert isinstance(second, WordReplacementConfig)
     assert (first.lexicon, second.lexicon) == (str(folder / "words.txt"), "package:wordnet")
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def test_augmented_rows_keep_all_that_encoding_reads() -> None:
+    config = GenerationConfig(
+        type="generation",
+        name="x",
+        data=DataConfig(train=SourceConfig(path="x.jsonl")),
+        context="input",
+        augmentation=[CasingConfig(type="casing")],
+    )
+    assert raw_columns(config) == ("prompt", "input", "response")
+    assert raw_columns(config.model_copy(update={"augmentation": []})) == ()
 
 
 def test_a_budget_of_tokens_does_without_a_count(folder: Path) -> None:

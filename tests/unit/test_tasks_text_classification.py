@@ -226,6 +226,7 @@ def test_tasks_are_built_by_type() -> None:
     assert set(TASKS) == {
         "text_classification", "token_classification", "question_answering", "generation",
         "image_classification",
+        "audio_classification",
     }  # fmt: skip
     built = build_task({"type": "text_classification", "name": "x", "max_length": 9})
     assert built == TextClassification(name="x", max_length=9)

@@ -1,0 +1,56 @@
+"""What every search does around its runs: ranks meet, and a signal stops it after saving."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+from dist_ft import dist
+from dist_ft.config import Recipe
+from dist_ft.search.candidates import Outcome
+from dist_ft.search.study import import_optuna
+from dist_ft.train.build import PREEMPTED, check_world
+from dist_ft.train.console import Console
+from dist_ft.train.segment import Place, PreemptedError
+from dist_ft.train.signals import StopRequest
+
+T = TypeVar("T")
+
+
+def run_session(
+    recipe: Recipe,
+    *,
+    look: Callable[[Console], T],
+    search: Callable[[T, Place, Console], Outcome],
+) -> Outcome:
+    """Return what `search` returns; every rank calls this.
+
+    Args:
+        recipe: What the candidates have in common.
+        look: Returns what the search must know first; no process group is up yet, so that what is
+            wrong ends every rank alike.
+        search: Searches, given what `look` returned, and where.
+
+    Raises:
+        ValueError: If recipe and ranks do not fit.
+        RuntimeError: If Optuna is not installed.
+    """
+    import_optuna()  # on every rank, so that all of them end if it is missing
+    stop = StopRequest()
+    with stop.listening():
+        world = dist.world_from_environment()
+        check_world(recipe, world)
+        console = Console(main=world.is_main)
+        seen = look(console)
+        device = dist.init_process_group(
+            world,
+            timeout_s=recipe.engine.collective_timeout_s,
+            join_timeout_s=recipe.engine.join_timeout_s,
+        )
+        try:
+            return search(seen, Place(world, device, stop_signal=lambda: stop.signal), console)
+        except PreemptedError:
+            console.say("stopped after saving; start the same command with --resume to go on")
+            return Outcome(PREEMPTED)
+        finally:
+            dist.shut_down()
