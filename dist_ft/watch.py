@@ -20,8 +20,12 @@ from dist_ft.train.recorder import surviving
 Event = dict[str, Any]
 _BARS = "▁▂▃▄▅▆▇█"
 _SPARK = 32
-_NEWS = ("phase", "eval", "checkpoint", "resume", "stop", "end")
+_FAULTS = (
+    "failure", "bad_numbers", "roll_back", "checkpoint_failed", "out_of_memory", "straggler",
+)  # fmt: skip
+_NEWS = ("phase", "eval", "checkpoint", "resume", "stop", "end", *_FAULTS)
 _LATEST = 6
+_LONG_SILENCE_S = 120.0
 _ENDS = ("end", "stop")
 
 
@@ -37,6 +41,10 @@ class Follower:
     path: Path
     events: list[Event] = field(default_factory=list)
     _offset: int = 0
+
+    def silent_s(self) -> float:
+        """Return the seconds since the file has changed."""
+        return max(0.0, time.time() - self.path.stat().st_mtime) if self.path.exists() else 0.0
 
     def refresh(self) -> list[Event]:
         """Return the events of the run as it is now."""
@@ -71,7 +79,7 @@ def watch(run: Path, *, once: bool = False, interval_s: float = 1.0) -> None:
         raise ValueError(f"{run} holds no run (no recipe.json): name a folder that train has made")
     follower, console = Follower(run / "metrics.jsonl"), Console()
     if once or not console.is_terminal:
-        console.print(dashboard(run.name, follower.refresh()))
+        console.print(dashboard(run.name, follower.refresh(), silent_s=follower.silent_s()))
         return
     events = follower.refresh()
     with Live(dashboard(run.name, events), console=console, auto_refresh=False) as live:
@@ -79,17 +87,28 @@ def watch(run: Path, *, once: bool = False, interval_s: float = 1.0) -> None:
             while _ending(events) not in _ENDS:
                 time.sleep(interval_s)
                 events = follower.refresh()
-                live.update(dashboard(run.name, events), refresh=True)
+                shown = dashboard(run.name, events, silent_s=follower.silent_s())
+                live.update(shown, refresh=True)
         except KeyboardInterrupt:
             return
 
 
-def dashboard(name: str, events: Sequence[Event]) -> RenderableType:
-    """Return what is shown of a run."""
+def dashboard(name: str, events: Sequence[Event], *, silent_s: float = 0.0) -> RenderableType:
+    """Return what is shown of a run.
+
+    Args:
+        name: Of the run.
+        events: All so far.
+        silent_s: Seconds since the last one.
+    """
     if not events:
         return Text(f"{name}: no event yet")
     return Group(
-        _head(name, events), _tasks(events), _numbers(events), _groups(events), _news(events)
+        _head(name, events, silent_s=silent_s),
+        _tasks(events),
+        _numbers(events),
+        _groups(events),
+        _news(events),
     )
 
 
@@ -97,7 +116,7 @@ def _of(events: Sequence[Event], kind: str) -> list[Event]:
     return [event for event in events if event["event"] == kind]
 
 
-def _head(name: str, events: Sequence[Event]) -> RenderableType:
+def _head(name: str, events: Sequence[Event], *, silent_s: float) -> RenderableType:
     step = max(event["step"] for event in events)
     starts = _of(events, "start")
     total = starts[-1]["total_steps"] if starts else None
@@ -113,7 +132,11 @@ def _head(name: str, events: Sequence[Event]) -> RenderableType:
     else:
         cells.append(f"step {step:,}")
     line.add_row(*cells)
-    return line
+    if last in _ENDS or silent_s < _LONG_SILENCE_S:
+        return line
+    # Killed runs say nothing any more; neither do some that evaluate or save for long.
+    note = f"no event for {_time(silent_s)}: is it alive? logs/rank0.log says more"
+    return Group(line, Text(note, style="yellow"))
 
 
 def _ending(events: Sequence[Event]) -> str:
@@ -192,7 +215,9 @@ def _names(events: Sequence[Event]) -> list[str]:
 def _news(events: Sequence[Event]) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     for event in [e for e in events if e["event"] in _NEWS][-_LATEST:]:
-        table.add_row(f"step {event['step']:,}", event["event"], Text(_says(event)))
+        style = "yellow" if event["event"] in _FAULTS else ""
+        text = Text(_says(event), style=style, overflow="ellipsis", no_wrap=bool(style))
+        table.add_row(f"step {event['step']:,}", Text(event["event"], style=style), text)
     return table
 
 
@@ -204,7 +229,10 @@ def _says(event: Event) -> str:
         "resume": lambda e: f"from {e.get('path') or 'the beginning'}",
         "stop": lambda e: f"signal {e.get('signal')}",
     }
-    return says[event["event"]](event) if event["event"] in says else ""
+    if event["event"] in says:
+        return says[event["event"]](event)
+    hidden = {"event", "step", "time_s"}
+    return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in event.items() if k not in hidden)
 
 
 def sparkline(values: Sequence[float]) -> str:

@@ -6,16 +6,20 @@ import html
 import html.parser
 import importlib
 import importlib.util
+import io
 import json
+import os
 import re
 import shutil
 import subprocess
+import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from dist_ft import cli
 from dist_ft.recipe import load_recipe
@@ -26,7 +30,7 @@ from dist_ft.report.svg import Axes, Line, line_plot, ticks
 from dist_ft.train import build, finished
 from dist_ft.train.recorder import Recorder
 from dist_ft.train.trackers import make_trackers, numbers
-from dist_ft.watch import Follower, sparkline, watch
+from dist_ft.watch import Follower, dashboard, sparkline, watch
 from tests.helpers.tiny_run import events, train, write_recipe
 
 BROWSERS = ("chromium-headless-shell", "chromium", "google-chrome", "chrome")
@@ -228,6 +232,30 @@ def test_a_browser_shows_the_page_without_complaint(width: int, page: Path, tmp_
     assert int(title[1]) <= width  # nothing sticks out to the side
     assert title[2] == "0"  # no plot has collapsed
     assert title[3] == "rgb(255, 255, 255)"
+
+
+def test_watch_tells_of_faults_and_of_silence(tmp_path: Path) -> None:
+    kept = {"step": 3, "time_s": 1.0}
+    found = [
+        {"event": "start", "total_steps": 9, **kept},
+        {"event": "straggler", "rank": 1, "host": "node7", **kept},
+    ]
+
+    def shown(**how: float) -> str:
+        console = Console(width=100, record=True, file=io.StringIO())
+        console.print(dashboard("r", found, **how))
+        return console.export_text()
+
+    assert "straggler  rank 1, host node7" in shown()
+    assert "no event for" not in shown(silent_s=60.0)
+    assert "no event for 10 min 00 s: is it alive?" in shown(silent_s=600.0)
+    found.append({"event": "end", **kept})
+    assert "no event for" not in shown(silent_s=600.0)
+    path = tmp_path / "metrics.jsonl"
+    assert Follower(path).silent_s() == 0.0
+    path.touch()
+    os.utime(path, (time.time() - 500, time.time() - 500))
+    assert 499 < Follower(path).silent_s() < 600
 
 
 def test_watch_shows_a_run_and_follows_it(run: Path, tmp_path: Path, capsys: Any) -> None:
