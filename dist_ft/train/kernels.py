@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from dist_ft.config import Recipe
 from dist_ft.engine.base import DTYPES
 from dist_ft.engine.loss_module import FusedLoss, InTraining
-from dist_ft.engine.trunk_passes import TrunkPasses
 from dist_ft.kernels.ops import REFERENCE, Place, choose
 from dist_ft.model.backbone import MultiTaskModel
+from dist_ft.model.post_norm import find_post_norms, fuse_post_norms
+from dist_ft.model.relative_positions import modules_with_bias
 from dist_ft.model.scoring_head import ScoringHead
+from dist_ft.model.trunk import Trunk
 from dist_ft.tasks.base import Task
 from dist_ft.tasks.generation import Generation
 
+FLASH, BY_RUN = "flash_varlen", "sdpa_by_run"
+_NORM = "dropout_residual_norm"
+_ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 # Parts of `regularization` whose losses are made of outputs, in more than one forward.
 _WHOLE_LOGITS = ("r_drop", "adversarial", "cutoff", "mixup")
 
@@ -26,7 +32,8 @@ class Kernels:
     """What runs the operations of a run.
 
     Attributes:
-        chosen: name of the implementation of each operation.
+        chosen: name of the implementation of each operation; of attention, what can run it until
+            `settle_attention` says what does.
         fused: tasks whose heads compute the loss themselves in training.
     """
 
@@ -37,10 +44,19 @@ class Kernels:
         """Return what is different in training, with the losses that heads compute."""
         return replace(training, fused=self.fused)
 
-    def record(self, passes: TrunkPasses) -> dict[str, str]:
-        """Return what runs each operation, for the run's record."""
-        flat = passes.trunk is not None and passes.trunk.flat
-        return self.chosen if flat else {**self.chosen, "attention": REFERENCE}
+    def settle_attention(self, trunk: Trunk | None) -> None:
+        """Let a trunk without padding run the attention that was chosen, and note what will run.
+
+        Padded rows are transformers' affair. A bias by position, as T5 has, is beyond flash
+        attention.
+        """
+        if trunk is None or not trunk.flat:
+            self.chosen["attention"] = REFERENCE
+            return
+        biased = any(modules_with_bias(block) for block in trunk.blocks)
+        trunk.flash = self.chosen["attention"] == FLASH and not biased
+        # Also where a recipe wants plain torch and no padding: then it is plain torch, by row.
+        self.chosen["attention"] = FLASH if trunk.flash else BY_RUN
 
 
 def take_kernels(
@@ -63,7 +79,8 @@ def take_kernels(
     Raises:
         ValueError: `kernels` is ``strict`` and something would fall back to plain torch.
     """
-    place = Place(device.type, DTYPES[recipe.engine.precision])
+    dropout = attention_dropout(recipe, model)
+    place = Place(device.type, DTYPES[recipe.engine.precision], dropout)
     choices = choose(place, policy=recipe.kernels, device=device)
     problems = {op: c.problem for op, c in choices.items() if c.problem}
     chosen = {op: c.implementation for op, c in choices.items()}
@@ -74,6 +91,8 @@ def take_kernels(
         problems |= {"linear_cross_entropy": problem} if problem else {}
         if not fused:
             chosen["linear_cross_entropy"] = REFERENCE
+    if chosen[_NORM] != REFERENCE and not _fuse_norms(model):
+        chosen[_NORM] = REFERENCE  # the model has none
     for op, problem in problems.items():
         if recipe.kernels == "strict":
             raise ValueError(
@@ -81,6 +100,24 @@ def take_kernels(
             )
         say(f"kernels: {op} is run by plain torch: {problem}")
     return Kernels(chosen, fused)
+
+
+def _fuse_norms(model: MultiTaskModel) -> int:
+    """Let the Triton kernels end the post-norm sublayers of the model; return how many it has."""
+    from dist_ft.kernels import triton_dropout_norm as kernels  # Triton is not everywhere
+
+    found = find_post_norms(model, widest=kernels.WIDEST)
+    fuse_post_norms(found, by=kernels.dropout_residual_norm)
+    return len(found)
+
+
+def attention_dropout(recipe: Recipe, model: MultiTaskModel) -> float:
+    """Return the largest share of attention weights that training drops."""
+    chosen = recipe.regularization.dropout.attention
+    if chosen is not None:
+        return chosen
+    config: Any = model.backbone.config
+    return max(getattr(config, name, 0.0) or 0.0 for name in _ATTENTION_DROPOUTS)
 
 
 def _fused_losses(
