@@ -73,7 +73,9 @@ def _device(name: str | None) -> Any:
 
 
 def _print(found: list[Finding]) -> None:
-    rows = [("operation", "by", "type", "numbers", "error / allowed", "ms", "/ eager", "note")]
+    rows: list[tuple[str, ...]] = [
+        ("operation", "by", "type", "numbers", "error / allowed", "ms", "/ eager", "note")
+    ]
     for one in found:
         figures = (one.error, one.seconds and 1e3 * one.seconds, one.ratio)
         shown = ("-" if figure is None else f"{figure:.2f}" for figure in figures)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+# Values of a row that a program of the Triton kernels can hold.
+WIDEST = 8192
+
 
 def reference_dropout_residual_norm(
     hidden: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *, p: float, eps: float

@@ -26,7 +26,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-WIDEST = 8192
+from dist_ft.kernels.dropout_norm import WIDEST
+
 # Rows of a program, as many as one draw of random numbers serves.
 _ROWS = 4
 # A row's registers: wider rows are shared by more warps.

@@ -11,7 +11,8 @@ import torch
 from dist_ft.config import Recipe
 from dist_ft.engine.base import DTYPES
 from dist_ft.engine.loss_module import FusedLoss, InTraining
-from dist_ft.kernels.ops import REFERENCE, Place, choose
+from dist_ft.kernels.dropout_norm import WIDEST
+from dist_ft.kernels.ops import REFERENCE, Choice, Place, choose
 from dist_ft.model.backbone import MultiTaskModel
 from dist_ft.model.post_norm import find_post_norms, fuse_post_norms
 from dist_ft.model.relative_positions import modules_with_bias
@@ -91,24 +92,26 @@ def take_kernels(
         problems |= {"linear_cross_entropy": problem} if problem else {}
         if not fused:
             chosen["linear_cross_entropy"] = REFERENCE
-    if chosen[_NORM] != REFERENCE and not _fuse_norms(model):
-        chosen[_NORM] = REFERENCE  # the model has none
+    sublayers = find_post_norms(model, widest=WIDEST) if _is_asked(choices[_NORM]) else []
+    if not sublayers:
+        chosen[_NORM] = REFERENCE
+        problems.pop(_NORM, None)  # nobody's
     for op, problem in problems.items():
         if recipe.kernels == "strict":
             raise ValueError(
                 f"kernels: strict, but {op} would be run by plain torch, as {problem}: use auto"
             )
         say(f"kernels: {op} is run by plain torch: {problem}")
+    if chosen[_NORM] != REFERENCE:
+        from dist_ft.kernels.triton_dropout_norm import dropout_residual_norm
+
+        fuse_post_norms(sublayers, by=dropout_residual_norm)
     return Kernels(chosen, fused)
 
 
-def _fuse_norms(model: MultiTaskModel) -> int:
-    """Let the Triton kernels end the post-norm sublayers of the model; return how many it has."""
-    from dist_ft.kernels import triton_dropout_norm as kernels  # Triton is not everywhere
-
-    found = find_post_norms(model, widest=kernels.WIDEST)
-    fuse_post_norms(found, by=kernels.dropout_residual_norm)
-    return len(found)
+def _is_asked(choice: Choice) -> bool:
+    """Return whether another than plain torch is made for an operation here, right or not."""
+    return choice != Choice(REFERENCE)
 
 
 def attention_dropout(recipe: Recipe, model: MultiTaskModel) -> float:

@@ -130,6 +130,10 @@ def test_post_norms_are_fused_where_the_table_says_so(monkeypatch: pytest.Monkey
     monkeypatch.setattr(ops, "TABLE", {**TABLE, "dropout_residual_norm": everywhere})
     assert _take("bert", said).chosen["dropout_residual_norm"] == "reference"
     assert "dropout_residual_norm is run by plain torch: triton: its self-test failed" in said[0]
+    with pytest.raises(ValueError, match="kernels: strict, but dropout_residual_norm"):
+        _take("bert", [], "strict")
+    _take("gpt2", said, "strict")  # it has none
+    assert len(said) == 1
 
 
 def test_generation_computes_its_loss_in_the_head() -> None:

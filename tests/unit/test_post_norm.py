@@ -7,13 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dist_ft.kernels.dropout_norm import reference_dropout_residual_norm
+from dist_ft.kernels.dropout_norm import WIDEST, reference_dropout_residual_norm
 from dist_ft.model.backbone import HeadSpec, MultiTaskModel, build_model
 from dist_ft.model.post_norm import find_post_norms, fuse_post_norms
 from tests.helpers.tiny_models import tiny_config
 
 KIND = "AutoModelForSequenceClassification"
-WIDEST = 8192
 
 
 def _model(name: str, **settings: Any) -> MultiTaskModel:
@@ -22,6 +21,11 @@ def _model(name: str, **settings: Any) -> MultiTaskModel:
     for key, value in settings.items():
         setattr(config, key, value)
     return build_model(config, heads=[HeadSpec("a", KIND, {})], dtype=torch.float32, seed=0)
+
+
+def _layers(model: MultiTaskModel) -> int:
+    config: Any = model.backbone.config
+    return config.num_hidden_layers
 
 
 def _inputs() -> dict[str, Tensor]:
@@ -45,13 +49,15 @@ def test_fused_models_train_as_before_under_the_same_mask(name: str) -> None:
     names = list(model.state_dict())
     plain = _gradients(model)
     found = find_post_norms(model, widest=WIDEST)
-    assert len(found) == 2 * model.backbone.config.num_hidden_layers
+    assert len(found) == 2 * _layers(model)
     assert all(m.training for m in model.modules())
     calls: list[float] = []
 
-    def counted(*given: Tensor, p: float, eps: float) -> Tensor:
+    def counted(
+        hidden: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *, p: float, eps: float
+    ) -> Tensor:
         calls.append(p)
-        return reference_dropout_residual_norm(*given, p=p, eps=eps)
+        return reference_dropout_residual_norm(hidden, residual, weight, bias, p=p, eps=eps)
 
     fuse_post_norms(found, by=counted)
     fused = _gradients(model)
@@ -87,7 +93,7 @@ def test_a_copy_has_its_own_weights() -> None:
 def test_only_sublayers_of_this_form_are_found(name: str, of_a_layer: int) -> None:
     model = _model(name)
     found = find_post_norms(model, widest=WIDEST)
-    assert len(found) == of_a_layer * model.backbone.config.num_hidden_layers
+    assert len(found) == of_a_layer * _layers(model)
     assert find_post_norms(model, widest=1) == []
 
 
