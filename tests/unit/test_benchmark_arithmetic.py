@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import BertConfig
 
-from benchmarks import network, scaling, step, time_to_quality, trainer
+from benchmarks import kernels, network, scaling, step, time_to_quality, trainer
 from benchmarks.common import Claim
 from benchmarks.training.workload import Clock, Outcome, Score
 
@@ -181,3 +181,30 @@ def test_without_root_the_slow_network_says_so(
     monkeypatch.setattr(network, "why_not", lambda *, slurm: "needs root" if not slurm else None)
     assert network.main(["--check", "--json", str(tmp_path / "out.json")]) == 1
     assert "not measured: needs root" in capsys.readouterr().out
+
+
+def test_kernel_claims_are_about_the_own_ones_and_what_was_not_measured_does_not_hold() -> None:
+    rows: list[dict[str, Any]] = [
+        {"by": "eager", "dtype": "float32", "time_ratio": 1.0, "memory_ratio": 1.0},
+        {"by": "chunked", "dtype": "float32", "time_ratio": 1.2, "memory_ratio": 0.3},
+        {"by": "torch chunked", "dtype": "float32", "time_ratio": 9.0, "memory_ratio": 9.0},
+    ]
+    compiled = [{"target": t, "spills": int(t == "cuda:90")} for t in kernels.TARGETS]
+    interpreted = [
+        {"dtype": "float32", "state": "right", "error": 0.5},
+        {"dtype": "bfloat16", "state": "not measured", "error": None},
+    ]
+    found = kernels.claims_of(rows, compiled, interpreted)
+    assert list(held(found).values()) == [True, False, True, False, True, True, False]
+
+
+def test_the_peak_of_a_process_is_what_an_operation_holds_at_once() -> None:
+    class Case:
+        size, shapes = "", {"x": (4 * 2**20,)}  # 16 MiB
+
+        def eager(self, given: Any) -> Any:
+            return given.exp().sum()  # 16 MiB, kept for a gradient of 16
+
+    contest: Any = kernels.Contest("dropout_residual_norm", Case(), {})  # pyright: ignore[reportArgumentType]
+    cpu, kind = kernels.torch.device("cpu"), kernels.torch.float32
+    assert 31 < kernels.peak_mib(contest, "eager", device=cpu, dtype=kind) < 36
