@@ -38,6 +38,11 @@ class Case(Protocol):
         """Shapes of the tensors that get a gradient, by name."""
         ...
 
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the values of those tensors."""
+        ...
+
     def run(self, implementation: str, *given: Tensor) -> Tensor:
         """Return what an implementation of the table makes of tensors of these shapes."""
         ...
@@ -85,6 +90,11 @@ class AttentionCase:
         tokens = sum(self.lengths)
         few = (1, self.key_heads, tokens, self.head_size)
         return {"query": (1, self.heads, tokens, self.head_size), "key": few, "value": few}
+
+    @property
+    def spread(self) -> float:
+        """Scores are then of about 1."""
+        return 1.0
 
     def run(self, implementation: str, *given: Tensor) -> Tensor:
         """Return [1, tokens, heads, head size] by ``flash_varlen`` or ``sdpa_by_run``."""
@@ -146,6 +156,15 @@ class ScoringCase:
         """Shapes of the hidden states and the weights."""
         return {"hidden": (self.rows, self.width), "weight": (self.classes, self.width)}
 
+    @property
+    def spread(self) -> float:
+        """Logits are then of about 2, as a model's.
+
+        Those of wider ones leave probabilities that fp32 can hardly hold, and a CPU takes ten times
+        as long to multiply them.
+        """
+        return (2 / self.width**0.5) ** 0.5
+
     def labels(self, device: torch.device) -> Tensor:
         """Return the labels, int64 [rows]."""
         labels = 31 * torch.arange(self.rows, device=device) % self.classes
@@ -200,6 +219,11 @@ class NormCase:
         whole, row = (self.rows, self.width), (self.width,)
         return {"hidden": whole, "residual": whole, "weight": row, "bias": row}
 
+    @property
+    def spread(self) -> float:
+        """Hidden states are of about 1."""
+        return 1.0
+
     def run(self, implementation: str, *given: Tensor) -> Tensor:
         """Return [rows, width] by ``triton``; the mask is the same each time."""
         del implementation
@@ -236,7 +260,7 @@ def inputs(case: Case, *, device: torch.device, dtype: torch.dtype) -> list[Tens
     """Return normal numbers for a case, the same on every device, that want gradients."""
     shapes: Sequence[tuple[int, ...]] = tuple(case.shapes.values())
     return [
-        random(*shape, seed=seed).to(device, dtype).requires_grad_()
+        (case.spread * random(*shape, seed=seed)).to(device, dtype).requires_grad_()
         for seed, shape in enumerate(shapes)
     ]
 
