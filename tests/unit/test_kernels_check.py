@@ -79,6 +79,18 @@ def test_right_ones_are_timed_beside_plain_torch(monkeypatch: pytest.MonkeyPatch
             assert one.size == small[one.op].size
 
 
+def test_what_does_not_fit_the_device_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: Any) -> Tensor:
+        raise torch.OutOfMemoryError("tried to allocate 6 GiB")
+
+    monkeypatch.setattr(AttentionCase, "reference", AttentionCase.eager)
+    monkeypatch.setattr(AttentionCase, "eager", too_large)
+    monkeypatch.setitem(checking.TIMED, "cpu", {op: o.case for op, o in TABLE.items()})
+    found = [f for f in check_kernels(CPU) if f.implementation == "sdpa_by_run"]
+    assert {(f.state, f.seconds) for f in found} == {("right", None)}
+    assert all("more memory" in f.detail for f in found)
+
+
 def test_rounds_go_both_ways() -> None:
     order: list[str] = []
 
