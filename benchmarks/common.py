@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,12 +45,18 @@ def claim(name: str, *, value: float | None, bound: float, direction: Direction)
     return Claim(name, value, bound, direction, holds)
 
 
-def parse_arguments(description: str, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return ``quick``, ``json`` and ``check``."""
+def parse_arguments(
+    description: str,
+    arguments: Sequence[str] | None,
+    *,
+    more: Callable[[argparse.ArgumentParser], None] = lambda parser: None,  # noqa: ARG005 - none
+) -> argparse.Namespace:
+    """Return ``quick``, ``json`` and ``check``, and what `more` adds to them."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="less of it, within a minute")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("--check", action="store_true", help="exit 1 if a claim doesn't hold")
+    more(parser)
     return parser.parse_args(arguments)
 
 

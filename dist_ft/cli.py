@@ -24,6 +24,7 @@ from dist_ft.cli_arguments import (
     TrialsOption,
 )
 from dist_ft.cli_data import data_app
+from dist_ft.cli_kernels import kernels_app
 from dist_ft.cli_launch import launch_command
 from dist_ft.cli_recipes import recipes_app
 from dist_ft.cli_slurm import slurm, slurm_start
@@ -49,6 +50,7 @@ app = typer.Typer(
 )
 app.add_typer(recipes_app, name="recipes", invoke_without_command=True)
 app.add_typer(data_app, name="data")
+app.add_typer(kernels_app, name="kernels")
 app.command()(slurm)
 app.command("slurm-start", hidden=True)(slurm_start)
 

@@ -21,15 +21,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dist_ft.kernels import self_tests
+from dist_ft.kernels.dropout_norm import WIDEST
 
-WIDEST = 8192
 # Rows of a program, as many as one draw of random numbers serves.
 _ROWS = 4
 # A row's registers: wider rows are shared by more warps.
@@ -184,17 +182,15 @@ def dropout_residual_norm(
         raise ValueError(f"hidden, residual, weight and bias do not fit together: {shapes}")
     if width > WIDEST:
         raise ValueError(f"rows of at most {WIDEST} values fit a program, got {width}")
-    seed = int(torch.randint(_LARGEST_SEED, ())) if p else 0
-    result = _DropoutResidualNorm.apply(hidden, residual, weight, bias, (p, eps, seed))
+    how = (p, eps, draw_seed(p))
+    result = _DropoutResidualNorm.apply(hidden, residual, weight, bias, how)
     assert isinstance(result, Tensor)
     return result
 
 
-def reference_dropout_residual_norm(
-    hidden: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *, p: float, eps: float
-) -> Tensor:
-    """Return the same with torch's own operations, whose dropout draws another mask."""
-    return F.layer_norm(F.dropout(hidden, p) + residual, weight.shape, weight, bias, eps)
+def draw_seed(p: float) -> int:
+    """Return the seed of a mask, from torch's CPU generator; 0 where nothing is dropped."""
+    return int(torch.randint(_LARGEST_SEED, ())) if p else 0
 
 
 def keep_mask(rows: int, width: int, *, p: float, seed: int, device: torch.device) -> Tensor:
@@ -256,38 +252,3 @@ def _programs(device: torch.device) -> int:
         return _CPU_PROGRAMS
     count = torch.cuda.get_device_properties(device).multi_processor_count
     return _PROGRAMS_PER_PROCESSOR * count
-
-
-def check(device: torch.device, dtype: torch.dtype, *, rows: int = 9, width: int = 40) -> None:
-    """Compare the kernels with plain torch under the same mask, forward and backward.
-
-    Raises:
-        RuntimeError: they differ.
-    """
-    p, eps = 0.25, 1e-5
-    given = [
-        self_tests.random(device, dtype, *shape, seed=i)
-        for i, shape in enumerate(((rows, width), (rows, width), (width,), (width,)))
-    ]
-    grad = self_tests.random(device, dtype, rows, width, seed=9)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        seed = int(torch.randint(_LARGEST_SEED, ()))
-        torch.manual_seed(0)
-        leaves = [t.requires_grad_() for t in given]
-        found = dropout_residual_norm(leaves[0], leaves[1], leaves[2], leaves[3], p=p, eps=eps)
-    mask = keep_mask(rows, width, p=p, seed=seed, device=device)
-    wide = torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
-    exact = [t.detach().to(wide).requires_grad_() for t in given]
-    dropped = exact[0] * mask / (1 - p) + exact[1]
-    expected = F.layer_norm(dropped, (width,), exact[2], exact[3], eps)
-    pairs = [(found, expected)]
-    for one, other in zip(
-        torch.autograd.grad(found, leaves, grad),
-        torch.autograd.grad(expected, exact, grad.to(wide)),
-        strict=True,
-    ):
-        pairs.append((one, other))
-    names = ("output", "hidden gradient", "residual gradient", "weight gradient", "bias gradient")
-    for name, (one, other) in zip(names, pairs, strict=True):
-        self_tests.compare(name, found=one, expected=other, dtype=dtype)

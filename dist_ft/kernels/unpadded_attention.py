@@ -88,13 +88,13 @@ def unpadded_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
-    flash: bool = True,
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Return the attention of each row of a flat stream to itself.
 
-    The rows are found in ``module.row_source.rows``, which who runs the model has put there.
+    The rows are found in ``module.row_source.rows``, which who runs the model has put there, and in
+    ``module.row_source.flash`` whether torch's variable-length flash attention runs them.
 
     Args:
         module: the attention module of the model.
@@ -104,7 +104,6 @@ def unpadded_attention(
         attention_mask: must be None.
         scaling: factor of the scores; by default 1 / sqrt(head size).
         dropout: share of attention weights that are dropped.
-        flash: whether GPUs may run torch's variable-length flash attention.
         position_bias: added to the scores of each row, [1, heads, longest, longest] with the
             longest row's length; a shorter row gets its upper left corner.
         kwargs: what else transformers passes; a truth value of its own for `is_causal`.
@@ -131,13 +130,8 @@ def unpadded_attention(
             f" for rows of {rows.longest} tokens{', and is causal' if causal else ''}, which "
             "rows without padding do not support: set model.padding: padded"
         )
-    if (
-        flash
-        and position_bias is None
-        and query.is_cuda
-        and dropout == 0.0
-        and query.dtype in (torch.float16, torch.bfloat16)
-    ):
+    # Neither is expected, as `flash` would be False; but neither may be left out silently.
+    if source.flash and position_bias is None and dropout == 0.0:
         return _flash(query, key, value, rows=rows, scaling=scaling, causal=causal), None
     options = {"scale": scaling, "dropout_p": dropout, "is_causal": causal}
     return _by_run(query, key, value, rows, bias=position_bias, options=options), None

@@ -45,6 +45,7 @@ class Trunk:
         widths: the size of the hidden states that those return which return any.
         width: size of the hidden states between blocks, known after `check`.
         flat: whether the blocks run without padding.
+        flash: whether their attention then is torch's variable-length flash attention.
         still: whether dropout between the embeddings and the first block is off: they are frozen,
             and what they return is to be the same each time.
         rows: the micro-batch that runs, or ran last: its backward may run blocks again.
@@ -58,6 +59,7 @@ class Trunk:
     widths: dict[nn.Module, int] = field(default_factory=dict)
     width: int = 0
     flat: bool = False
+    flash: bool = False
     still: bool = False
     rows: FlatRows | None = None
     captured: dict[int, Tensor] = field(default_factory=dict)

@@ -217,6 +217,7 @@ def make_run(
     passes = make_passes(
         recipe, parts, folder=folder, device=device, say=console.say, recorder=recorder
     )
+    kernels.settle_attention(passes.trunk)
     engine = make_engine(recipe, parts, module=module, param_groups=param_groups, passes=passes)
     loader = make_loader(
         recipe,
@@ -237,10 +238,12 @@ def make_run(
         discard=passes.discard,
         balancer=balancer,
     )
-    log.info("kernels: %s", kernels.record(passes))
+    log.info("kernels: %s", kernels.chosen)
     if world.is_main:
-        folder.add_to_environment({"kernels": kernels.record(passes)})
+        folder.add_to_environment({"kernels": kernels.chosen})
     run.callbacks = _callbacks(recipe, parts, folder, world, console, recorder)
+    steps = next(c for c in run.callbacks if isinstance(c, LogSteps))
+    steps.about = {**_about(parts, world), "kernels": kernels.chosen}
     guard = next(c for c in run.callbacks if isinstance(c, GuardNumbers))
     run.loss_limit = lambda task: guard.loss_limit(run, task)
     if balancer is not None:
@@ -308,7 +311,6 @@ def _callbacks(
         world=world,
         every=recipe.logging.every,
         slow_ranks=slow_ranks(recipe.supervision, recorder=recorder, console=console),
-        about=_about(parts, world),
     )
     groups = WatchGroups(
         recorder=recorder,
@@ -336,7 +338,7 @@ def _callbacks(
 
 
 def _about(parts: Parts, world: dist.World) -> dict[str, Any]:
-    """Return what the ``start`` event says: ranks, layer groups, and the mixture's own plan."""
+    """Return what the ``start`` event says of ranks, layer groups, and the mixture's own plan."""
     numel = {name: p.numel() for name, p in parts.model.named_parameters()}
     marks = sorted({parts.total_steps * i // PLAN_MARKS for i in range(1, PLAN_MARKS + 1)} - {0})
     if isinstance(parts.mixture, BanditMixture):

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from dist_ft.config import Recipe
 from dist_ft.engine.base import DTYPES
 from dist_ft.engine.loss_module import FusedLoss, InTraining
-from dist_ft.engine.trunk_passes import TrunkPasses
-from dist_ft.kernels.ops import REFERENCE, Place, choose
+from dist_ft.kernels.dropout_norm import WIDEST
+from dist_ft.kernels.ops import REFERENCE, Choice, Place, choose
 from dist_ft.model.backbone import MultiTaskModel
+from dist_ft.model.post_norm import find_post_norms, fuse_post_norms
+from dist_ft.model.relative_positions import modules_with_bias
 from dist_ft.model.scoring_head import ScoringHead
+from dist_ft.model.trunk import Trunk
 from dist_ft.tasks.base import Task
 from dist_ft.tasks.generation import Generation
 
+FLASH, BY_RUN = "flash_varlen", "sdpa_by_run"
+_NORM = "dropout_residual_norm"
+_ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 # Parts of `regularization` whose losses are made of outputs, in more than one forward.
 _WHOLE_LOGITS = ("r_drop", "adversarial", "cutoff", "mixup")
 
@@ -26,7 +33,8 @@ class Kernels:
     """What runs the operations of a run.
 
     Attributes:
-        chosen: name of the implementation of each operation.
+        chosen: name of the implementation of each operation; of attention, what can run it until
+            `settle_attention` says what does.
         fused: tasks whose heads compute the loss themselves in training.
     """
 
@@ -37,10 +45,19 @@ class Kernels:
         """Return what is different in training, with the losses that heads compute."""
         return replace(training, fused=self.fused)
 
-    def record(self, passes: TrunkPasses) -> dict[str, str]:
-        """Return what runs each operation, for the run's record."""
-        flat = passes.trunk is not None and passes.trunk.flat
-        return self.chosen if flat else {**self.chosen, "attention": REFERENCE}
+    def settle_attention(self, trunk: Trunk | None) -> None:
+        """Let a trunk without padding run the attention that was chosen, and note what will run.
+
+        Padded rows are transformers' affair. A bias by position, as T5 has, is beyond flash
+        attention.
+        """
+        if trunk is None or not trunk.flat:
+            self.chosen["attention"] = REFERENCE
+            return
+        biased = any(modules_with_bias(block) for block in trunk.blocks)
+        trunk.flash = self.chosen["attention"] == FLASH and not biased
+        # Also where a recipe wants plain torch and no padding: then it is plain torch, by row.
+        self.chosen["attention"] = FLASH if trunk.flash else BY_RUN
 
 
 def take_kernels(
@@ -63,7 +80,8 @@ def take_kernels(
     Raises:
         ValueError: `kernels` is ``strict`` and something would fall back to plain torch.
     """
-    place = Place(device.type, DTYPES[recipe.engine.precision])
+    dropout = attention_dropout(recipe, model)
+    place = Place(device.type, DTYPES[recipe.engine.precision], dropout)
     choices = choose(place, policy=recipe.kernels, device=device)
     problems = {op: c.problem for op, c in choices.items() if c.problem}
     chosen = {op: c.implementation for op, c in choices.items()}
@@ -74,13 +92,35 @@ def take_kernels(
         problems |= {"linear_cross_entropy": problem} if problem else {}
         if not fused:
             chosen["linear_cross_entropy"] = REFERENCE
+    sublayers = find_post_norms(model, widest=WIDEST) if _is_asked(choices[_NORM]) else []
+    if not sublayers:
+        chosen[_NORM] = REFERENCE
+        problems.pop(_NORM, None)  # nobody's
     for op, problem in problems.items():
         if recipe.kernels == "strict":
             raise ValueError(
                 f"kernels: strict, but {op} would be run by plain torch, as {problem}: use auto"
             )
         say(f"kernels: {op} is run by plain torch: {problem}")
+    if chosen[_NORM] != REFERENCE:
+        from dist_ft.kernels.triton_dropout_norm import dropout_residual_norm
+
+        fuse_post_norms(sublayers, by=dropout_residual_norm)
     return Kernels(chosen, fused)
+
+
+def _is_asked(choice: Choice) -> bool:
+    """Return whether another than plain torch is made for an operation here, right or not."""
+    return choice != Choice(REFERENCE)
+
+
+def attention_dropout(recipe: Recipe, model: MultiTaskModel) -> float:
+    """Return the largest share of attention weights that training drops."""
+    chosen = recipe.regularization.dropout.attention
+    if chosen is not None:
+        return chosen
+    config: Any = model.backbone.config
+    return max(getattr(config, name, 0.0) or 0.0 for name in _ATTENTION_DROPOUTS)
 
 
 def _fused_losses(

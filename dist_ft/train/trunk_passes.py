@@ -24,6 +24,7 @@ from dist_ft.freezing.policies import ScheduledPolicy
 from dist_ft.freezing.schedule import frozen_prefix
 from dist_ft.model.trunk import Trunk
 from dist_ft.train.data import PreparedTask
+from dist_ft.train.kernels import attention_dropout
 from dist_ft.train.parts import Parts
 from dist_ft.train.recorder import Recorder
 from dist_ft.train.regularization import changes_hidden_states
@@ -35,7 +36,6 @@ DECISION = "cache.json"
 _LEAST_VISITS = 1.25
 # Settings by which transformers' models limit how far a token sees.
 _WINDOWS = ("sliding_window", "local_attention", "attention_window", "attention_chunk_size")
-_ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 
 
 def make_passes(
@@ -191,10 +191,8 @@ def _unsuited(recipe: Recipe, parts: Parts, *, device: torch.device) -> str | No
     windows = [w for name in _WINDOWS if isinstance(w := getattr(config, name, None), int)]
     if windows and min(windows) < longest:
         return f"its tokens see {min(windows)} others and rows may have {longest} tokens"
-    chosen = recipe.regularization.dropout.attention
-    dropout = [getattr(config, name, 0.0) or 0.0 for name in _ATTENTION_DROPOUTS]
-    dropout = dropout if chosen is None else [chosen]
-    if device.type == "cuda" and recipe.model.padding == "auto" and max(dropout) > 0:
+    dropout = attention_dropout(recipe, parts.model)
+    if device.type == "cuda" and recipe.model.padding == "auto" and dropout > 0:
         return "torch's attention for rows without padding has no dropout on GPUs"
     return None
 

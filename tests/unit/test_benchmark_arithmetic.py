@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import BertConfig
 
-from benchmarks import network, scaling, step, time_to_quality, trainer
+from benchmarks import kernels, network, scaling, step, time_to_quality, trainer
 from benchmarks.common import Claim
 from benchmarks.training.workload import Clock, Outcome, Score
 
@@ -181,3 +183,42 @@ def test_without_root_the_slow_network_says_so(
     monkeypatch.setattr(network, "why_not", lambda *, slurm: "needs root" if not slurm else None)
     assert network.main(["--check", "--json", str(tmp_path / "out.json")]) == 1
     assert "not measured: needs root" in capsys.readouterr().out
+
+
+def test_kernel_claims_are_about_the_own_ones_and_what_was_not_measured_does_not_hold() -> None:
+    rows: list[dict[str, Any]] = [
+        {"by": "eager", "dtype": "float32", "time_ratio": 1.0, "memory_ratio": 1.0},
+        {"by": "chunked", "dtype": "float32", "time_ratio": 1.2, "memory_ratio": 0.3},
+        {"by": "torch chunked", "dtype": "float32", "time_ratio": 9.0, "memory_ratio": 9.0},
+    ]
+    compiled = [{"target": t, "spills": int(t == "cuda:90")} for t in kernels.TARGETS]
+    interpreted = [
+        {"dtype": "float32", "state": "right", "error": 0.5},
+        {"dtype": "bfloat16", "state": "not measured", "error": None},
+    ]
+    found = kernels.claims_of(rows, compiled, interpreted)
+    assert list(held(found).values()) == [True, False, True, False, True, True, False]
+
+
+PEAK = """
+import torch
+from types import SimpleNamespace
+from benchmarks.kernels import Contest, peak_mib
+def eager(given):
+    return given.exp().sum()  # 40 MiB, kept for a gradient of 40
+case = SimpleNamespace(size="", spread=1.0, shapes={"x": (10 * 2**20,)}, eager=eager)
+contest = Contest("dropout_residual_norm", case, {})
+print(peak_mib(contest, "eager", device=torch.device("cpu"), dtype=torch.float32))
+"""
+
+
+def test_the_peak_of_a_process_is_what_an_operation_holds_at_once() -> None:
+    # As the benchmark does, in a process that has freed nothing it could use again.
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert 79 < float(done.stdout) < 84

@@ -26,7 +26,7 @@ def run(*words: str, cwd: Path = ROOT, **environment: str) -> subprocess.Complet
 def test_help_names_every_command() -> None:
     done = run("--help")
     assert done.returncode == 0
-    names = "prepare train evaluate export report check doctor data search freeze-plan plan"
+    names = "prepare train evaluate export report check doctor data search freeze-plan plan kernels"
     for command in names.split():
         assert f"\n  {command} " in done.stdout
     assert "75 stopped after" in done.stdout

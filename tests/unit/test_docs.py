@@ -50,7 +50,8 @@ def test_commands_are_known(page: Path, capsys: pytest.CaptureFixture[str]) -> N
         if not line.startswith("dist-ft "):
             continue
         words = line.split()[1:]
-        command = words[:2] if words[0] in ("data", "recipes") and len(words) > 1 else words[:1]
+        grouped = words[0] in ("data", "kernels", "recipes") and len(words) > 1
+        command = words[:2] if grouped else words[:1]
         assert cli.main([*command, "--help"]) == 0, line
         said = capsys.readouterr().out
         assert all(w in said for w in words if re.fullmatch(r"--[a-z-]+", w)), line

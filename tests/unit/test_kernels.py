@@ -1,14 +1,18 @@
 """Which kernels a run takes, and what it says where it can't take one."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from dist_ft.kernels import ops, self_tests
-from dist_ft.kernels.ops import TABLE, Choice, Place, choose
+from dist_ft.kernels import ops
+from dist_ft.kernels.ops import TABLE, Choice, Implementation, Operation, Place, choose
 from dist_ft.model.backbone import HeadSpec, build_model
+from dist_ft.model.layer_groups import find_layer_groups
+from dist_ft.model.trunk import Trunk
 from dist_ft.tasks.generation import Generation
 from dist_ft.train.kernels import Kernels, take_kernels
 from tests.helpers.tiny_models import tiny_config
@@ -22,7 +26,7 @@ def _take(model: str, said: list[str], policy: str = "auto", **settings: Any) ->
     recipe: Any = SimpleNamespace(
         kernels=policy,
         engine=SimpleNamespace(precision="fp32"),
-        regularization=SimpleNamespace(**regularization),
+        regularization=SimpleNamespace(dropout=SimpleNamespace(attention=None), **regularization),
     )
     task = Generation(name="a")
     heads = [HeadSpec("a", task.auto_class, {})]
@@ -35,6 +39,7 @@ def test_every_self_test_passes_here(dtype: torch.dtype) -> None:
     assert choose(Place("cpu", dtype), policy="auto", device=CPU) == {
         "attention": Choice("sdpa_by_run"),
         "linear_cross_entropy": Choice("chunked"),
+        "dropout_residual_norm": Choice("reference"),
     }
 
 
@@ -49,14 +54,86 @@ def test_fp16_has_no_chunked_loss() -> None:
     assert found["linear_cross_entropy"] == Choice("reference")
 
 
-@pytest.mark.parametrize("op", list(TABLE))
-def test_a_wrong_implementation_is_not_taken(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    one = TABLE[op][-1]
-    assert ops.test(one, device=CPU, dtype=torch.float32) is None
-    monkeypatch.setattr(self_tests, "TOLERANCE", dict.fromkeys(self_tests.TOLERANCE, -1.0))
-    reason = ops.test(one, device=CPU, dtype=torch.float32)
-    assert reason is not None
-    assert "differs from plain torch" in reason
+@pytest.mark.parametrize(
+    ("op", "implementation"), [("attention", "sdpa_by_run"), ("linear_cross_entropy", "chunked")]
+)
+def test_a_wrong_implementation_is_not_taken(
+    op: str, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = TABLE[op].case
+    assert ops.test(case, implementation, device=CPU, dtype=torch.float32) is None
+    right = type(case).run
+    # One rounding of bf16 in what enters, a wrong scale, a wrong gradient of right values.
+    wrongs: tuple[Callable[[Tensor], Tensor], ...] = (
+        lambda t: t.bfloat16().to(t), lambda t: 1.001 * t, lambda t: 1.001 * t - 0.001 * t.detach(),
+    )  # fmt: skip
+    for wrong in wrongs:
+
+        def run(self: Any, name: str, *given: Tensor, change: Any = wrong) -> Tensor:
+            return right(self, name, *map(change, given))
+
+        monkeypatch.setattr(type(case), "run", run)
+        reason = ops.test(case, implementation, device=CPU, dtype=torch.float32)
+        assert reason is not None
+        assert "differs from plain torch" in reason
+
+
+def test_flash_attention_is_only_for_half_precision_without_dropout() -> None:
+    (flash, _) = TABLE["attention"].implementations
+    assert flash.predicate(Place("cuda", torch.bfloat16))
+    assert not flash.predicate(Place("cuda", torch.bfloat16, attention_dropout=0.1))
+    assert not flash.predicate(Place("cuda", torch.float32))
+    assert not flash.predicate(Place("cpu", torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("model", "flat", "chosen", "runs"),
+    [
+        ("bert", True, "flash_varlen", "flash_varlen"),
+        ("bert", True, "sdpa_by_run", "sdpa_by_run"),
+        # A recipe may want plain torch and no padding: by row, in plain torch.
+        ("bert", True, "reference", "sdpa_by_run"),
+        ("bert", False, "flash_varlen", "reference"),
+        ("t5", True, "flash_varlen", "sdpa_by_run"),  # its position bias is beyond flash
+    ],
+)
+def test_the_attention_that_is_named_is_the_one_that_runs(
+    model: str, flat: bool, chosen: str, runs: str
+) -> None:
+    config: Any = tiny_config(model)
+    config.pad_token_id = 0
+    kind = "AutoModelForSeq2SeqLM" if model == "t5" else "AutoModelForSequenceClassification"
+    built = build_model(config, heads=[HeadSpec("a", kind, {})], dtype=torch.float32, seed=0)
+    trunk = Trunk.find(built, groups=find_layer_groups(built))
+    trunk.flat = flat
+    kernels = Kernels({"attention": chosen}, {})
+    kernels.settle_attention(trunk)
+    assert kernels.chosen == {"attention": runs}
+    assert trunk.flash == (runs == "flash_varlen")
+    kernels.settle_attention(None)
+    assert kernels.chosen == {"attention": "reference"}
+
+
+def test_post_norms_are_fused_where_the_table_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    everywhere = Operation(
+        (Implementation("triton", lambda _: True),), TABLE["dropout_residual_norm"].case
+    )
+    monkeypatch.setattr(ops, "TABLE", {**TABLE, "dropout_residual_norm": everywhere})
+    monkeypatch.setattr(ops.self_tests, "errors", lambda *_, **__: [])
+    said: list[str] = []
+    assert _take("gpt2", said).chosen["dropout_residual_norm"] == "reference"  # it has none
+    assert _take("bert", said).chosen["dropout_residual_norm"] == "triton"
+    assert said == []
+    # Without what runs it, its self-test fails, and plain torch runs it.
+    monkeypatch.undo()
+    monkeypatch.setattr(ops, "TABLE", {**TABLE, "dropout_residual_norm": everywhere})
+    assert _take("bert", said).chosen["dropout_residual_norm"] == "reference"
+    assert "dropout_residual_norm is run by plain torch: triton: its self-test failed" in said[0]
+    with pytest.raises(ValueError, match="kernels: strict, but dropout_residual_norm"):
+        _take("bert", [], "strict")
+    _take("gpt2", said, "strict")  # it has none
+    assert len(said) == 1
 
 
 def test_generation_computes_its_loss_in_the_head() -> None:
