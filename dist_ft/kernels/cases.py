@@ -97,7 +97,7 @@ class AttentionCase:
         return 1.0
 
     def run(self, implementation: str, *given: Tensor) -> Tensor:
-        """Return [1, tokens, heads, head size] by ``flash_varlen`` or ``sdpa_by_run``."""
+        """Return [1, tokens, heads, head size] by ``flash_varlen`` or ``by_run``."""
         rows = unpadded_attention.RowRuns.of(self.lengths)
         flash = implementation == "flash_varlen"
         source = SimpleNamespace(rows=SimpleNamespace(runs=rows), flash=flash)

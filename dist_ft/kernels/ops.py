@@ -94,7 +94,7 @@ def has_triton() -> bool:
 
 TABLE: Mapping[str, Operation] = {
     "attention": Operation(
-        (Implementation("flash_varlen", _flash), Implementation("sdpa_by_run", lambda _: True)),
+        (Implementation("flash_varlen", _flash), Implementation("by_run", lambda _: True)),
         AttentionCase((5, 3, 3), heads=2, key_heads=2, head_size=16),
     ),
     "linear_cross_entropy": Operation(

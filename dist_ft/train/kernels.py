@@ -21,7 +21,7 @@ from dist_ft.model.trunk import Trunk
 from dist_ft.tasks.base import Task
 from dist_ft.tasks.generation import Generation
 
-FLASH, BY_RUN = "flash_varlen", "sdpa_by_run"
+FLASH, BY_RUN = "flash_varlen", "by_run"
 _NORM = "dropout_residual_norm"
 _ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 # Parts of `regularization` whose losses are made of outputs, in more than one forward.

@@ -37,7 +37,7 @@ def _take(model: str, said: list[str], policy: str = "auto", **settings: Any) ->
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_self_test_passes_here(dtype: torch.dtype) -> None:
     assert choose(Place("cpu", dtype), policy="auto", device=CPU) == {
-        "attention": Choice("sdpa_by_run"),
+        "attention": Choice("by_run"),
         "linear_cross_entropy": Choice("chunked"),
         "dropout_residual_norm": Choice("reference"),
     }
@@ -55,7 +55,7 @@ def test_fp16_has_no_chunked_loss() -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "implementation"), [("attention", "sdpa_by_run"), ("linear_cross_entropy", "chunked")]
+    ("op", "implementation"), [("attention", "by_run"), ("linear_cross_entropy", "chunked")]
 )
 def test_a_wrong_implementation_is_not_taken(
     op: str, implementation: str, monkeypatch: pytest.MonkeyPatch
@@ -90,11 +90,11 @@ def test_flash_attention_is_only_for_half_precision_without_dropout() -> None:
     ("model", "flat", "chosen", "runs"),
     [
         ("bert", True, "flash_varlen", "flash_varlen"),
-        ("bert", True, "sdpa_by_run", "sdpa_by_run"),
+        ("bert", True, "by_run", "by_run"),
         # A recipe may want plain torch and no padding: by row, in plain torch.
-        ("bert", True, "reference", "sdpa_by_run"),
+        ("bert", True, "reference", "by_run"),
         ("bert", False, "flash_varlen", "reference"),
-        ("t5", True, "flash_varlen", "sdpa_by_run"),  # its position bias is beyond flash
+        ("t5", True, "flash_varlen", "by_run"),  # its position bias is beyond flash
     ],
 )
 def test_the_attention_that_is_named_is_the_one_that_runs(

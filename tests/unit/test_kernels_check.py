@@ -15,7 +15,7 @@ from dist_ft.kernels.checking import check_kernels, paired_times
 from dist_ft.kernels.ops import TABLE
 
 CPU = torch.device("cpu")
-HERE = {("attention", "sdpa_by_run"), ("linear_cross_entropy", "chunked")}
+HERE = {("attention", "by_run"), ("linear_cross_entropy", "chunked")}
 
 
 def test_a_cpu_run_says_what_is_right_and_what_was_not_measured(
@@ -86,7 +86,7 @@ def test_what_does_not_fit_the_device_is_not_timed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(AttentionCase, "reference", AttentionCase.eager)
     monkeypatch.setattr(AttentionCase, "eager", too_large)
     monkeypatch.setitem(checking.TIMED, "cpu", {op: o.case for op, o in TABLE.items()})
-    found = [f for f in check_kernels(CPU) if f.implementation == "sdpa_by_run"]
+    found = [f for f in check_kernels(CPU) if f.implementation == "by_run"]
     assert {(f.state, f.seconds) for f in found} == {("right", None)}
     assert all("more memory" in f.detail for f in found)
 
