@@ -139,7 +139,7 @@ def _deciding(run: RunRecord) -> list[dict[str, str]]:
     rows: list[dict[str, str]] = []
     for event in run.latest():
         metrics, name = event["metrics"], run.primary(event["task"])
-        if name not in metrics:
+        if name is None or name not in metrics:
             continue
         trivial = [v for k, v in metrics.items() if k.startswith("base") and k.endswith(f"_{name}")]
         rows.append(
