@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 if not __package__:  # run as a file: the repository is not on the path
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmarks.common import claim, markdown_table, parse_arguments, report, say
 from dist_ft.data.augment.augmenter import Augmenter, AugmentStatistics, Changes, Transform

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 if not __package__:  # run as a file: the repository is not on the path
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmarks.common import Claim, claim, markdown_table, parse_arguments, report, say
 from benchmarks.loading.data import BATCH, STEP, step_loader, text_lengths, write_data

@@ -34,7 +34,7 @@ import psutil
 import yaml
 
 if not __package__:  # run as a file: the repository is not on the path
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmarks.common import ROOT, Claim, claim, markdown_table, parse_arguments, report, say
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:  # run as a file: the repository is not on the path
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmarks.common import (
     Claim,

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:  # run as a file: the repository is not on the path
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path[0] = str(Path(__file__).parents[1])
 
 from benchmarks.common import Claim, claim, markdown_table, parse_arguments, report, say
 from benchmarks.ranks import on_ranks

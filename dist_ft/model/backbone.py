@@ -129,11 +129,10 @@ class MultiTaskModel(nn.Module):
                 length, int64, -100 = none) of a sequence-to-sequence task become the decoder's
                 inputs, shifted; transformers' own loss is never computed.
         """
-        dtype = next(self.backbone.parameters()).dtype
-        arguments: dict[str, Any] = {
-            key: value.to(dtype) if value.is_floating_point() else value
-            for key, value in inputs.items()
-        }
+        arguments: dict[str, Any] = dict(inputs)
+        for key, value in inputs.items():
+            if value.is_floating_point():
+                arguments[key] = value.to(next(self.backbone.parameters()).dtype)
         labels = arguments.pop("labels", None)
         if labels is not None:
             arguments["decoder_input_ids"] = _shifted(self.heads[task], labels)

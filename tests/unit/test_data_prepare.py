@@ -241,7 +241,7 @@ def test_bad_row_is_named_or_skipped(
 ) -> None:
     rows = [*make_rows(0, 1), bad, *make_rows(1, 5)]
     spec = make_spec(tmp_path, {"train": write_rows(tmp_path / "a.jsonl", rows)})
-    with pytest.raises(ValueError, match=rf"a.jsonl, {message}.*skipped"):
+    with pytest.raises(ValueError, match=rf"a.jsonl, {message}.*on_error: skip"):
         prepare_split(spec, split="train", data_dir=tmp_path / "d")
     assert not (tmp_path / "d" / "demo" / "train").exists()
     prepared = prepare_split(replace(spec, on_error="skip"), split="train", data_dir=tmp_path / "d")

@@ -56,7 +56,9 @@ def test_any_number_of_processes_gives_the_same_data(tmp_path: Path) -> None:
 
 def test_bad_rows_and_wrong_encodings_stop_several_processes(tmp_path: Path) -> None:
     spec = make_mixed_spec(tmp_path, on_error="stop")
-    with pytest.raises(ValueError, match=r"row 97 \(counted from 0\): label 7 is unknown.*skipped"):
+    with pytest.raises(
+        ValueError, match=r"row 97 \(counted from 0\): label 7 is unknown.*on_error: skip"
+    ):
         prepare(spec, tmp_path / "d", processes=2)
     wrong = replace(FUNCTIONS, encode=lambda rows: [{**f, "extra": 1} for f in encode(rows)])
     spec = replace(make_mixed_spec(tmp_path), functions=wrong)
