@@ -200,7 +200,7 @@ def test_several_runs_are_compared(run: Path, tmp_path: Path) -> None:
     reader = _Reader()
     reader.feed(text)
     assert text.index("What differs") < text.index("Scores side by side")
-    assert "<td>optim.lr</td><td>0.5</td><td>0.001</td>" in text
+    assert "<td>optim.lr</td><td class='n'>0.5</td><td class='n'>0.001</td>" in text
     assert "<b>" not in text
     assert "compare-loss-text.svg" in {p.name for p in (other / "report/plots").iterdir()}
     for link in reader.links:
