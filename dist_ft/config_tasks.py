@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -19,6 +19,11 @@ class TaskBase(Section):
     max_length: Positive = 128
     on_error: Literal["stop", "skip"] = "stop"
     augmentation: list[TransformConfig] = Field(default_factory=list)
+    segmentation: Literal["characters", "jieba"] = "characters"
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what the task itself is made of, without its data and what is done to them."""
+        return self.model_dump(exclude={"data", "on_error", "augmentation", "segmentation"})
 
 
 class TextClassificationConfig(TaskBase):

@@ -12,7 +12,7 @@ export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 has_gpu || export DS_ACCELERATOR=cpu
 say "run the tests"
 code=0
-"$VENV/bin/python" -m pytest -q -n "${TEST_WORKERS:-2}" --dist worksteal "$@" </dev/null || code=$?
+"$VENV/bin/python" -m pytest -q -rs -n "${TEST_WORKERS:-2}" --dist worksteal "$@" </dev/null || code=$?
 if [ "$code" -ne 0 ]; then
   fail "run the tests (pytest ended with $code)" \
     "the summary above names the tests; run one alone: bash launch/test.sh -n 0 tests/FILE.py"

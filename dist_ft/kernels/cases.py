@@ -66,6 +66,7 @@ class AttentionCase:
         key_heads: of keys and values.
         head_size: values of a head.
         causal: whether a token sees those before it only.
+        dropout: share of the weights that are dropped, each time others; for timing alone.
     """
 
     lengths: tuple[int, ...]
@@ -73,6 +74,7 @@ class AttentionCase:
     head_size: int
     key_heads: int
     causal: bool = False
+    dropout: float = 0.0
 
     @property
     def size(self) -> str:
@@ -81,8 +83,13 @@ class AttentionCase:
         heads = f"{self.heads}" + (f":{self.key_heads}" if self.key_heads != self.heads else "")
         return (
             f"{kind}{len(self.lengths)} rows, {sum(self.lengths)} tokens, {heads} heads of "
-            f"{self.head_size}"
+            f"{self.head_size}" + (f", dropout {self.dropout}" if self.dropout else "")
         )
+
+    @property
+    def rows(self) -> unpadded_attention.RowRuns:
+        """The rows, neighbours of one length taken together."""
+        return unpadded_attention.RowRuns.of(self.lengths)
 
     @property
     def shapes(self) -> Shapes:
@@ -98,12 +105,21 @@ class AttentionCase:
 
     def run(self, implementation: str, *given: Tensor) -> Tensor:
         """Return [1, tokens, heads, head size] by ``flash_varlen`` or ``by_run``."""
-        rows = unpadded_attention.RowRuns.of(self.lengths)
         flash = implementation == "flash_varlen"
-        source = SimpleNamespace(rows=SimpleNamespace(runs=rows), flash=flash)
+        source = SimpleNamespace(rows=SimpleNamespace(runs=self.rows), flash=flash)
         module: Any = SimpleNamespace(row_source=source, is_causal=self.causal)
         query, key, value = given
-        return unpadded_attention.unpadded_attention(module, query, key, value, None)[0]
+        return unpadded_attention.unpadded_attention(
+            module, query, key, value, None, dropout=self.dropout
+        )[0]
+
+    def torch_by_run(self, *given: Tensor) -> Tensor:
+        """Return the same by torch's attention for each run of rows of one length."""
+        options = {"dropout_p": self.dropout, "is_causal": self.causal}
+        query, key, value = given
+        return unpadded_attention.torch_by_run(
+            query, key, value, self.rows, bias=None, options=options
+        )
 
     def eager(self, *given: Tensor) -> Tensor:
         """Return the same from rows that are padded to the longest, with a mask."""
@@ -115,7 +131,10 @@ class AttentionCase:
             mask = mask & (at <= at[:, None])
         padded = [_padded(t[0].transpose(0, 1), there) for t in given]
         out = F.scaled_dot_product_attention(
-            *padded, attn_mask=mask, enable_gqa=self.heads != self.key_heads
+            *padded,
+            attn_mask=mask,
+            dropout_p=self.dropout,
+            enable_gqa=self.heads != self.key_heads,
         )
         return out.transpose(1, 2)[there][None]
 

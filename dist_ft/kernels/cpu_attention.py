@@ -1,10 +1,10 @@
 """Attention of short rows on a CPU: a dozen operations a run of rows, forward and backward.
 
-`scaled_dot_product_attention` draws attention dropout in its plain path only, whose thirty small
-operations a call (with their graph, and casts of bf16) cost more than the arithmetic at the lengths
-of fine-tuning. The gradient is written out here instead (Dao et al. 2022, "FlashAttention",
-appendix B.2, without tiling), and dropout takes 16 random bits a probability where torch's draw
-takes a whole Bernoulli sample.
+`scaled_dot_product_attention` draws attention dropout in its plain path only, whose many small
+operations (with their graph, and casts of bf16) cost more than the arithmetic at the lengths of
+fine-tuning; `benchmarks/kernels.py` measures both. The gradient is written out here instead (Dao et
+al. 2022, "FlashAttention", appendix B.2, without tiling), and dropout takes 16 random bits a
+probability where torch draws a whole Bernoulli sample.
 """
 
 from __future__ import annotations

@@ -133,8 +133,12 @@ def unpadded_attention(
     # Neither is expected, as `flash` would be False; but neither may be left out silently.
     if source.flash and position_bias is None and dropout == 0.0:
         return _flash(query, key, value, rows=rows, scaling=scaling, causal=causal), None
+    if query.device.type == "cpu" and position_bias is None:
+        q, k, v = query[0], key[0], value[0]
+        out = attend(q, k, v, runs=rows.runs, scale=scaling, dropout=dropout, causal=causal)
+        return out[None], None
     options = {"scale": scaling, "dropout_p": dropout, "is_causal": causal}
-    return _by_run(query, key, value, rows, bias=position_bias, options=options), None
+    return torch_by_run(query, key, value, rows, bias=position_bias, options=options), None
 
 
 def _flash(
@@ -151,7 +155,7 @@ def _flash(
     return out[None]
 
 
-def _by_run(
+def torch_by_run(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -160,12 +164,16 @@ def _by_run(
     bias: Tensor | None,
     options: dict[str, Any],
 ) -> Tensor:
-    """Run one dense attention for each run of rows of one length."""
-    if query.device.type == "cpu" and bias is None:
-        return attend(
-            query[0], key[0], value[0], runs=rows.runs, scale=options["scale"],
-            dropout=options["dropout_p"], causal=options["is_causal"],
-        )[None]  # fmt: skip
+    """Run torch's dense attention for each run of rows of one length; see `unpadded_attention`.
+
+    Args:
+        query: [1, heads, tokens, head size].
+        key: [1, key heads, tokens, head size].
+        value: as the key.
+        rows: the rows.
+        bias: added to the scores, [1, heads, longest, longest]; None for none.
+        options: further arguments of `scaled_dot_product_attention`.
+    """
     sizes = [count * length for count, length in rows.runs]
     # `split` and not slices: its backward concatenates, theirs would fill a whole tensor each.
     parts = zip(*(t[0].split(sizes, dim=1) for t in (query, key, value)), strict=True)

@@ -23,6 +23,8 @@ from dist_ft.launcher.watching import Watch
 DONE, FAILED, BAD_INPUT, PREEMPTED, REPLANNED = 0, 1, 2, 75, 76
 ATTEMPT, FAILURE = "DIST_FT_ATTEMPT", "DIST_FT_FAILURE"
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+# What a rank ends with that was asked to stop a second time; see `train.signals`.
+AT_ONCE = {128 + number for number in STOPPING}
 _POLL_S = 0.02
 _LOOK_S = 0.1
 # A rank whose peer has died learns it from the broken connection and says so in its log.
@@ -192,9 +194,11 @@ class Supervisor:
         if not bad:
             return None
 
-        def order(rank: int) -> tuple[bool, float]:
+        def order(rank: int) -> tuple[bool, bool, float]:
             code = attempt.codes[rank] or 0
-            return code > 0 or code == -signal.SIGABRT, self._error(attempt, rank)[0]
+            followed = code > 0 or code == -signal.SIGABRT
+            # Others see that the connection to one that ended at once is broken.
+            return code not in AT_ONCE, followed, self._error(attempt, rank)[0]
 
         return self._describe(attempt, min(bad, key=order))
 
@@ -205,6 +209,8 @@ class Supervisor:
         code, beat = attempt.codes[rank] or 0, attempt.watch.beats()[rank]
         text = self._error(attempt, rank)[1]
         reason = f"ended with exit code {code}{f' ({text[:300]})' if text else ''}"
+        if code in AT_ONCE:
+            reason += " (asked to stop a second time)"
         if code < 0:
             reason = f"was killed by {signal.Signals(-code).name}"
         if code == -signal.SIGKILL:

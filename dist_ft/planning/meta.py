@@ -100,7 +100,7 @@ def _config(recipe: Recipe) -> tuple[PreTrainedConfig, str]:
 
 
 def _auto_class(task: TaskConfig) -> str:
-    return build_task(task.model_dump(exclude={"data", "on_error", "augmentation"})).auto_class
+    return build_task(task.arguments()).auto_class
 
 
 def _labels(task: TaskConfig) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 from dist_ft.config import (
     MentionReplacementConfig,
     Recipe,
+    TaskConfig,
     WordDropoutConfig,
     WordReplacementConfig,
 )
@@ -28,6 +30,7 @@ def check_augmentation(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
         )
         yield Finding(("cache", "variants"), text)
     for index, task in enumerate(recipe.tasks):
+        yield from _check_segmentation(draft, task=task, index=index)
         for number, transform in enumerate(task.augmentation):
             path: RawPath = ("tasks", index, "augmentation", number)
             if not draft.is_sure(*path, "type"):
@@ -44,6 +47,19 @@ def check_augmentation(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
                     f"{show_value(task.type)}: remove it"
                 )
                 yield Finding((*path, "type"), text)
+
+
+def _check_segmentation(draft: Draft, *, task: TaskConfig, index: int) -> Iterator[Finding]:
+    if task.segmentation == "characters" or not draft.is_sure("tasks", index):
+        return
+    path: RawPath = ("tasks", index, "segmentation")
+    got = f"got {show_value(task.segmentation)}"
+    if not task.augmentation:
+        yield Finding(path, f"is what augmentation takes for words, and there is none, {got}: "
+                      "remove it, or augment the task")  # fmt: skip
+    elif find_spec(task.segmentation) is None:
+        remedy = "pip install 'dist-ft[chinese]', or use characters"
+        yield Finding(path, f"needs a package that is not installed, {got}: {remedy}")
 
 
 def _check_lexicon(lexicon: str, *, path: RawPath) -> Iterator[Finding]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from dist_ft.data.collate import CollateSpec
 from dist_ft.tasks.base import NoGeneration, Row
-from dist_ft.tasks.single_label import LabelScan, SingleLabel
+from dist_ft.tasks.single_label import SingleLabel
 
 Samples = npt.NDArray[np.float32]
 
@@ -25,7 +25,7 @@ _LEAST_SECONDS = 0.025
 
 
 @dataclass(frozen=True)
-class AudioClassification(SingleLabel, LabelScan, NoGeneration):
+class AudioClassification(SingleLabel, NoGeneration):
     """The task type ``audio_classification``; a feature extractor takes the tokenizer's place.
 
     Attributes:

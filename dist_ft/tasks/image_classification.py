@@ -14,13 +14,13 @@ import pyarrow as pa
 
 from dist_ft.data.collate import ArrayInput, CollateSpec
 from dist_ft.tasks.base import NoGeneration, Row
-from dist_ft.tasks.single_label import LabelScan, SingleLabel
+from dist_ft.tasks.single_label import SingleLabel
 
 Pixels = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
-class ImageClassification(SingleLabel, LabelScan, NoGeneration):
+class ImageClassification(SingleLabel, NoGeneration):
     """The task type ``image_classification``; an image processor takes the tokenizer's place.
 
     Attributes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 SINGLE_LABEL_METRICS = {"accuracy": True, "macro_f1": True, "mcc": True}
 
 
-class LabelScan:
+class LabelScan(ABC):
     """Mix-in for tasks whose labels are given or found in the training rows."""
 
     name: str
@@ -51,17 +52,15 @@ class LabelScan:
         task: Any = self
         return replace(task, labels=tuple(state["labels"])) if self.needs_scan else task
 
+    @abstractmethod
     def _names(self, row: Row) -> list[str]:
         """Return the label names of a row."""
-        raise NotImplementedError
 
 
-class SingleLabel:
-    """Mix-in, beside ``LabelScan``, for tasks with one label for a row that is no text."""
+class SingleLabel(LabelScan):
+    """Mix-in for tasks with one label for a row that is no text."""
 
-    name: str
     label: str
-    labels: Sequence[str] | None
     metric: str | None
 
     def __post_init__(self) -> None:
@@ -69,9 +68,9 @@ class SingleLabel:
         _ = self.primary_metric
 
     @property
+    @abstractmethod
     def content(self) -> str:
         """Column of what is classified."""
-        raise NotImplementedError
 
     @property
     def required_columns(self) -> tuple[str, ...]:

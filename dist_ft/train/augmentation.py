@@ -69,7 +69,7 @@ def make_augmentation(
 
     Raises:
         ValueError: If a word list is not readable.
-        RuntimeError: If a word list is not installed.
+        RuntimeError: If a word list, or what segments Chinese, is not installed.
     """
     if not config.augmentation:
         return None
@@ -101,6 +101,7 @@ def make_augmenter(
     return Augmenter(
         [make_transform(t, config=config, dataset=dataset) for t in transforms],
         fields=_fields(config, task=task),
+        segmentation=config.segmentation,
     )
 
 

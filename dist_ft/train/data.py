@@ -31,7 +31,7 @@ from dist_ft.train.reading import ReadingProgress
 
 # Task settings that change how rows are scored or named, not what is in them.
 NOT_IN_FEATURES = {"name", "data", "metric", "max_answer_length", "max_new_tokens", "on_error"}
-NOT_IN_FEATURES |= {"augmentation"}
+NOT_IN_FEATURES |= {"augmentation", "segmentation"}
 
 # Ten seconds of sound take 640 kB, and an image 150 kB, as a model takes them.
 _MEDIA_AT_ONCE = 64
@@ -104,7 +104,7 @@ def _prepare_task(
     replacing: Replacing,
 ) -> PreparedTask:
     plan = split_plan(config)
-    task = extensions.make_task(config.model_dump(exclude={"data", "on_error", "augmentation"}))
+    task = extensions.make_task(config.arguments())
     task.check_tokenizer(tokenizer)
     own = extensions.implementation(config.name)
     spec = _spec(config, task=task, plan=plan, tokenizer=tokenizer, own=own)

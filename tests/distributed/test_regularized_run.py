@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from dist_ft.model.word_embeddings import WordEmbeddings
 from dist_ft.optim.averaging import Averaging
 from dist_ft.optim.param_groups import LearningRates, ParamGroup, build_param_groups
 from dist_ft.optim.penalties import PenaltyRules
+from dist_ft.tasks.base import Choice
 from dist_ft.tasks.output_regularization import OutputRegularizer
 from dist_ft.tasks.text_classification import TextClassification
 from dist_ft.train.checkpoint import CheckpointReader
@@ -48,7 +50,7 @@ EPS = 1e-5
 OPTIONS = EngineOptions(seed=5, eps=EPS, max_grad_norm=0.0)
 L2_SP = 0.1
 
-SMOOTH_TWICE = PlainObjective(smoothing=0.1, r_drop=2.0, neftune=5.0)
+SMOOTH_TWICE = PlainObjective(smoothing=0.1, r_drop=2.0, neftune=5.0, penalty=0.05)
 CUT_AND_SMOOTH = PlainObjective(cutoff=(0.3, 0.7, 1.3), smart=(3.0, 2, 1e-2, 2e-2, 1e-2))
 FREE_AND_MIXED = PlainObjective(
     smoothing=0.1, freelb=(3, 0.1, 0.25, 0.1), mixup=(0.4, (0, 2)), cutoff=(0.2, 1.0, 1.0)
@@ -110,8 +112,12 @@ def _objective(plain: PlainObjective, model: MultiTaskModel, task: TextClassific
         alpha, blocks = plain.mixup
         groups = find_layer_groups(model)
         mixup = HiddenMixup(model, groups=groups, blocks=blocks, alpha=alpha)
+
+    def squares(choices: Sequence[Choice]) -> Tensor:
+        return plain.penalty * torch.stack([c.logits.float().square().sum() for c in choices]).sum()
+
     return Objective(
-        OutputRegularizer(task.loss, task.choices, plain.smoothing),
+        OutputRegularizer(task.loss, task.choices, plain.smoothing, squares),
         r_drop=plain.r_drop,
         words=WordEmbeddings(model, key="test"),
         cutoff=None if plain.cutoff is None else Cutoff(*plain.cutoff),

@@ -163,7 +163,9 @@ def test_weights_and_averages_equal_plain_torch() -> None:
     assert largest_difference(case.weights, without.weights) > 1e-2
     assert largest_difference(case.weights, case.averages) > 1e-3
     ways = ("rebuild", "rebuild", "in_place", "rebuild")
-    cases = [(case, stage, ways[stage]) for stage in range(4)]
+    swa = Case.of(replace(BOTH, ema=None, swa=(3, 2)))
+    assert largest_difference(swa.weights, swa.averages) > 1e-3
+    cases = [(one, stage, ways[stage]) for one in (case, swa) for stage in range(4)]
     # Hypothesis begins with the simplest example, in which nothing would be combined.
     combinations = drawn(_rules().filter(lambda r: _parts(r) >= 3), count=4)
     assert {"swa", "ema", "l2_sp", "mixout"} <= {

@@ -30,6 +30,7 @@ class PlainObjective:
     smart: tuple[float, int, float, float, float] | None = None
     freelb: tuple[int, float, float, float] | None = None
     mixup: tuple[float, tuple[int, ...]] | None = None
+    penalty: float = 0.0  # a program's own: so much of the logits' squares
 
     def loss(self, model: Any, inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
         """Return the summed loss."""
@@ -47,7 +48,7 @@ class PlainObjective:
                 )
 
             if mixing is None:
-                return of(labels)
+                return of(labels) + self.penalty * logits.square().sum()
             _, partner, share, _ = mixing
             return share * of(labels) + (1 - share) * of(labels[partner])
 

@@ -58,14 +58,13 @@ def test_segmentation_is_chosen_by_name() -> None:
 
 
 def test_jieba() -> None:
-    pytest.importorskip("jieba")
     pieces = split_text("我们喜欢北京大学。", segmenter=make_segmenter("jieba"))
     assert [piece.text for piece in pieces] == ["我们", "喜欢", "北京大学", "。"]
 
 
 def test_missing_jieba_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jieba", None)
-    with pytest.raises(RuntimeError, match="pip install jieba"):
+    with pytest.raises(RuntimeError, match=r"pip install 'dist-ft\[chinese\]'"):
         make_segmenter("jieba")
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +11,7 @@ from dist_ft.config_data import DataConfig, SourceConfig
 from dist_ft.config_tasks import GenerationConfig
 from dist_ft.dist import World
 from dist_ft.recipe import RecipeError, load_recipe
+from dist_ft.train.augmentation import make_augmenter
 from dist_ft.train.build import check_world
 from dist_ft.train.data import raw_columns
 from tests.unit.test_recipe import folder as folder_of_test_recipe
@@ -62,6 +64,24 @@ def test_a_lexicon_starts_from_the_recipe(folder: Path) -> None:
     assert isinstance(second, WordReplacementConfig)
     assert (first.lexicon, second.lexicon) == (str(folder / "words.txt"), "package:wordnet")
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def test_chinese_words_are_those_of_the_recipe(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jieba = "tasks.topics.segmentation=jieba"
+    casing = "tasks.topics.augmentation=[{type: casing}]"
+    recipe = load_recipe(folder / "demo.yaml", overrides=[jieba, casing])
+    config = recipe.tasks[0]
+    task: Any = None
+    made = make_augmenter(config.augmentation, config=config, task=task, dataset=task)
+    assert made.describe()["segmentation"] == "jieba"
+    assert "segmentation" not in config.arguments()
+    with pytest.raises(RecipeError, match=r"topics\.segmentation: is what augmentation takes"):
+        load_recipe(folder / "demo.yaml", overrides=[jieba])
+    monkeypatch.setattr("dist_ft.recipe.augmentation_checks.find_spec", lambda _: None)
+    with pytest.raises(RecipeError, match=r"not installed, got 'jieba': .*dist-ft\[chinese\]"):
+        load_recipe(folder / "demo.yaml", overrides=[jieba, casing])
 
 
 def test_augmented_rows_keep_all_that_encoding_reads() -> None:

@@ -136,11 +136,11 @@ def jieba_segmenter() -> Segmenter:
         RuntimeError: jieba is not installed.
     """
     try:
-        import jieba  # type: ignore[import-not-found]
+        import jieba
     except ImportError as error:
         raise RuntimeError(
-            "the segmentation 'jieba' needs the package jieba: pip install jieba, or use "
-            "'characters'"
+            "the segmentation 'jieba' needs the package jieba: pip install 'dist-ft[chinese]', or "
+            "use 'characters'"
         ) from error
     jieba.setLogLevel(logging.WARNING)
     tokenizer: Any = jieba.Tokenizer()
