@@ -285,7 +285,7 @@ def _kept_by_a_forward(recipe: Recipe) -> int:
     config._attn_implementation = recipe.model.attention
     task = recipe.tasks[0]
     assert task.type == "generation"
-    ours = build_task(task.model_dump(exclude={"data", "on_error", "augmentation"}))
+    ours = build_task(task.arguments())
     heads = [HeadSpec(task.name, ours.auto_class)]
     model = build_model(config, heads=heads, dtype=torch.float32, seed=0)
     ids = torch.randint(3, 60, (recipe.train.micro_batch_size, task.max_length))
