@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
@@ -22,11 +23,12 @@ def set_up_deepspeed() -> None:
     choose_accelerator()
     # Third-party deprecations that a user can do nothing about.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
-    with _no_stderr():
+    with _no_stderr(), _absent("mlflow"):
         import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    _import_muon()
     if not torch.cuda.is_available():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         # ZeRO-3 asks in every backward how many devices there are, for which `numactl` is started.
@@ -39,6 +41,21 @@ def choose_accelerator() -> None:
     """Tell DeepSpeed the device, so that whoever imports it is not warned of having no GPU."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon, as every ZeRO optimizer does, without preparing to compile it.
+
+    Nothing here steps with it, and its decorators load torch's whole compiler: most of a second of
+    every rank's start.
+    """
+    from deepspeed.runtime import compiler
+
+    compiles, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = compiles
 
 
 @contextmanager
@@ -56,3 +73,20 @@ def _no_stderr() -> Iterator[None]:
         os.dup2(saved, 2)
         os.close(saved)
         os.close(null)
+
+
+@contextmanager
+def _absent(name: str) -> Iterator[None]:
+    """Let a package look as if it were not installed, unless it has been imported already.
+
+    DeepSpeed imports mlflow, if it is there, for an autotuner that nothing here runs: a second of
+    every rank's start.
+    """
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # pyright: ignore[reportArgumentType] - what makes an import fail
+    try:
+        yield
+    finally:
+        del sys.modules[name]
