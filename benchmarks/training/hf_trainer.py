@@ -25,7 +25,6 @@ from transformers import (
 )
 
 from benchmarks.training.workload import (
-    MICRO_BATCH,
     WEIGHT_DECAY,
     Clock,
     Encoded,
@@ -81,7 +80,7 @@ def train_trainer(job: Job, data: Encoded, *, setting: str) -> Outcome:
 def _arguments(job: Job, *, setting: str) -> TrainingArguments:
     return TrainingArguments(
         output_dir=str(job.folder / "trainer"),
-        per_device_train_batch_size=MICRO_BATCH,
+        per_device_train_batch_size=job.micro_batch,
         num_train_epochs=job.epochs,
         learning_rate=job.lr,
         weight_decay=WEIGHT_DECAY,

@@ -21,7 +21,6 @@ from transformers.trainer_pt_utils import DistributedLengthGroupedSampler
 
 from benchmarks.freezing.lightning_peers import installed, load_scheduler, make_trainer
 from benchmarks.training.workload import (
-    MICRO_BATCH,
     RANKS,
     WEIGHT_DECAY,
     Clock,
@@ -49,13 +48,13 @@ def train_lightning(job: Job, data: Encoded) -> Outcome:
     pad = DataCollatorWithPadding(load_tokenizer())
     clock = Clock(functools.partial(score, model, data.validation, pad=pad), every=job.score_every)
     sampler = DistributedLengthGroupedSampler(
-        MICRO_BATCH,
+        job.micro_batch,
         num_replicas=RANKS,
         rank=dist.get_rank(),
         lengths=[len(row["input_ids"]) for row in data.train],
         seed=job.seed,
     )
-    loader = DataLoader(data.train, MICRO_BATCH, sampler=sampler, collate_fn=pad)  # pyright: ignore
+    loader = DataLoader(data.train, job.micro_batch, sampler=sampler, collate_fn=pad)  # pyright: ignore
     steps = job.epochs * len(loader)
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(

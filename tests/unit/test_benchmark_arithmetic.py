@@ -53,7 +53,7 @@ def trainer_rows(*, peer_loss: float) -> list[dict[str, Any]]:
         losses = (peer_loss - 0.1, peer_loss + 0.1)
         found[depth, "Trainer"] = rounds(times, 10 * times, losses=losses)
         found[depth, "Trainer, tuned"] = [outcome(1.5)]
-    return trainer.rows_of(found)
+    return trainer.rows_of(found, batch=64)
 
 
 def test_ratios_are_within_a_round_and_a_peer_of_fewer_rounds_is_compared_with_its_own() -> None:
@@ -65,7 +65,7 @@ def test_ratios_are_within_a_round_and_a_peer_of_fewer_rounds_is_compared_with_i
 
 def test_the_claims_on_whole_runs_see_speed_and_loss() -> None:
     claims = held(trainer.claims_of(trainer_rows(peer_loss=1.0)))
-    assert not claims.pop("5 of 6 frozen, x Trainer")
+    assert not claims.pop("64 rows, 5 of 6 frozen, x Trainer")
     assert all(claims.values())
     # Ours is 0.5 above, with a deviation of 0.2 between the two.
     worse = held(trainer.claims_of(trainer_rows(peer_loss=0.5)))
