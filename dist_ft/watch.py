@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dist_ft.train.recorder import surviving
+from dist_ft.train.recorder import ending, surviving
 
 Event = dict[str, Any]
 _BARS = "▁▂▃▄▅▆▇█"
@@ -26,7 +26,6 @@ _FAULTS = (
 _NEWS = ("phase", "eval", "checkpoint", "resume", "stop", "end", *_FAULTS)
 _LATEST = 6
 _LONG_SILENCE_S = 120.0
-_ENDS = ("end", "stop")
 
 
 @dataclass
@@ -84,7 +83,7 @@ def watch(run: Path, *, once: bool = False, interval_s: float = 1.0) -> None:
     events = follower.refresh()
     with Live(dashboard(run.name, events), console=console, auto_refresh=False) as live:
         try:
-            while _ending(events) not in _ENDS:
+            while ending(events) is None:
                 time.sleep(interval_s)
                 events = follower.refresh()
                 shown = dashboard(run.name, events, silent_s=follower.silent_s())
@@ -120,31 +119,25 @@ def _head(name: str, events: Sequence[Event], *, silent_s: float) -> RenderableT
     step = max(event["step"] for event in events)
     starts = _of(events, "start")
     total = starts[-1]["total_steps"] if starts else None
-    last = _ending(events)
-    state = {"end": "finished", "stop": "stopped, can be resumed"}.get(last, "training")
+    last = ending(events)
+    state = "training"
+    if last is not None:
+        state = "finished" if last["event"] == "end" else "stopped, can be resumed"
     line = Table.grid(padding=(0, 2))
     cells: list[RenderableType] = [Text(name, style="bold"), state]
     if total:
         cells.append(ProgressBar(total=total, completed=step, width=40))
         cells.append(f"{step:,} of {total:,} steps")
-        if last not in _ENDS and (left := _left_s(events, step=step, total=total)) is not None:
+        if last is None and (left := _left_s(events, step=step, total=total)) is not None:
             cells.append(f"{_time(left)} left")
     else:
         cells.append(f"step {step:,}")
     line.add_row(*cells)
-    if last in _ENDS or silent_s < _LONG_SILENCE_S:
+    if last is not None or silent_s < _LONG_SILENCE_S:
         return line
     # Killed runs say nothing any more; neither do some that evaluate or save for long.
     note = f"no event for {_time(silent_s)}: is it alive? logs/rank0.log says more"
     return Group(line, Text(note, style="yellow"))
-
-
-def _ending(events: Sequence[Event]) -> str:
-    """Return ``end`` or ``stop`` if the last start has come to one; evaluations may follow."""
-    for event in reversed(events):
-        if event["event"] in (*_ENDS, "start", "step"):
-            return event["event"]
-    return ""
 
 
 def _left_s(events: Sequence[Event], *, step: int, total: int) -> float | None:

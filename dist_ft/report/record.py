@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_ft.recipe.task_checks import METRICS
-from dist_ft.train.recorder import read_events, surviving_events
+from dist_ft.train.recorder import ending, read_events, surviving_events
 
 Event = dict[str, Any]
 Points = list[tuple[float, float]]
@@ -58,12 +58,12 @@ class RunRecord:
     @property
     def outcome(self) -> str:
         """How the run ended, in words."""
-        kinds = {e["event"]: e for e in self.events}
-        if "end" in kinds:
+        last = ending(self.events)
+        if last is None:
+            return "not ended: still running, or killed"
+        if last["event"] == "end":
             return "finished"
-        if "stop" in kinds and self.events[-1]["event"] == "stop":
-            return f"stopped by signal {kinds['stop'].get('signal')}, can be resumed"
-        return "not ended: still running, or killed"
+        return f"stopped by signal {last.get('signal')}, can be resumed"
 
     @cached_property
     def seconds(self) -> float:

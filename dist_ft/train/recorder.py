@@ -12,6 +12,10 @@ from typing import Any, Protocol
 
 log = logging.getLogger("dist_ft")
 
+# What a start comes to, and what says that one is under way.
+_ENDINGS = ("end", "stop")
+_WORK = ("resume", "start", "step")
+
 
 class Tracker(Protocol):
     """Shows the events of a run somewhere else, see ``train.trackers``."""
@@ -127,3 +131,16 @@ def _happened(event: dict[str, Any], *, resumed_at: int) -> bool:
     if event["step"] == resumed_at:
         return event["event"] != "phase"
     return event["step"] < resumed_at
+
+
+def ending(events: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the ``end`` or ``stop`` that the last start has come to; None while it goes on.
+
+    Evaluations and exports of a run may follow its end; only a new start undoes it.
+    """
+    for event in reversed(events):
+        if event["event"] in _ENDINGS:
+            return event
+        if event["event"] in _WORK:
+            return None
+    return None
