@@ -26,7 +26,7 @@ from dist_ft.cli_arguments import (
 from dist_ft.cli_data import data_app
 from dist_ft.cli_kernels import kernels_app
 from dist_ft.cli_launch import launch_command
-from dist_ft.cli_recipes import recipes_app
+from dist_ft.cli_recipes import check, recipes_app
 from dist_ft.cli_slurm import slurm, slurm_start
 from dist_ft.cli_tables import print_differences, print_metrics
 from dist_ft.heartbeat import note_error, show_stacks_when_asked
@@ -51,6 +51,7 @@ app = typer.Typer(
 app.add_typer(recipes_app, name="recipes", invoke_without_command=True)
 app.add_typer(data_app, name="data")
 app.add_typer(kernels_app, name="kernels")
+app.command()(check)
 app.command()(slurm)
 app.command("slurm-start", hidden=True)(slurm_start)
 
@@ -159,20 +160,6 @@ def watch(
     from dist_ft.watch import watch as show
 
     show(run, once=once)
-
-
-@app.command()
-def check(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
-    """Say everything that is wrong with a recipe, one line each, without loading a model."""
-    from dist_ft.recipe import RecipeError
-
-    try:
-        loaded = _load(recipe, overrides)
-    except RecipeError as error:
-        typer.echo("\n".join(error.errors))
-        raise typer.Exit(BAD_INPUT) from None
-    tasks = ", ".join(task.name for task in loaded.tasks)
-    typer.echo(f"{recipe}: no errors ({loaded.name}: {tasks}; freezing {loaded.freezing.policy})")
 
 
 @app.command()
@@ -356,7 +343,7 @@ def _run(words: list[str], *, debug: bool) -> int:
 
 
 def _report_error(error: Exception, *, debug: bool) -> None:
-    """Say what is wrong on one line; of an error that all ranks have, on rank 0 only."""
+    """Say what is wrong on one line; what several ranks of a node find alike, once."""
     if debug:
         traceback.print_exc()
     rank = os.environ.get("RANK", "0")
@@ -367,7 +354,8 @@ def _report_error(error: Exception, *, debug: bool) -> None:
             typer.echo("\n".join(f"error: {line}" for line in lines), err=True)
         return
     text = " ".join(str(error).split()) or type(error).__name__
-    note_error(text)
+    if not note_error(text):
+        return
     prefix = f"[rank {rank}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     typer.echo(f"{prefix}error: {text}", err=True)
 

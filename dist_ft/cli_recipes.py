@@ -1,4 +1,4 @@
-"""The commands that list, show and copy packaged recipes."""
+"""The commands that check recipes, and list, show and copy the packaged ones."""
 
 from __future__ import annotations
 
@@ -7,9 +7,43 @@ from typing import Annotated
 
 import typer
 
+from dist_ft.cli_arguments import OverridesArgument, RecipeArgument
+
 recipes_app = typer.Typer(
     help="List, show or copy the recipes that come with dist_ft.", rich_markup_mode=None
 )
+
+
+_BAD_RECIPE = 2
+
+
+def check(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    *,
+    ranks: Annotated[
+        int | None, typer.Option("--ranks", min=1, help="Also whether so many can share a batch.")
+    ] = None,
+) -> None:
+    """Say what is wrong with a recipe, one line each, without its model, all its rows or the hub.
+
+    Notes say what it takes for granted. `prepare` reads every row, `freeze-plan` loads the model.
+    """
+    from dist_ft.recipe import RecipeError, load_recipe
+    from dist_ft.recipe.notes import hub_notes
+    from dist_ft.recipe.ranks import check_ranks
+
+    try:
+        loaded = load_recipe(recipe, overrides=overrides or ())
+        if ranks is not None:
+            check_ranks(loaded, ranks)
+    except ValueError as error:
+        typer.echo("\n".join(error.errors if isinstance(error, RecipeError) else [str(error)]))
+        raise typer.Exit(_BAD_RECIPE) from None
+    for note in hub_notes(loaded):
+        typer.echo(f"note: {note}")
+    tasks = ", ".join(task.name for task in loaded.tasks)
+    typer.echo(f"{recipe}: no errors ({loaded.name}: {tasks}; freezing {loaded.freezing.policy})")
 
 
 @recipes_app.callback()

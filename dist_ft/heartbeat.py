@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import hashlib
 import math
 import mmap
 import os
@@ -98,13 +99,26 @@ def read_beat(path: Path) -> Beat:
     return Beat(count, step, phase, timeout_s, text or "start")
 
 
-def note_error(text: str) -> None:
-    """Tell the launcher why this rank ends; of several ranks the first one is to blame."""
+def note_error(text: str) -> bool:
+    """Tell the launcher why this rank ends; of several ranks the first one is to blame.
+
+    Returns:
+        Whether the user is to be told: no other rank of this node has met the same error.
+    """
     folder = os.environ.get(FOLDER)
-    if folder is not None:
-        body = f"{time.monotonic()}\n{text}"
-        with contextlib.suppress(OSError):  # the rank ends by its own error, not by a full disk
-            error_file(Path(folder), _local_rank()).write_text(body, encoding="utf-8")
+    if folder is None:
+        return True
+    body = f"{time.monotonic()}\n{text}"
+    with contextlib.suppress(OSError):  # the rank ends by its own error, not by a full disk
+        error_file(Path(folder), _local_rank()).write_text(body, encoding="utf-8")
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    try:
+        (Path(folder) / f"{digest}.told").touch(exist_ok=False)  # only one rank makes it
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def read_error(path: Path) -> tuple[float, str]:

@@ -13,9 +13,9 @@ from dist_ft.importing.common import (
     take_optimizer,
 )
 from dist_ft.importing.draft import Draft
+from dist_ft.recipe.errors import TO_FILL
 from dist_ft.recipe.model_folder import count_blocks
 
-TO_FILL = "FILL-IN"
 # Columns of the prompt formats that have plain ones.
 _FORMATS = {
     "alpaca": {"prompt": "instruction", "context": "input", "response": "output"},

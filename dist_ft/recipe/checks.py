@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -26,6 +27,7 @@ from dist_ft.recipe.source_checks import check_sources
 from dist_ft.recipe.task_checks import check_inputs, check_tasks, metrics_of
 from dist_ft.recipe.validate import Draft
 
+_BLOCK = re.compile(r"block\.(\d{1,6})")
 # Numbers of blocks that a policy may name, and what they do.
 _BLOCK_KEYS = ("depth", "max_depth", "first", "blocks")
 
@@ -47,6 +49,8 @@ def check(draft: Draft, *, needs_files: bool = True) -> list[Finding]:
         *check_augmentation(draft, recipe),
         *_check_weights(draft, recipe),
         *_check_depth(draft, recipe),
+        *_check_block_names(draft, recipe),
+        *_check_phases(draft, recipe),
         *_check_turns(draft, recipe),
         *_check_plateau(draft, recipe),
         *_check_durations(draft, recipe),
@@ -66,6 +70,44 @@ def _check_depth(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
         if value is not None and value > blocks and draft.is_sure("freezing", key):
             rule = f"must be at most {blocks}, the number of the model's blocks"
             yield Finding(("freezing", key), f"{rule}, got {value}: lower it")
+
+
+def _check_block_names(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
+    """Yield the names of blocks that the model does not have; patterns are for the run to see."""
+    blocks = count_blocks(recipe.model.path) if draft.is_sure("model", "path") else None
+    if blocks is None or recipe.freezing.layer_groups:
+        return
+    for path, name in _group_names(recipe):
+        named = _BLOCK.fullmatch(name)
+        if named and int(named[1]) >= blocks and draft.is_sure(*path):
+            rule = f"must be a block of the model, block.0 to block.{blocks - 1}"
+            yield Finding(path, f"{rule}, got {show_value(name)}: correct it")
+
+
+def _group_names(recipe: Recipe) -> Iterator[tuple[RawPath, str]]:
+    freezing = recipe.freezing
+    places: list[tuple[RawPath, list[str] | None]] = [
+        (("freezing", key), getattr(freezing, key, None))
+        for key in ("frozen", "trainable", "always")
+    ]
+    if isinstance(freezing, ExplicitFreezing):
+        places += [
+            (("freezing", "phases", i, "trainable"), p.trainable)
+            for i, p in enumerate(freezing.phases)
+        ]
+    for path, names in places:
+        yield from (((*path, i), name) for i, name in enumerate(names or ()))
+
+
+def _check_phases(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
+    whole, phases = recipe.train.max_duration, getattr(recipe.freezing, "phases", None)
+    if not isinstance(phases, int) or whole.unit != "step" or not 0 < whole.value < phases:
+        return
+    if draft.is_sure("freezing", "phases") and draft.is_sure("train", "max_duration"):
+        text = (
+            f"{phases} phases do not fit into {whole.value:,.0f} steps: lower it, or train longer"
+        )
+        yield Finding(("freezing", "phases"), text)
 
 
 def _check_weights(draft: Draft, recipe: Recipe) -> Iterator[Finding]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from dist_ft.recipe.reading import RawPath, value_at
 
+# What `dist-ft import` writes where the other trainer's file says nothing.
+TO_FILL = "FILL-IN"
 _LONGEST_VALUE = 80
 
 
@@ -45,6 +47,20 @@ def show_value(value: Any) -> str:
         return str(value).lower()
     text = repr(value)
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
+
+
+def unfilled(raw: Any, *, path: RawPath = ()) -> Iterator[Finding]:
+    """Yield a finding for each value that was left to be filled in."""
+    items = (
+        raw.items() if isinstance(raw, dict) else enumerate(raw if isinstance(raw, list) else ())
+    )
+    for key, value in items:
+        if value == TO_FILL:
+            yield Finding(
+                (*path, key), f"is still {TO_FILL}, which the import could not tell: give it"
+            )
+        else:
+            yield from unfilled(value, path=(*path, key))
 
 
 def closest(word: str, known: Iterable[str]) -> str | None:

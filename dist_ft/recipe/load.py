@@ -8,7 +8,7 @@ from typing import Any
 
 from dist_ft.config import Recipe
 from dist_ft.recipe.checks import check
-from dist_ft.recipe.errors import Finding, RecipeError, as_lines, closest, show_value
+from dist_ft.recipe.errors import Finding, RecipeError, as_lines, closest, show_value, unfilled
 from dist_ft.recipe.overrides import apply_overrides
 from dist_ft.recipe.packaged import packaged_recipes
 from dist_ft.recipe.paths import resolve_paths
@@ -40,6 +40,7 @@ def load_recipe(
     raw = _mapping(document, file)
     findings = [Finding(place, text) for place, text in document.problems]
     findings += apply_overrides(raw, overrides)
+    findings += unfilled(raw)
     draft = validate(raw)
     findings += draft.findings
     if draft.recipe is not None:

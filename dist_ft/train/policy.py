@@ -93,12 +93,18 @@ def _starts(
         case StaticFreezing():
             return [(0, _static(config, order))]
         case GradualFreezing():
-            return gradual(
+            starts = gradual(
                 order,
                 first=config.first,
                 groups_per_phase=config.groups_per_phase,
                 change_steps=_change_steps(config, to_steps=to_steps, total_steps=total_steps),
             )
+            if config.phases is not None and len({step for step, _ in starts}) < len(starts):
+                raise ValueError(
+                    f"freezing.phases: {config.phases} phases do not fit into the run's "
+                    f"{total_steps} steps: lower it, or train longer"
+                )
+            return starts
         case BottomUpFreezing():
             return bottom_up(
                 order,

@@ -96,6 +96,26 @@ def test_check_of_a_good_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no errors" in capsys.readouterr().out
 
 
+def test_check_says_what_it_takes_for_granted_and_who_can_share_a_batch(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["check", "quickstart", "model.path=modles/bert", "tasks.trec.data.train=data/tickets"]
+    assert cli.main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == [
+        f"note: {place}: '{path}' is no file or folder here: taken as a hub id, not checked"
+        for place, path in (("model.path", "modles/bert"),
+                            ("tasks.trec.data.train", "data/tickets"))
+    ]  # fmt: skip
+    assert len(lines) == 3
+    assert "no errors" in lines[2]
+    for ranks, code in (("1", 0), ("3", 2)):
+        assert cli.main(["check", "quickstart", "--ranks", ranks]) == code
+    out, err = capsys.readouterr()
+    assert "cannot be shared equally by 3 ranks" in out.splitlines()[-1]
+    assert err == ""
+
+
 def test_check_prints_the_errors_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["check", "quickstart", "sed=1", "optim.lr=-1"]) == 2
     out, err = capsys.readouterr()

@@ -345,6 +345,24 @@ GOLDEN: dict[str, tuple[list[str], list[str]]] = {
             "freezing.at[1]: must be later than the phase before (50step), got '20step': sort them",
         ],
     ),
+    "more phases than steps": (
+        ["freezing.phases=101"],
+        ["freezing.phases: 101 phases do not fit into 100 steps: lower it, or train longer"],
+    ),
+    "blocks that are not there": (
+        ["freezing={policy: explicit, phases: [{at: 0step, trainable: [block.5, block.6]}]}"],
+        [
+            "freezing.phases[0].trainable[1]: must be a block of the model, block.0 to block.5, "
+            "got 'block.6': correct it"
+        ],
+    ),
+    "left open by an import": (
+        ["model.path=FILL-IN", "tasks.topics.data.train=FILL-IN"],
+        [
+            "model.path: is still FILL-IN, which the import could not tell: give it",
+            "tasks.topics.data.train: is still FILL-IN, which the import could not tell: give it",
+        ],
+    ),
     "empty interval": (
         ["evaluation.every=0step"],
         ["evaluation.every: must be longer than nothing, got '0step': raise it"],
