@@ -79,7 +79,7 @@ def launch_command(main: Main) -> Callable[..., None]:
                 f"NPROC is {settings.ranks} but there are {gpus} GPUs: a GPU holds one rank"
             )
         # A bad recipe ends here, before any rank starts.
-        logs = _logs_of(words) if own else None
+        logs = _checked_logs(words, ranks=settings.world_size) if own else None
         os.environ.update(thread_settings(ranks=settings.ranks, gpus=gpus))
         # Where there are GPUs a fork could find a CUDA context that it cannot use.
         start = _starter(words, main=main if own and gpus == 0 else None, module=module)
@@ -88,19 +88,25 @@ def launch_command(main: Main) -> Callable[..., None]:
     return launch
 
 
-def _logs_of(words: Sequence[str]) -> Path | None:
+def _checked_logs(words: Sequence[str], *, ranks: int) -> Path | None:
     """Return where the logs of a training run go; None for another command.
 
     Raises:
-        ValueError: If the recipe is bad.
+        ValueError: If the recipe is bad, `ranks` can't share its batches, or its folder holds
+            another run.
     """
     if words[0] != "train":
         return None
     from dist_ft.recipe import load_recipe
+    from dist_ft.recipe.ranks import check_ranks
+    from dist_ft.train.run_folder import RunFolder
 
     recipe, *overrides = [word for word in words[1:] if not word.startswith("--")] or [""]
     loaded = load_recipe(recipe, overrides=overrides)
-    return loaded.output_dir / loaded.name / "logs"
+    check_ranks(loaded, ranks)
+    folder = RunFolder(loaded.output_dir / loaded.name)
+    folder.check(loaded.model_dump(mode="json"), resume="--resume" in words)
+    return folder.root / "logs"
 
 
 def _starter(words: Sequence[str], *, main: Main | None, module: str) -> Callable[[int], StartRank]:

@@ -8,7 +8,6 @@ complete; it is used again as long as everything its rows depend on is the same.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import shutil
@@ -21,13 +20,13 @@ import pyarrow as pa
 
 from dist_ft.data.encoding import BatchEncoder, EncodedBatch, encode_batches
 from dist_ft.data.files import Row
+from dist_ft.data.folders import locked, replace_folder, restore_folder
 from dist_ft.data.manifest import (
     MANIFEST_NAME,
     Manifest,
     canonical_json,
     differences,
     fingerprint,
-    fsync_folder,
     write_durably,
     write_manifest,
 )
@@ -41,7 +40,8 @@ from dist_ft.data.selection import (
 )
 from dist_ft.data.shards import TARGET_BYTES, ShardedDataset, ShardWriter
 
-__all__ = ["PrepareSpec", "PreparedSplit", "RowFunctions", "SplitPlan", "prepare_split"]
+__all__ = ["PrepareSpec", "PreparedSplit", "RowFunctions", "SplitPlan", "prepare_split",
+           "split_inputs"]  # fmt: skip
 
 # Any change of what rows come out needs a new version: older folders are then not used again.
 PREPARE_VERSION = 2
@@ -139,10 +139,10 @@ def prepare_split(
     if processes < 1:
         raise ValueError(f"processes must be at least 1, got {processes}")
     folder = split_folder(data_dir, task=spec.task, split=split)
-    wanted = _inputs(spec, split=split)
+    wanted = split_inputs(spec, split=split)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(folder.with_name(f".{split}.lock")):
-        _restore(folder)
+    with locked(folder.with_name(f".{split}.lock")):
+        restore_folder(folder)
         found = _existing(folder, wanted=wanted, replacing=replacing)
         if found is not None:
             return PreparedSplit(folder, found, reused=True)
@@ -162,12 +162,16 @@ def prepare_split(
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         (temporary / _PROGRESS_NAME).unlink(missing_ok=True)
-        _replace(folder, by=temporary)
+        replace_folder(folder, by=temporary)
     return PreparedSplit(folder, manifest, reused=False)
 
 
-def _inputs(spec: PrepareSpec, *, split: str) -> dict[str, Any]:
-    """Returns what the rows depend on, as JSON; its hash decides whether a folder is used again."""
+def split_inputs(spec: PrepareSpec, *, split: str) -> dict[str, Any]:
+    """Returns what the rows depend on, as JSON; its hash decides whether a folder is used again.
+
+    Raises:
+        ValueError: a source can't be read.
+    """
     plan = spec.plan
     # Absent unless used, so that folders prepared without it are found again.
     kept = {"raw_columns": list(spec.raw_columns)} if spec.raw_columns else {}
@@ -361,36 +365,3 @@ def _check_totals(manifest: Manifest) -> None:
             f"{place}: token id {manifest.max_token_id} is outside of the tokenizer's vocabulary "
             f"of {vocab_size}: encode() must use this tokenizer"
         )
-
-
-@contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Holds a lock between processes, on one machine or a shared file system; it dies with them."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            # Some clusters mount Lustre without locks: two nodes would write into one folder.
-            raise RuntimeError(
-                f"the file system of {path.parent} can't lock files ({error}): choose a data "
-                "folder on another one, or mount it with locks (Lustre: -o flock)"
-            ) from error
-        yield
-
-
-def _restore(folder: Path) -> None:
-    """Puts right what a process killed while it replaced a folder left; none is at work now."""
-    old = folder.with_name(f".{folder.name}.old")
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _replace(folder: Path, *, by: Path) -> None:
-    # A folder can't be renamed onto a full one, so the old one steps aside first.
-    old = folder.with_name(f".{folder.name}.old")
-    if folder.exists():
-        folder.rename(old)
-    by.rename(folder)
-    fsync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)

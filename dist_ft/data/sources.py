@@ -121,7 +121,7 @@ def open_source(spec: SourceSpec, *, base_dir: Path) -> RawSource:
     if _HUB_ID.fullmatch(spec.path) and Path(spec.path).suffix not in SUFFIXES:
         return _hub_source(spec)
     raise ValueError(
-        f"source {spec.path!r} matches no file in {base_dir}: give a file, a folder, a glob, "
+        f"source {spec.path!r} {_no_file(spec.path, base_dir)}: give a file, a folder, a glob, "
         f"'{_PACKAGE_PREFIX}<set>' or the id of a hub data set; relative paths start from the "
         "recipe's folder"
     )
@@ -178,9 +178,14 @@ def _find_files(path: str, *, base_dir: Path) -> list[Path]:
         found = map(Path, glob.glob(str(place), recursive=True))  # noqa: PTH207
         files = sorted(path for path in found if path.is_file())
         if not files:
-            raise ValueError(f"the glob {path!r} matches no file in {base_dir}: correct it")
+            raise ValueError(f"the glob {path!r} {_no_file(path, base_dir)}: correct it")
         return files
     return []
+
+
+def _no_file(path: str, base_dir: Path) -> str:
+    is_absolute = Path(path).expanduser().is_absolute()
+    return "matches no file" if is_absolute else f"matches no file in {base_dir}"
 
 
 def _file_source(spec: SourceSpec, *, files: list[Path]) -> RawSource:

@@ -7,9 +7,10 @@ from typing import TypeVar
 
 from dist_ft import dist
 from dist_ft.config import Recipe
+from dist_ft.recipe.ranks import check_ranks
 from dist_ft.search.candidates import Outcome
 from dist_ft.search.study import import_optuna
-from dist_ft.train.build import PREEMPTED, check_world
+from dist_ft.train.build import PREEMPTED
 from dist_ft.train.console import Console
 from dist_ft.train.segment import Place, PreemptedError
 from dist_ft.train.signals import StopRequest
@@ -39,7 +40,7 @@ def run_session(
     stop = StopRequest()
     with stop.listening():
         world = dist.world_from_environment()
-        check_world(recipe, world)
+        check_ranks(recipe, world.world_size)
         console = Console(main=world.is_main)
         seen = look(console)
         device = dist.init_process_group(

@@ -19,6 +19,7 @@ from dist_ft.engine.loss_module import LossModule
 from dist_ft.heartbeat import Heartbeat
 from dist_ft.model.layer_groups import LayerGroup
 from dist_ft.optim.param_groups import LearningRates, build_param_groups
+from dist_ft.recipe.ranks import check_ranks
 from dist_ft.train.adapt import WatchGroups
 from dist_ft.train.balancing import Balance, make_balancer
 from dist_ft.train.beats import make_beat
@@ -27,6 +28,7 @@ from dist_ft.train.callbacks import Checkpoint, Evaluate, LogSteps
 from dist_ft.train.console import Console
 from dist_ft.train.deciders import deciders
 from dist_ft.train.engines import make_engine
+from dist_ft.train.environment import environment
 from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
 from dist_ft.train.held_rows import with_frozen_rows
 from dist_ft.train.kernels import take_kernels
@@ -41,7 +43,8 @@ from dist_ft.train.recorder import Recorder
 from dist_ft.train.regularization import penalty_rules
 from dist_ft.train.restoring import go_back, restore
 from dist_ft.train.retention import Retention
-from dist_ft.train.run_folder import RunFolder, environment
+from dist_ft.train.run_data import keep_data
+from dist_ft.train.run_folder import RunFolder
 from dist_ft.train.run_lock import RunLock
 from dist_ft.train.saving import CheckpointWriter
 from dist_ft.train.signals import StopRequest
@@ -77,9 +80,11 @@ def train(recipe: Recipe, *, resume: bool, extensions: Extensions = NO_EXTENSION
 def _train(recipe: Recipe, *, resume: bool, stop: StopRequest, extensions: Extensions) -> int:
     heartbeat = Heartbeat.of_this_rank()
     world = dist.world_from_environment()
-    check_world(recipe, world)
+    check_ranks(recipe, world.world_size)
     console = Console(main=world.is_main, every=recipe.logging.every)
     folder = RunFolder(recipe.output_dir / recipe.name)
+    if world.world_size == 1:  # the launcher does it for several ranks, before they start
+        folder.check(recipe.model_dump(mode="json"), resume=resume)
     parts = make_parts(recipe, console.say, extensions=extensions)
     device = dist.init_process_group(
         world,
@@ -88,7 +93,7 @@ def _train(recipe: Recipe, *, resume: bool, stop: StopRequest, extensions: Exten
     )
     lock = RunLock(folder.root)
     try:
-        _open_folder(folder, recipe, lock=lock, resume=resume, device=device)
+        _open_folder(folder, recipe, parts, lock=lock, resume=resume, device=device)
         folder.log_to_file(world)
         recorder = _recorder(recipe, folder=folder, world=world)
         memory = fit_memory(recipe, parts, folder=folder, recorder=recorder, console=console)
@@ -126,36 +131,14 @@ def _record_failure(recorder: Recorder) -> None:
         recorder.event("failure", **failure)
 
 
-def check_world(recipe: Recipe, world: dist.World) -> None:
-    """Check that the global batch can be shared out over the ranks.
-
-    Raises:
-        ValueError: If it cannot, or the reference engine is to run on several ranks.
-    """
-    micro_batches = recipe.train.global_batch_size // recipe.train.micro_batch_size
-    if recipe.train.micro_batch_tokens is not None:
-        # As many micro-batches as ranks can always be made, down to one row each.
-        if recipe.train.global_batch_size < world.world_size:
-            raise ValueError(
-                f"train.global_batch_size: {recipe.train.global_batch_size} rows are too few for "
-                f"{world.world_size} ranks: start fewer ranks or raise it"
-            )
-    elif micro_batches % world.world_size:
-        fits = [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
-        raise ValueError(
-            f"train.global_batch_size: {recipe.train.global_batch_size} rows in micro-batches of "
-            f"{recipe.train.micro_batch_size} make {micro_batches} micro-batches, which cannot be "
-            f"shared equally by {world.world_size} ranks: start {' or '.join(map(str, fits))} "
-            "ranks or change a batch size"
-        )
-    if recipe.engine.type == "reference" and world.world_size > 1:
-        raise ValueError(
-            f"engine.type: reference runs on one rank, got {world.world_size}: use deepspeed"
-        )
-
-
 def _open_folder(
-    folder: RunFolder, recipe: Recipe, *, lock: RunLock, resume: bool, device: torch.device
+    folder: RunFolder,
+    recipe: Recipe,
+    parts: Parts,
+    *,
+    lock: RunLock,
+    resume: bool,
+    device: torch.device,
 ) -> None:
     problem: str | None = None
     world = dist.world_from_environment()
@@ -163,6 +146,7 @@ def _open_folder(
         try:
             lock.acquire()
             folder.start(recipe.model_dump(mode="json"), resume=resume)
+            keep_data(folder, recipe, parts.tasks)
             folder.write_json("env.json", environment(world, device))
         except ValueError as error:
             problem = str(error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,17 @@ Reading = Callable[[str, Callable[[], int | None]], ReadingProgress]
 
 @dataclass(frozen=True)
 class PreparedTask:
-    """A task that knows its labels, with the data of each split."""
+    """A task that knows its labels, with the data of each split.
+
+    Attributes:
+        task: The task.
+        datasets: By split.
+        state: What ``task.scan`` found in the training rows; empty if it needs nothing of them.
+    """
 
     task: Task
     datasets: dict[str, ShardedDataset]
+    state: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 def prepare_tasks(
@@ -107,20 +114,18 @@ def _prepare_task(
     task = extensions.make_task(config.arguments())
     task.check_tokenizer(tokenizer)
     own = extensions.implementation(config.name)
-    spec = _spec(config, task=task, plan=plan, tokenizer=tokenizer, own=own)
+    state: dict[str, Any] = {}
     if task.needs_scan:
+        spec = task_spec(config, task, tokenizer=tokenizer, own=own)
         with reading(f"{config.name}, labels", plan.source_of("train").estimate) as progress:
             folder = recipe.data_dir / config.name
             state = _scanned(spec, task=task, folder=folder, progress=progress)
         task = task.with_state(state)
-        spec = _spec(config, task=task, plan=plan, tokenizer=tokenizer, own=own)
     datasets: dict[str, ShardedDataset] = {}
     for split in plan.splits:
-        # Only training rows are augmented, so only theirs are kept.
-        kept = raw_columns(config) if split == "train" else ()
         with reading(f"{config.name}/{split}", plan.source_of(split).estimate) as progress:
             prepared = prepare_split(
-                replace(spec, raw_columns=kept),
+                task_spec(config, task, tokenizer=tokenizer, own=own, split=split),
                 split=split,
                 data_dir=recipe.data_dir,
                 replacing=replacing,
@@ -129,7 +134,7 @@ def _prepare_task(
             )
         say(_describe(config.name, split, prepared))
         datasets[split] = ShardedDataset(prepared.folder, verify="cached")
-    return PreparedTask(task, datasets)
+    return PreparedTask(task, datasets, state)
 
 
 def _describe(task: str, split: str, prepared: PreparedSplit) -> str:
@@ -138,20 +143,30 @@ def _describe(task: str, split: str, prepared: PreparedSplit) -> str:
     return f"{task}/{split}: {manifest.rows:,} rows, {manifest.tokens:,} tokens ({how})"
 
 
-def _spec(
+def task_spec(
     config: TaskConfig,
-    *,
     task: Task,
-    plan: SplitPlan,
+    *,
     tokenizer: PreTrainedTokenizerBase,
     own: Mapping[str, str],
+    split: str | None = None,
 ) -> PrepareSpec:
+    """Return what the rows of a task's split depend on.
+
+    Args:
+        config: The task in the recipe.
+        task: The task.
+        tokenizer: The model's.
+        own: What tells a program's own task from others; see ``Extensions.implementation``.
+        split: Which one; None for what all have in common.
+    """
+
     def encode(rows: list[dict[str, Any]]) -> Sequence[dict[str, Any]]:
         return task.encode(rows, tokenizer=tokenizer)
 
     return PrepareSpec(
         task=config.name,
-        plan=plan,
+        plan=split_plan(config),
         functions=RowFunctions(
             schema=task.schema(),
             required_columns=task.required_columns,
@@ -167,6 +182,8 @@ def _spec(
             **own,
         },
         on_error=config.on_error,
+        # Only training rows are augmented, so only theirs are kept.
+        raw_columns=raw_columns(config) if split == "train" else (),
     )
 
 
@@ -194,8 +211,7 @@ def selected_rows(
     Raises:
         ValueError: If the source can't be read.
     """
-    plan = split_plan(config)
-    return _spec(config, task=task, plan=plan, tokenizer=tokenizer, own={}).raw_rows(split)
+    return task_spec(config, task, tokenizer=tokenizer, own={}).raw_rows(split)
 
 
 def split_plan(config: TaskConfig) -> SplitPlan:

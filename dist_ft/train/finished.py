@@ -19,6 +19,7 @@ from dist_ft.data.loader import MicroBatch
 from dist_ft.data.manifest import differences
 from dist_ft.engine.base import on_device
 from dist_ft.engine.loss_module import LossModule
+from dist_ft.model.backbone import MultiTaskModel
 from dist_ft.model.lora import LoraSettings, merged_lora
 from dist_ft.model.sources import resolve_model_path
 from dist_ft.train import analysis
@@ -34,8 +35,10 @@ from dist_ft.train.evaluate import collect, evaluate_task, paired_bootstrap
 from dist_ft.train.export import export_task
 from dist_ft.train.export_adapter import export_adapter
 from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
-from dist_ft.train.parts import Parts, eval_data, load_preprocessor, make_parts
+from dist_ft.train.parts import Parts, eval_data, load_preprocessor, make_model, make_parts
 from dist_ft.train.recorder import Recorder, surviving_events
+from dist_ft.train.regularization import prepare_model
+from dist_ft.train.run_data import restored_tasks
 from dist_ft.train.run_folder import RunFolder
 from dist_ft.train.weights import load_weights
 
@@ -63,10 +66,18 @@ def open_start(
 ) -> tuple[Recipe, Parts, RunFolder, CheckpointReader]:
     """Return recipe, parts as they were before the run, folder and its newest whole checkpoint.
 
+    The data are those of the run, whatever its source has become.
+
     Raises:
-        ValueError: If the folder holds no run or no whole checkpoint, or the model's tokenizer is
-            not the one that the run was trained with.
+        ValueError: If the folder holds no run or no whole checkpoint, the model's tokenizer is not
+            the one that the run was trained with, or its data are gone.
     """
+    recipe, folder, reader = _open_folder(run)
+    parts = make_parts(recipe, log.info, extensions=extensions, of_run=folder)
+    return recipe, parts, folder, reader
+
+
+def _open_folder(run: Path) -> tuple[Recipe, RunFolder, CheckpointReader]:
     folder = RunFolder(run)
     recipe = Recipe.model_validate(folder.read_recipe())
     path, passed_over = find_checkpoint(folder.checkpoints)
@@ -79,7 +90,7 @@ def open_start(
         log.warning("checkpoint passed over: %s", text)
     reader = CheckpointReader(path)
     _check_tokenizer(recipe, reader)
-    return recipe, make_parts(recipe, log.info, extensions=extensions), folder, reader
+    return recipe, folder, reader
 
 
 def _check_tokenizer(recipe: Recipe, reader: CheckpointReader) -> None:
@@ -214,12 +225,14 @@ def export(
 ) -> list[Path]:
     """Write a plain transformers folder for each task (or the one named); return the folders.
 
+    Labels and weights are those of the run's folder; neither source nor shards are read.
+
     Raises:
         ValueError: If there is no such task, or an export folder exists already.
     """
     how = how or ExportOptions()
-    recipe, parts, folder, step = open_finished(run, extensions=extensions)
-    names = [t.task.name for t in parts.tasks]
+    recipe, folder, reader = _open_folder(run)
+    names = [task.name for task in recipe.tasks]
     if task is not None and task not in names:
         raise ValueError(f"--task: the run has no task {task!r}; its tasks are {', '.join(names)}")
     if how.lora == "adapter" and recipe.model.lora is None:
@@ -231,38 +244,51 @@ def export(
             f"{', '.join(map(str, existing))} exists already: remove it, or move it away"
         )
     decision = Decision(recipe.evaluation.decide_by, recipe.evaluation.weights)
+    tokenizer = load_preprocessor(recipe)
+    tasks = restored_tasks(recipe, folder=folder, extensions=extensions)
+    model, groups = make_model(recipe, tasks, tokenizer=tokenizer)
+    # As in training: what it sets (dropout) is part of the exported configuration.
+    prepare_model(recipe, model, groups=groups, trains=[group.name for group in groups])
+    exporter = _Exporter(recipe, model, tokenizer, folder, how)
     folders: list[Path] = []
     for name in wanted:
-        at = step
         if how.best:
             reader = best_checkpoint(folder.checkpoints, name=decision.name_for(name))
-            at = reader.trainer["progress"]["step"]
-            load_weights(parts.model, reader)
-        folders.append(_export_one(recipe, parts, name, folder=folder, how=how, step=at))
+        load_weights(model, reader)
+        folders.append(exporter.write(name, step=reader.trainer["progress"]["step"]))
     return folders
 
 
-def _export_one(
-    recipe: Recipe, parts: Parts, name: str, *, folder: RunFolder, how: ExportOptions, step: int
-) -> Path:
-    card: dict[str, Any] = {
-        "metrics": last_scores(folder.metrics, step=step).get(name, {}),
-        "recipe": recipe.model_dump(mode="json", exclude={"output_dir", "data_dir"}),
-    }
-    if how.lora == "adapter":
-        assert recipe.model.lora is not None
-        return export_adapter(
-            parts.model,
-            parts.tokenizer,
-            task=name,
-            folder=folder.export / name,
-            settings=LoraSettings(**recipe.model.lora.model_dump()),
-            card={**card, "base_model": resolve_model_path(recipe.model.path)},
-        )
-    with merged_lora(parts.model):
-        return export_task(
-            parts.model, parts.tokenizer, task=name, folder=folder.export / name, card=card
-        )
+@dataclass(frozen=True)
+class _Exporter:
+    """Writes tasks of a model that has its trained weights."""
+
+    recipe: Recipe
+    model: MultiTaskModel
+    tokenizer: Any
+    folder: RunFolder
+    how: ExportOptions
+
+    def write(self, task: str, *, step: int) -> Path:
+        """Write a task's folder, whose card tells the scores up to `step`; return its path."""
+        folder = self.folder.export / task
+        lora = self.recipe.model.lora
+        card: dict[str, Any] = {
+            "metrics": last_scores(self.folder.metrics, step=step).get(task, {}),
+            "recipe": self.recipe.model_dump(mode="json", exclude={"output_dir", "data_dir"}),
+        }
+        if self.how.lora == "adapter":
+            assert lora is not None
+            return export_adapter(
+                self.model,
+                self.tokenizer,
+                task=task,
+                folder=folder,
+                settings=LoraSettings(**lora.model_dump()),
+                card={**card, "base_model": resolve_model_path(self.recipe.model.path)},
+            )
+        with merged_lora(self.model):
+            return export_task(self.model, self.tokenizer, task=task, folder=folder, card=card)
 
 
 def best_checkpoint(root: Path, *, name: str) -> CheckpointReader:

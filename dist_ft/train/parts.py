@@ -19,6 +19,7 @@ from dist_ft.model.backbone import HeadSpec, ModelSource, MultiTaskModel, load_m
 from dist_ft.model.layer_groups import LayerGroup, find_layer_groups
 from dist_ft.model.lora import LoraSettings, add_lora, fix_base
 from dist_ft.model.processors import load_processor
+from dist_ft.tasks.base import Task
 from dist_ft.tasks.output_regularization import OutputPenalty
 from dist_ft.train.data import PreparedTask, prepare_tasks
 from dist_ft.train.evaluate import EvalData
@@ -26,6 +27,8 @@ from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
 from dist_ft.train.loading import Lengths, plan_steps
 from dist_ft.train.policy import check_every_task_trains, make_policy
 from dist_ft.train.regularization import prepare_model
+from dist_ft.train.run_data import reopen_tasks
+from dist_ft.train.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
@@ -45,26 +48,33 @@ class Parts:
 
 
 def make_parts(
-    recipe: Recipe, say: Callable[[str], None], *, extensions: Extensions = NO_EXTENSIONS
+    recipe: Recipe,
+    say: Callable[[str], None],
+    *,
+    extensions: Extensions = NO_EXTENSIONS,
+    of_run: RunFolder | None = None,
 ) -> Parts:
-    """Return data, model, layer groups and schedule; needs no process group."""
-    source = model_source(recipe.model)
+    """Return data, model, layer groups and schedule; needs no process group.
+
+    Args:
+        recipe: The recipe.
+        say: Prints a line.
+        extensions: A program's own tasks and freezing policy.
+        of_run: A run that was trained already: its own data are opened, and the source is not
+            looked at.
+
+    Raises:
+        ValueError: If the recipe does not fit the model or the data, or the data are not the run's.
+    """
     tokenizer = load_preprocessor(recipe)
-    tasks = prepare_tasks(recipe, tokenizer=tokenizer, say=say, extensions=extensions)
-    heads = [HeadSpec(t.task.name, t.task.auto_class, t.task.config_updates()) for t in tasks]
-    model = load_model(
-        source,
-        heads=heads,
-        dtype=torch.float32,
-        seed=recipe.seed,
-        pad_token_id=getattr(tokenizer, "pad_token_id", None),
-    )
+    if of_run is None:
+        tasks = prepare_tasks(recipe, tokenizer=tokenizer, say=say, extensions=extensions)
+    else:
+        tasks = reopen_tasks(
+            recipe, folder=of_run, tokenizer=tokenizer, extensions=extensions, say=say
+        )
+    model, groups = make_model(recipe, [t.task for t in tasks], tokenizer=tokenizer)
     check_vocabulary(tasks, model=model.backbone)
-    if recipe.model.lora is not None:
-        add_lora(model, LoraSettings(**recipe.model.lora.model_dump()), seed=recipe.seed)
-    groups = find_layer_groups(model, overrides=recipe.freezing.layer_groups or None)
-    if recipe.model.lora is not None:
-        groups = fix_base(groups, auto_classes={h.name: h.auto_class for h in heads})
     steps = plan_steps(recipe, tasks)
     order = LayerOrder.of([(g.name, g.freezing_kind) for g in groups])
     if extensions.policy is not None:
@@ -87,6 +97,26 @@ def make_parts(
         tokenizer, tasks, model, groups, policy, steps.total_steps, steps.lengths, steps.mixture,
         recipe.mixture.tasks_per_step, extensions.regularizers,
     )  # fmt: skip
+
+
+def make_model(
+    recipe: Recipe, tasks: Sequence[Task], *, tokenizer: Any
+) -> tuple[MultiTaskModel, list[LayerGroup]]:
+    """Return the pre-trained model with the heads of the tasks, and its layer groups."""
+    heads = [HeadSpec(task.name, task.auto_class, task.config_updates()) for task in tasks]
+    model = load_model(
+        model_source(recipe.model),
+        heads=heads,
+        dtype=torch.float32,
+        seed=recipe.seed,
+        pad_token_id=getattr(tokenizer, "pad_token_id", None),
+    )
+    if recipe.model.lora is not None:
+        add_lora(model, LoraSettings(**recipe.model.lora.model_dump()), seed=recipe.seed)
+    groups = find_layer_groups(model, overrides=recipe.freezing.layer_groups or None)
+    if recipe.model.lora is not None:
+        groups = fix_base(groups, auto_classes={h.name: h.auto_class for h in heads})
+    return model, groups
 
 
 def check_vocabulary(tasks: Sequence[PreparedTask], *, model: torch.nn.Module) -> None:

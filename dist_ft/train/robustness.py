@@ -28,6 +28,7 @@ from dist_ft.tasks.base import Metrics, Record
 from dist_ft.train.augmentation import make_augmenter
 from dist_ft.train.data import PreparedTask, selected_rows
 from dist_ft.train.evaluate import EvalData, paired_bootstrap
+from dist_ft.train.run_data import has_source
 
 ROWS = 1000
 SHARE = 0.1  # of the words, for transforms that the recipe does not set itself
@@ -56,8 +57,11 @@ def measure_robustness(
     try:
         read = selected_rows(config, prepared.task, tokenizer=tokenizer, split=data.split)
         rows = list(islice(read, ROWS))
+        same = has_source(config, data.dataset)
     except (ValueError, RuntimeError, OSError) as error:
         return {"skipped": f"the raw rows cannot be read any more: {error}"}
+    if not same:
+        return {"skipped": "the raw rows have changed since the run was trained"}
     metric, _ = prepared.task.primary_metric
     scorer = _Scorer(data, tokenizer=tokenizer, forward=forward)
     metrics, plain = scorer.records(rows)

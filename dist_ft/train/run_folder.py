@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
-import platform
-import subprocess
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    from dist_ft import dist
 
-from dist_ft import dist
 
-VERSIONS = ("torch", "transformers", "deepspeed", "datasets", "pyarrow", "numpy")
 # What may change when a run goes on: how it is computed and watched, not what is computed.
 FREE_ON_RESUME = {
     "name",
@@ -80,9 +75,18 @@ class RunFolder:
             ValueError: If a run is there and is not to be resumed, or its recipe differs in what
                 is computed.
         """
+        self.check(recipe, resume=resume)
         if not self.recipe.is_file():
             self.root.mkdir(parents=True, exist_ok=True)
             self.write_json(self.recipe.name, recipe)
+
+    def check(self, recipe: Mapping[str, Any], *, resume: bool) -> None:
+        """Check that a run with `recipe` may be started or go on here.
+
+        Raises:
+            ValueError: As `start` does.
+        """
+        if not self.recipe.is_file():
             return
         if not resume:
             raise ValueError(
@@ -135,32 +139,3 @@ def _differences(old: Any, new: Any, *, free: Collection[str], path: str = "") -
             )
         ]
     return [] if old == new else [f"{path} (was {old!r}, is {new!r})"]
-
-
-def environment(world: dist.World, device: torch.device) -> dict[str, Any]:
-    """Return commit, versions, devices and launcher, for ``env.json``."""
-    return {
-        "dist_ft": importlib.metadata.version("dist-ft"),
-        "commit": _commit(),
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
-        "world_size": world.world_size,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "command": sys.argv,
-    }
-
-
-def _commit() -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

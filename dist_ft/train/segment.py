@@ -15,11 +15,13 @@ from dist_ft.train.adapt import mean_score
 from dist_ft.train.build import make_run
 from dist_ft.train.callbacks import Evaluate
 from dist_ft.train.console import Console
+from dist_ft.train.environment import environment
 from dist_ft.train.loop import Run, fit
 from dist_ft.train.parts import make_parts
 from dist_ft.train.recorder import Recorder
 from dist_ft.train.restoring import restore
-from dist_ft.train.run_folder import RunFolder, environment
+from dist_ft.train.run_data import keep_data
+from dist_ft.train.run_folder import RunFolder
 
 T = TypeVar("T")
 
@@ -102,6 +104,7 @@ def _make(
     """Return the run, set to end at `step`, and whether that is its end anyway."""
     console = Console(main=False)
     parts = make_parts(recipe, console.say)
+    on_main(lambda: keep_data(folder, recipe, parts.tasks))
     run = make_run(recipe, parts, folder=folder, world=place.world, device=place.device,
                    console=console, recorder=recorder)  # fmt: skip
     restore(run, folder=folder, recorder=recorder, console=console)

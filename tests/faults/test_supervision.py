@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch.distributed
 
+from dist_ft import cli
 from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
 from dist_ft.optim.adamw import GroupAdamW
 from dist_ft.train import build, loop, saving, signals
@@ -252,12 +253,19 @@ def test_a_killed_launcher_leaves_no_ranks_and_its_run_is_locked_until_then(
         _wait_for(mark.exists)
         ranks = psutil.Process(launcher).children()
         assert len(ranks) == 2
-        # A second writer is refused, by every rank, while the first one lives.
-        second = supervise(recipe, ["name=orphans"], resume=True)
+        # A second writer is refused, by every rank, while the first one lives; said once.
+        refused = [recipe.parent / f"refused-{rank}" for rank in (0, 1)]
+
+        def note(attempt: int, rank: int) -> None:
+            del attempt
+            before(cli, "_report_error", lambda _: refused[rank].touch())
+
+        second = supervise(recipe, ["name=orphans"], fault=note, resume=True)
         assert second.code == 2
+        assert all(mark.exists() for mark in refused)
         said = capfd.readouterr().err
-        for rank in (0, 1):
-            assert re.search(rf"\[rank {rank}\] error: .*is being written by another run", said)
+        found = re.findall(r"\[rank [01]\] error: .*is being written by another run", said)
+        assert len(found) == said.count("error: ") == 1
     finally:
         os.kill(launcher, signal.SIGKILL)
         os.waitpid(launcher, 0)

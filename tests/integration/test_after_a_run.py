@@ -22,6 +22,7 @@ import pytest
 from rich.console import Console
 
 from dist_ft import cli
+from dist_ft.launcher import supervisor
 from dist_ft.recipe import load_recipe
 from dist_ft.report import write_report
 from dist_ft.report.raster import png_of
@@ -71,6 +72,123 @@ def test_a_run_is_not_used_with_another_tokenizer(
             assert "content_sha256" in error
     finally:
         file.write_text(before)
+
+
+@pytest.fixture
+def copied(run: Path, tmp_path: Path) -> Path:
+    """Return a copy of the run with its own model, raw files and shards, which may be spoilt."""
+    root = tmp_path / "copy"
+    shutil.copytree(run.parents[1], root, ignore=shutil.ignore_patterns("export", "report"))
+    for file in (root / "recipe.yaml", root / "runs/tiny/recipe.json"):
+        file.write_text(file.read_text().replace(str(run.parents[1]), str(root)))
+    return root / "runs/tiny"
+
+
+def _rename_label(run: Path) -> None:
+    """Give the label "yes" another name, which also sorts before "no"."""
+    file = run.parents[1] / "texts.jsonl"
+    file.write_text(file.read_text().replace('"label": "yes"', '"label": "aye"'))
+
+
+def _exported_labels(run: Path) -> dict[str, str]:
+    assert cli.main(["export", str(run), "--task", "text"]) == 0
+    found = json.loads((run / "export/text/config.json").read_text())["id2label"]
+    shutil.rmtree(run / "export")
+    return found
+
+
+def test_the_labels_are_those_of_the_run_whatever_its_data_have_become(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = {"0": "no", "1": "yes"}
+    _rename_label(copied)
+    assert _exported_labels(copied) == labels
+    # A run of an older version does not say them; the shards that it was trained on do.
+    (copied / "data.json").rename(copied / "kept")
+    assert _exported_labels(copied) == labels
+    shutil.rmtree(copied.parents[1] / "data")
+    capsys.readouterr()
+    assert cli.main(["export", str(copied), "--task", "text"]) == 2
+    assert "does not say which labels task text has" in capsys.readouterr().err
+    # Neither shards nor raw files: the folder is enough.
+    (copied / "kept").rename(copied / "data.json")
+    for file in copied.parents[1].glob("*.jsonl"):
+        file.unlink()
+    assert _exported_labels(copied) == labels
+
+
+def test_a_run_is_scored_on_its_own_data_or_not_at_all(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = copied.parents[1]
+    expected = {
+        e["task"]: e["metrics"] for e in read_run(copied).latest() if e["split"] == "validation"
+    }
+    texts = (root / "texts.jsonl").read_text()
+    _rename_label(copied)
+    (root / "tagged.jsonl").rename(root / "elsewhere.jsonl")
+    kept = copied / "data.json"
+    for has_record in (True, False):
+        if not has_record:
+            kept.rename(copied / "kept")
+        scores = finished.evaluate(copied)
+        assert {task: body["validation"] for task, body in scores.items()} == expected
+    (copied / "kept").rename(kept)
+    # A new run on the edited file took the place of the shards.
+    (root / "elsewhere.jsonl").rename(root / "tagged.jsonl")
+    assert cli.main(["prepare", str(root / "recipe.yaml")]) == 0
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(copied)]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert f"{copied} was trained on other data" in error
+    assert f"tasks.text.data.train = {root}/texts.jsonl (texts.jsonl was " in error
+    assert "put back what it was trained on" in error
+    (root / "texts.jsonl").write_text(texts)
+    scores = finished.evaluate(copied)  # prepared again, as it was
+    assert {task: body["validation"] for task, body in scores.items()} == expected
+    shutil.rmtree(root / "data")
+    (root / "texts.jsonl").unlink()
+    assert cli.main(["evaluate", str(copied)]) == 2
+    assert "texts.jsonl' matches no file: give" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_with_its_own_data_only(
+    copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = copied.parents[1]
+    _rename_label(copied)
+    before = (copied / "data.json").read_text()
+    again = ["train", str(root / "recipe.yaml"), "--resume", f"data_dir={root}/other"]
+    assert cli.main(again) == 2
+    error = capsys.readouterr().err
+    assert "tasks.text.data.train" in error
+    assert "labels (were no, yes; are aye, no)" in error
+    assert (copied / "data.json").read_text() == before
+    (copied / "data.json").unlink()
+    assert cli.main(again) == 2
+    assert "was trained on other data of task text (dataset_id" in capsys.readouterr().err
+    assert not (copied / "data.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--nproc", "3"], "train.global_batch_size: 8 rows in micro-batches of 4 make 2 micro-"),
+        (["--nproc", "2"], "holds a run already: go on with it by --resume"),
+        (["--nproc", "2", "--resume", "seed=9"], "started with another recipe; what differs: seed"),
+    ],
+)
+def test_the_launcher_says_once_what_all_ranks_would_find(
+    words: list[str], expected: str, run: Path, capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(supervisor.Supervisor, "run", lambda _: pytest.fail("ranks are started"))
+    recipe = str(run.parents[1] / "recipe.yaml")
+    assert cli.main(["launch", *words[:2], "train", recipe, *words[2:]]) == 2
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert expected in said[0]
 
 
 class _Reader(html.parser.HTMLParser):
@@ -258,6 +376,30 @@ def test_watch_tells_of_faults_and_of_silence(tmp_path: Path) -> None:
     path.touch()
     os.utime(path, (time.time() - 500, time.time() - 500))
     assert 499 < Follower(path).silent_s() < 600
+
+
+def test_report_and_watch_say_alike_how_a_run_ended(copied: Path) -> None:
+    found = events(copied)
+    scored = next(e for e in found if e["event"] == "eval" and "intervals" in e)
+    place = next(i for i, e in enumerate(found) if e["event"] == "stop")
+    resumed = next(e for e in found if e["event"] == "resume")
+    signal = found[place]["signal"]
+    stopped = (f"stopped by signal {signal}, can be resumed", "stopped, can be resumed")
+    running = ("not ended: still running, or killed", "training")
+    for record, expected in (
+        (found[:place], running),
+        (found[: place + 1], stopped),
+        # Scores of a finished or stopped run are added to its record, and do not start it.
+        ([*found[: place + 1], {**scored, "step": found[place]["step"]}], stopped),
+        ([*found[: place + 1], resumed], running),
+        (found, ("finished", "finished")),
+    ):
+        lines = "".join(json.dumps(event) + "\n" for event in record)
+        (copied / "metrics.jsonl").write_text(lines)
+        console = Console(width=120, record=True, file=io.StringIO())
+        console.print(dashboard("r", Follower(copied / "metrics.jsonl").refresh()))
+        shown = console.export_text().splitlines()[0]
+        assert (read_run(copied).outcome, expected[1] in shown) == (expected[0], True), shown
 
 
 def test_watch_shows_a_run_and_follows_it(run: Path, tmp_path: Path, capsys: Any) -> None:

@@ -9,10 +9,9 @@ import pytest
 from dist_ft.config import CasingConfig, Recipe, RoundRobinMixture, WordReplacementConfig
 from dist_ft.config_data import DataConfig, SourceConfig
 from dist_ft.config_tasks import GenerationConfig
-from dist_ft.dist import World
 from dist_ft.recipe import RecipeError, load_recipe
+from dist_ft.recipe.ranks import check_ranks
 from dist_ft.train.augmentation import make_augmenter
-from dist_ft.train.build import check_world
 from dist_ft.train.data import raw_columns
 from tests.unit.test_recipe import folder as folder_of_test_recipe
 
@@ -101,9 +100,9 @@ def test_a_budget_of_tokens_does_without_a_count(folder: Path) -> None:
     recipe = load_recipe(folder / "demo.yaml", overrides=[short])
     assert (recipe.train.micro_batch_tokens, recipe.train.micro_batch_size) == (512, 32)
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
-    check_world(recipe, World(rank=0, local_rank=0, world_size=5))
+    check_ranks(recipe, 5)
     with pytest.raises(ValueError, match="32 rows are too few for 33 ranks"):
-        check_world(recipe, World(rank=0, local_rank=0, world_size=33))
+        check_ranks(recipe, 33)
     neither = "train={max_duration: 5step, global_batch_size: 32}"
     assert errors_of(folder / "demo.yaml", neither) == [
         "train.micro_batch_size: required, got nothing: add micro_batch_size (a whole number)"

@@ -1,0 +1,350 @@
+"""What a run was trained on: kept in its folder, compared when it goes on, opened to score it.
+
+A finished run must not depend on its raw data: they are edited, moved and removed. What its head's
+outputs mean (the labels) and what tells its data from others lie in ``data.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_ft.config import Recipe, SourceConfig, TaskConfig
+from dist_ft.data.manifest import Manifest, differences, read_manifest
+from dist_ft.data.prepare import PrepareSpec, prepare_split, split_folder, split_inputs
+from dist_ft.data.shards import ShardedDataset
+from dist_ft.tasks.base import Task
+from dist_ft.train.checkpoint import TRAINER
+from dist_ft.train.checkpoint_names import checkpoints_by_step
+from dist_ft.train.data import PreparedTask, Say, split_plan, task_spec
+from dist_ft.train.extensions import Extensions
+from dist_ft.train.run_folder import RunFolder
+
+FILE = "data.json"
+FORMAT_VERSION = 1
+_SHOWN_DIGITS = 8
+_REMEDY = (
+    "put back what it was trained on, or train a new run, under another name, on what is there now"
+)
+
+# By task: {"state": what the task knows of its training rows, "splits": by split {"dataset_id",
+# "inputs": what the rows depend on}}.
+Record = Mapping[str, Mapping[str, Any]]
+
+
+def keep_data(folder: RunFolder, recipe: Recipe, tasks: Sequence[PreparedTask]) -> None:
+    """Write what a run trains on into its folder; if it has trained already, check it first.
+
+    Raises:
+        ValueError: If a checkpoint was trained on other data, naming the files and labels.
+    """
+    now = {t.task.name: _described(t) for t in tasks}
+    if checkpoints_by_step(folder.checkpoints):
+        if (folder.root / FILE).is_file():
+            _refuse_other(folder, recipe, was=_read(folder), now=now)
+        else:
+            _refuse_other_ids(folder, now=now)
+    folder.write_json(FILE, {"format_version": FORMAT_VERSION, "tasks": now})
+
+
+def restored_tasks(recipe: Recipe, *, folder: RunFolder, extensions: Extensions) -> list[Task]:
+    """Return the tasks of a run with the labels that it was trained with; reads no data.
+
+    Raises:
+        ValueError: If the labels are nowhere to be found.
+    """
+    tasks = [extensions.make_task(config.arguments()) for config in recipe.tasks]
+    if not any(task.needs_scan for task in tasks):
+        return tasks
+    record = _record(folder, recipe)
+    return [t.with_state(record[t.name]["state"]) if t.needs_scan else t for t in tasks]
+
+
+def reopen_tasks(
+    recipe: Recipe, *, folder: RunFolder, tokenizer: Any, extensions: Extensions, say: Say
+) -> list[PreparedTask]:
+    """Return the tasks of a run with the very data that it was trained and scored on.
+
+    They are read from the prepared shards, without a look at the source. Only where those are gone,
+    or were replaced, they are prepared again, from a source that must be what it was.
+
+    Raises:
+        ValueError: If neither shards nor source are what they were.
+    """
+    record = _record(folder, recipe)
+    tasks = restored_tasks(recipe, folder=folder, extensions=extensions)
+    opened: list[PreparedTask] = []
+    for config, task in zip(recipe.tasks, tasks, strict=True):
+        known = record[config.name]
+        datasets: dict[str, ShardedDataset] = {}
+        for split, was in known["splits"].items():
+            shards = split_folder(recipe.data_dir, task=config.name, split=split)
+            if not _is_same(was, _manifest(shards)):
+                own = extensions.implementation(config.name)
+                spec = task_spec(config, task, tokenizer=tokenizer, own=own, split=split)
+                kept = _Kept(folder.root, config, split, was, shards)
+                _prepare_again(kept, spec, recipe=recipe, say=say)
+            datasets[split] = ShardedDataset(shards, verify="cached")
+        opened.append(PreparedTask(task, datasets, known["state"]))
+    return opened
+
+
+def has_source(config: TaskConfig, dataset: ShardedDataset) -> bool:
+    """Return whether a split's raw rows are still those that its shards were made from.
+
+    Raises:
+        ValueError: If the source can't be read.
+    """
+    plan = split_plan(config)
+    manifest = dataset.manifest
+    origin = manifest.split if manifest.split in plan.sources else "train"
+    return plan.source_of(manifest.split).fingerprint == manifest.source[origin]
+
+
+def _described(prepared: PreparedTask) -> dict[str, Any]:
+    return {
+        "state": dict(prepared.state),
+        "splits": {
+            split: {
+                "dataset_id": data.manifest.dataset_id,
+                "rows": len(data),
+                "inputs": _inputs(data.manifest),
+            }
+            for split, data in prepared.datasets.items()
+        },
+    }
+
+
+def _inputs(manifest: Manifest) -> dict[str, Any]:
+    """Return what the rows depend on, as far as it can differ between runs of one recipe."""
+    return {
+        "tokenizer": dict(manifest.tokenizer),
+        "preprocessing": {k: manifest.preprocessing[k] for k in ("version", "arguments")},
+        "source": dict(manifest.source),
+    }
+
+
+def _manifest(shards: Path) -> Manifest | None:
+    try:
+        return read_manifest(shards)
+    except ValueError:
+        return None
+
+
+def _is_same(was: Mapping[str, Any], manifest: Manifest | None) -> bool:
+    if manifest is None:
+        return False
+    if was["dataset_id"] is None:  # runs of older versions kept only that of their training rows
+        return was["inputs"] == _inputs(manifest)
+    return was["dataset_id"] == manifest.dataset_id
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What a run's folder says of a split: whose it is, what it was, and where its shards lay."""
+
+    run: Path
+    config: TaskConfig
+    split: str
+    was: Mapping[str, Any]
+    shards: Path
+
+
+def _prepare_again(kept: _Kept, spec: PrepareSpec, *, recipe: Recipe, say: Say) -> None:
+    config, split, was, shards = kept.config, kept.split, kept.was, kept.shards
+    gone = "are not there" if _manifest(shards) is None else "are of other data now"
+    try:
+        inputs = split_inputs(spec, split=split)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ValueError(
+            f"the shards of task {config.name}, {split}, in {shards} {gone}, and cannot be made "
+            f"again: {error}"
+        ) from error
+    now = {key: inputs[key] for key in was["inputs"]}
+    if now == was["inputs"]:
+        say(f"{config.name}/{split}: the shards {gone}: prepared again")
+        again = prepare_split(
+            spec,
+            split=split,
+            data_dir=recipe.data_dir,
+            replacing="settings",
+            processes=recipe.data_processes,
+        )
+        if _is_same(was, again.manifest):
+            return
+        raise ValueError(
+            f"{kept.run}: task {config.name}, {split}: the same source gives other rows than in "
+            f"training (dataset_id was {was['dataset_id']}, is {again.manifest.dataset_id}): use "
+            "the versions of libraries in its env.json"
+        )
+    lines = [*_source_lines(config, was["inputs"]["source"], now["source"]),
+             *_other_lines(config, was["inputs"], now)]  # fmt: skip
+    raise ValueError(
+        f"{kept.run} was trained on other data; what differs: {'; '.join(lines)}. The shards in "
+        f"{shards} {gone}, too: {_REMEDY}"
+    )
+
+
+def _refuse_other(
+    folder: RunFolder, recipe: Recipe, *, was: Record, now: Mapping[str, Mapping[str, Any]]
+) -> None:
+    lines: list[str] = []
+    for config in recipe.tasks:
+        before, after = was[config.name], now[config.name]
+        changed = [
+            split
+            for split in before["splits"] | after["splits"]
+            if _id(before, split) != _id(after, split)
+        ]
+        of_task: list[str] = []
+        for split in changed:
+            old, new = (body["splits"].get(split, {}).get("inputs", {}) for body in (before, after))
+            of_task += _source_lines(config, old.get("source", {}), new.get("source", {}))
+            of_task += _other_lines(config, old, new)
+        if changed and not of_task:
+            of_task = [f"tasks.{config.name}.data: {', '.join(changed)}: dataset_id "
+                       f"{_id(before, changed[0])} -> {_id(after, changed[0])}"]  # fmt: skip
+        lines += of_task
+    if lines:
+        raise ValueError(
+            f"{folder.root} was trained on other data; what differs: "
+            f"{'; '.join(dict.fromkeys(lines))}: {_REMEDY}"
+        )
+
+
+def _id(body: Mapping[str, Any], split: str) -> str | None:
+    return body["splits"].get(split, {}).get("dataset_id")
+
+
+def _source_lines(
+    config: TaskConfig, was: Mapping[str, Any], now: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield which files of a task's sources differ, and how."""
+    for origin in was.keys() | now.keys():
+        old, new = was.get(origin, {}), now.get(origin, {})
+        if old == new:
+            continue
+        source = getattr(config.data, origin, None)
+        place = f"tasks.{config.name}.data"
+        if not isinstance(source, SourceConfig) or not {"files"} <= old.keys() & new.keys():
+            yield f"{place} ({'; '.join(differences(old, new, path=origin))})"
+            continue
+        before, after = ({f["name"]: f for f in side["files"]} for side in (old, new))
+        changed = [
+            f"{name} was {_shown(before.get(name))}, is {_shown(after.get(name))}"
+            for name in sorted(before.keys() | after.keys())
+            if before.get(name) != after.get(name)
+        ]
+        yield f"{place}.{origin} = {source.path} ({'; '.join(changed) or 'in another order'})"
+
+
+def _shown(file: Mapping[str, Any] | None) -> str:
+    if file is None:
+        return "not there"
+    return f"{file['bytes']:,} bytes with sha256 {file['sha256'][:_SHOWN_DIGITS]}..."
+
+
+def _other_lines(
+    config: TaskConfig, was: Mapping[str, Any], now: Mapping[str, Any]
+) -> Iterator[str]:
+    """Yield what else than a source differs: the labels first, by their names."""
+    sides = [dict(side.get("preprocessing", {}).get("arguments", {})) for side in (was, now)]
+    old, new = (side.pop("labels", None) for side in sides)
+    if old != new:
+        before, after = (_in_order(labels or {}) for labels in (old, new))
+        yield f"tasks.{config.name}.labels (were {before}; are {after})"
+    yield from differences(sides[0], sides[1], path=f"tasks.{config.name}")
+    yield from differences(was.get("tokenizer", {}), now.get("tokenizer", {}), path="tokenizer")
+
+
+def _in_order(labels: Mapping[str, int]) -> str:
+    return ", ".join(sorted(labels, key=labels.__getitem__)) or "none"
+
+
+def _read(folder: RunFolder) -> Record:
+    body = json.loads((folder.root / FILE).read_text())
+    if body["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder.root / FILE} has format version {body['format_version']}, this version reads "
+            f"{FORMAT_VERSION}: use the version of dist_ft that trained the run"
+        )
+    return body["tasks"]
+
+
+def _record(folder: RunFolder, recipe: Recipe) -> Record:
+    """Return what the run was trained on; of an older version's run, what its shards say.
+
+    Raises:
+        ValueError: If nothing says it.
+    """
+    if (folder.root / FILE).is_file():
+        return _read(folder)
+    ids = _trained_ids(folder)
+    return {config.name: _of_shards(config, recipe, folder, ids) for config in recipe.tasks}
+
+
+def _trained_ids(folder: RunFolder) -> dict[str, str]:
+    """Return the id of each task's training rows, as the newest readable checkpoint has it."""
+    for _, path in reversed(checkpoints_by_step(folder.checkpoints)):
+        try:
+            data = json.loads((path / TRAINER).read_text())["data"]
+            return {task: body["dataset_id"] for task, body in data["datasets"].items()}
+        except (OSError, ValueError, KeyError):
+            continue
+    return {}
+
+
+def _refuse_other_ids(folder: RunFolder, *, now: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check the training rows of a run that an older version has begun."""
+    was = _trained_ids(folder)
+    changed = [name for name, body in now.items() if was.get(name) != _id(body, "train")]
+    if was and changed:
+        raise ValueError(
+            f"{folder.root} was trained on other data of task {', '.join(changed)} (dataset_id of "
+            f"its rows was {was.get(changed[0])}, is {_id(now[changed[0]], 'train')}): {_REMEDY}"
+        )
+
+
+def _of_shards(
+    config: TaskConfig, recipe: Recipe, folder: RunFolder, ids: Mapping[str, str]
+) -> dict[str, Any]:
+    shards = split_folder(recipe.data_dir, task=config.name, split="train")
+    found, was = _manifest(shards), ids.get(config.name)
+    if found is None or was is None or found.dataset_id != was:
+        now = "there are none" if found is None else f"is {found.dataset_id}"
+        raise ValueError(
+            f"{folder.root} does not say which labels task {config.name} has (an older version "
+            f"trained it), and the shards in {shards} are not those that it was trained on "
+            f"(dataset_id was {was}, {now}): put its data back as they were and run `dist-ft "
+            "prepare` with its recipe"
+        )
+    inputs = _inputs(found)
+    labels = inputs["preprocessing"]["arguments"].get("labels")
+    return {
+        "state": {"labels": sorted(labels, key=labels.__getitem__)} if labels else {},
+        "splits": {
+            "train": {"dataset_id": was, "inputs": inputs},
+            **{
+                split: {"dataset_id": None, "inputs": _inputs_of_split(config, inputs, split)}
+                for split in split_plan(config).splits
+                if split != "train"
+            },
+        },
+    }
+
+
+def _inputs_of_split(config: TaskConfig, of_train: Mapping[str, Any], split: str) -> dict[str, Any]:
+    """Return what another split's rows depended on, which what training rows depend on tells."""
+    arguments = dict(of_train["preprocessing"]["arguments"])
+    arguments.pop("raw_columns", None)
+    source = of_train["source"]
+    if split in split_plan(config).sources:
+        source = {"fractions": {}, split: source[split]}
+    return {
+        "tokenizer": of_train["tokenizer"],
+        "preprocessing": {**of_train["preprocessing"], "arguments": arguments},
+        "source": source,
+    }
