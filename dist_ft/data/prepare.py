@@ -101,6 +101,24 @@ class PreparedSplit:
     reused: bool
 
 
+class PreparedDifferentlyError(ValueError):
+    """A folder holds rows that depend on something else, and may not be replaced.
+
+    Attributes:
+        folder: the folder.
+        stored: what its rows depend on, as `split_inputs` returns it.
+        wanted: what they should depend on.
+    """
+
+    def __init__(
+        self, text: str, *, folder: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]
+    ) -> None:
+        super().__init__(text)
+        self.folder = folder
+        self.stored = stored
+        self.wanted = wanted
+
+
 def split_folder(data_dir: Path, *, task: str, split: str) -> Path:
     """Returns the folder of a task's prepared split."""
     return data_dir / task / split
@@ -132,8 +150,9 @@ def prepare_split(
         progress: called after each batch with the number of raw rows read so far.
 
     Raises:
-        ValueError: a source, column or row is bad; no rows are left; or the folder was prepared
-            differently and `replacing` does not allow to replace it.
+        PreparedDifferentlyError: the folder was prepared differently and `replacing` does not allow
+            to replace it.
+        ValueError: a source, column or row is bad; or no rows are left.
         RuntimeError: an encoding process died, or the file system can't lock files.
     """
     if processes < 1:
@@ -226,11 +245,12 @@ def _existing(folder: Path, *, wanted: Mapping[str, Any], replacing: Replacing) 
         "preprocessing": {k: manifest.preprocessing[k] for k in ("version", "arguments")},
         "source": dict(manifest.source),
     }
-    raise ValueError(
+    text = (
         f"{folder} was prepared {'with another tokenizer' if other_tokenizer else 'differently'} "
         f"(prepared -> wanted): {'; '.join(differences(stored, wanted)[:8])}: choose another "
         "data_dir, or `dist-ft prepare --replace` if no other run needs what is there"
     )
+    raise PreparedDifferentlyError(text, folder=folder, stored=stored, wanted=wanted)
 
 
 def _write(

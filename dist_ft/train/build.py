@@ -85,7 +85,13 @@ def _train(recipe: Recipe, *, resume: bool, stop: StopRequest, extensions: Exten
     folder = RunFolder(recipe.output_dir / recipe.name)
     if world.world_size == 1:  # the launcher does it for several ranks, before they start
         folder.check(recipe.model_dump(mode="json"), resume=resume)
-    parts = make_parts(recipe, console.say, extensions=extensions)
+    parts = make_parts(
+        recipe,
+        console.say,
+        extensions=extensions,
+        of_run=folder if resume else None,
+        goes_on=resume,
+    )
     device = dist.init_process_group(
         world,
         timeout_s=recipe.engine.collective_timeout_s,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from dist_ft.data.prepare import (
     RowFunctions,
     SplitPlan,
     prepare_split,
+    split_folder,
 )
 from dist_ft.data.selection import BATCH_ROWS
 from dist_ft.data.shards import ShardedDataset
@@ -64,6 +65,7 @@ def prepare_tasks(
     reading: Reading | None = None,
     extensions: Extensions = NO_EXTENSIONS,
     replacing: Replacing = "settings",
+    kept: Collection[Path] = (),
 ) -> list[PreparedTask]:
     """Return every task with its splits, preparing what is not prepared yet.
 
@@ -76,6 +78,7 @@ def prepare_tasks(
         reading: Shows how far reading has come; by default lines are printed now and then.
         extensions: Task implementations of the user's own.
         replacing: Which folders that were prepared differently are replaced; see `prepare_split`.
+        kept: Folders of splits that are never replaced.
 
     Raises:
         ValueError: If a source, a column, a label or a row is bad, or if a folder was prepared
@@ -94,7 +97,7 @@ def prepare_tasks(
             say=say,
             reading=reading or by_lines,
             extensions=extensions,
-            replacing=replacing,
+            replacing=lambda folder: "nothing" if folder in kept else replacing,
         )
         for config in recipe.tasks
     ]
@@ -108,7 +111,7 @@ def _prepare_task(
     say: Say,
     reading: Reading,
     extensions: Extensions,
-    replacing: Replacing,
+    replacing: Callable[[Path], Replacing],
 ) -> PreparedTask:
     plan = split_plan(config)
     task = extensions.make_task(config.arguments())
@@ -123,12 +126,13 @@ def _prepare_task(
         task = task.with_state(state)
     datasets: dict[str, ShardedDataset] = {}
     for split in plan.splits:
+        folder = split_folder(recipe.data_dir, task=config.name, split=split)
         with reading(f"{config.name}/{split}", plan.source_of(split).estimate) as progress:
             prepared = prepare_split(
                 task_spec(config, task, tokenizer=tokenizer, own=own, split=split),
                 split=split,
                 data_dir=recipe.data_dir,
-                replacing=replacing,
+                replacing=replacing(folder),
                 processes=recipe.data_processes,
                 progress=progress,
             )

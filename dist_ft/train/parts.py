@@ -27,7 +27,7 @@ from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
 from dist_ft.train.loading import Lengths, plan_steps
 from dist_ft.train.policy import check_every_task_trains, make_policy
 from dist_ft.train.regularization import prepare_model
-from dist_ft.train.run_data import reopen_tasks
+from dist_ft.train.run_data import prepare_resumed, reopen_tasks
 from dist_ft.train.run_folder import RunFolder
 
 
@@ -53,6 +53,7 @@ def make_parts(
     *,
     extensions: Extensions = NO_EXTENSIONS,
     of_run: RunFolder | None = None,
+    goes_on: bool = False,
 ) -> Parts:
     """Return data, model, layer groups and schedule; needs no process group.
 
@@ -62,6 +63,7 @@ def make_parts(
         extensions: A program's own tasks and freezing policy.
         of_run: A run that was trained already: its own data are opened, and the source is not
             looked at.
+        goes_on: Whether that run is to train further, for which the source must be what it was.
 
     Raises:
         ValueError: If the recipe does not fit the model or the data, or the data are not the run's.
@@ -70,7 +72,7 @@ def make_parts(
     if of_run is None:
         tasks = prepare_tasks(recipe, tokenizer=tokenizer, say=say, extensions=extensions)
     else:
-        tasks = reopen_tasks(
+        tasks = (prepare_resumed if goes_on else reopen_tasks)(
             recipe, folder=of_run, tokenizer=tokenizer, extensions=extensions, say=say
         )
     model, groups = make_model(recipe, [t.task for t in tasks], tokenizer=tokenizer)

@@ -7,19 +7,25 @@ outputs mean (the labels) and what tells its data from others lie in ``data.json
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dist_ft.config import Recipe, SourceConfig, TaskConfig
 from dist_ft.data.manifest import Manifest, differences, read_manifest
-from dist_ft.data.prepare import PrepareSpec, prepare_split, split_folder, split_inputs
+from dist_ft.data.prepare import (
+    PreparedDifferentlyError,
+    PrepareSpec,
+    prepare_split,
+    split_folder,
+    split_inputs,
+)
 from dist_ft.data.shards import ShardedDataset
 from dist_ft.tasks.base import Task
 from dist_ft.train.checkpoint import TRAINER
 from dist_ft.train.checkpoint_names import checkpoints_by_step
-from dist_ft.train.data import PreparedTask, Say, split_plan, task_spec
+from dist_ft.train.data import PreparedTask, Say, prepare_tasks, split_plan, task_spec
 from dist_ft.train.extensions import Extensions
 from dist_ft.train.run_folder import RunFolder
 
@@ -48,6 +54,49 @@ def keep_data(folder: RunFolder, recipe: Recipe, tasks: Sequence[PreparedTask]) 
         else:
             _refuse_other_ids(folder, now=now)
     folder.write_json(FILE, {"format_version": FORMAT_VERSION, "tasks": now})
+
+
+def prepare_resumed(
+    recipe: Recipe, *, folder: RunFolder, tokenizer: Any, extensions: Extensions, say: Say
+) -> list[PreparedTask]:
+    """Return the tasks of a run that goes on; its own shards are never replaced by others.
+
+    Raises:
+        ValueError: If the source is not what those shards were made from, naming what differs.
+    """
+    kept = _own_shards(recipe, folder)
+    try:
+        return prepare_tasks(
+            recipe, tokenizer=tokenizer, say=say, extensions=extensions, kept=list(kept)
+        )
+    except PreparedDifferentlyError as error:
+        was, now = error.stored, error.wanted
+        if error.folder not in kept or was["tokenizer"] != now["tokenizer"]:
+            raise
+        config = kept[error.folder]
+        lines = [*_source_lines(config, was["source"], now["source"]),
+                 *_other_lines(config, was, now)]  # fmt: skip
+        raise ValueError(_other_data(folder.root, lines)) from error
+
+
+def _own_shards(recipe: Recipe, folder: RunFolder) -> dict[Path, TaskConfig]:
+    """Return the folders that still hold what a run was trained on, and whose they are."""
+    if not checkpoints_by_step(folder.checkpoints) or not (folder.root / FILE).is_file():
+        return {}
+    record = _read(folder)
+    return {
+        shards: config
+        for config in recipe.tasks
+        for split, was in record.get(config.name, {"splits": {}})["splits"].items()
+        if _is_same(
+            was, _manifest(shards := split_folder(recipe.data_dir, task=config.name, split=split))
+        )
+    }
+
+
+def _other_data(run: Path, lines: Iterable[str]) -> str:
+    different = "; ".join(dict.fromkeys(lines))
+    return f"{run} was trained on other data; what differs: {different}: {_REMEDY}"
 
 
 def restored_tasks(recipe: Recipe, *, folder: RunFolder, extensions: Extensions) -> list[Task]:
@@ -182,10 +231,8 @@ def _prepare_again(kept: _Kept, spec: PrepareSpec, *, recipe: Recipe, say: Say) 
         )
     lines = [*_source_lines(config, was["inputs"]["source"], now["source"]),
              *_other_lines(config, was["inputs"], now)]  # fmt: skip
-    raise ValueError(
-        f"{kept.run} was trained on other data; what differs: {'; '.join(lines)}. The shards in "
-        f"{shards} {gone}, too: {_REMEDY}"
-    )
+    lines.append(f"the shards in {shards} {gone}, too")
+    raise ValueError(_other_data(kept.run, lines))
 
 
 def _refuse_other(
@@ -209,10 +256,7 @@ def _refuse_other(
                        f"{_id(before, changed[0])} -> {_id(after, changed[0])}"]  # fmt: skip
         lines += of_task
     if lines:
-        raise ValueError(
-            f"{folder.root} was trained on other data; what differs: "
-            f"{'; '.join(dict.fromkeys(lines))}: {_REMEDY}"
-        )
+        raise ValueError(_other_data(folder.root, lines))
 
 
 def _id(body: Mapping[str, Any], split: str) -> str | None:

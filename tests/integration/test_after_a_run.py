@@ -159,12 +159,16 @@ def test_a_run_goes_on_with_its_own_data_only(
     root = copied.parents[1]
     _rename_label(copied)
     before = (copied / "data.json").read_text()
-    again = ["train", str(root / "recipe.yaml"), "--resume", f"data_dir={root}/other"]
-    assert cli.main(again) == 2
-    error = capsys.readouterr().err
-    assert "tasks.text.data.train" in error
-    assert "labels (were no, yes; are aye, no)" in error
-    assert (copied / "data.json").read_text() == before
+    shards = (root / "data/text/train/manifest.json").read_text()
+    for other in ([], [f"data_dir={root}/other"]):
+        again = ["train", str(root / "recipe.yaml"), "--resume", *other]
+        assert cli.main(again) == 2
+        error = capsys.readouterr().err
+        assert f"{copied} was trained on other data" in error
+        assert f"tasks.text.data.train = {root}/texts.jsonl (texts.jsonl was " in error
+        assert "labels (were no, yes; are aye, no)" in error
+        assert (copied / "data.json").read_text() == before
+        assert (root / "data/text/train/manifest.json").read_text() == shards
     (copied / "data.json").unlink()
     assert cli.main(again) == 2
     assert "was trained on other data of task text (dataset_id" in capsys.readouterr().err
