@@ -38,8 +38,8 @@ from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
 from dist_ft.train.parts import Parts, eval_data, load_preprocessor, make_model, make_parts
 from dist_ft.train.recorder import Recorder, surviving_events
 from dist_ft.train.regularization import prepare_model
-from dist_ft.train.run_data import restored_tasks
 from dist_ft.train.run_folder import RunFolder
+from dist_ft.train.run_shards import restored_tasks
 from dist_ft.train.weights import load_weights
 
 log = logging.getLogger("dist_ft")

@@ -27,8 +27,8 @@ from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
 from dist_ft.train.loading import Lengths, plan_steps
 from dist_ft.train.policy import check_every_task_trains, make_policy
 from dist_ft.train.regularization import prepare_model
-from dist_ft.train.run_data import prepare_resumed, reopen_tasks
 from dist_ft.train.run_folder import RunFolder
+from dist_ft.train.run_shards import prepare_resumed, reopen_tasks
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from dist_ft.tasks.base import Metrics, Record
 from dist_ft.train.augmentation import make_augmenter
 from dist_ft.train.data import PreparedTask, selected_rows
 from dist_ft.train.evaluate import EvalData, paired_bootstrap
-from dist_ft.train.run_data import has_source
+from dist_ft.train.run_shards import has_source
 
 ROWS = 1000
 SHARE = 0.1  # of the words, for transforms that the recipe does not set itself

@@ -1,4 +1,4 @@
-"""What a run was trained on: kept in its folder, compared when it goes on, opened to score it.
+"""What a run was trained on: kept in its folder, and compared when it goes on.
 
 A finished run must not depend on its raw data: they are edited, moved and removed. What its head's
 outputs mean (the labels) and what tells its data from others lie in ``data.json``.
@@ -8,25 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dist_ft.config import Recipe, SourceConfig, TaskConfig
 from dist_ft.data.manifest import Manifest, differences, read_manifest
-from dist_ft.data.prepare import (
-    PreparedDifferentlyError,
-    PrepareSpec,
-    prepare_split,
-    split_folder,
-    split_inputs,
-)
-from dist_ft.data.shards import ShardedDataset
-from dist_ft.tasks.base import Task
+from dist_ft.data.prepare import split_folder
 from dist_ft.train.checkpoint import TRAINER
 from dist_ft.train.checkpoint_names import checkpoints_by_step
-from dist_ft.train.data import PreparedTask, Say, prepare_tasks, split_plan, task_spec
-from dist_ft.train.extensions import Extensions
+from dist_ft.train.data import PreparedTask, split_plan
 from dist_ft.train.run_folder import RunFolder
 
 FILE = "data.json"
@@ -56,101 +46,10 @@ def keep_data(folder: RunFolder, recipe: Recipe, tasks: Sequence[PreparedTask]) 
     folder.write_json(FILE, {"format_version": FORMAT_VERSION, "tasks": now})
 
 
-def prepare_resumed(
-    recipe: Recipe, *, folder: RunFolder, tokenizer: Any, extensions: Extensions, say: Say
-) -> list[PreparedTask]:
-    """Return the tasks of a run that goes on; its own shards are never replaced by others.
-
-    Raises:
-        ValueError: If the source is not what those shards were made from, naming what differs.
-    """
-    kept = _own_shards(recipe, folder)
-    try:
-        return prepare_tasks(
-            recipe, tokenizer=tokenizer, say=say, extensions=extensions, kept=list(kept)
-        )
-    except PreparedDifferentlyError as error:
-        was, now = error.stored, error.wanted
-        if error.folder not in kept or was["tokenizer"] != now["tokenizer"]:
-            raise
-        config = kept[error.folder]
-        lines = [*_source_lines(config, was["source"], now["source"]),
-                 *_other_lines(config, was, now)]  # fmt: skip
-        raise ValueError(_other_data(folder.root, lines)) from error
-
-
-def _own_shards(recipe: Recipe, folder: RunFolder) -> dict[Path, TaskConfig]:
-    """Return the folders that still hold what a run was trained on, and whose they are."""
-    if not checkpoints_by_step(folder.checkpoints) or not (folder.root / FILE).is_file():
-        return {}
-    record = _read(folder)
-    return {
-        shards: config
-        for config in recipe.tasks
-        for split, was in record.get(config.name, {"splits": {}})["splits"].items()
-        if _is_same(
-            was, _manifest(shards := split_folder(recipe.data_dir, task=config.name, split=split))
-        )
-    }
-
-
-def _other_data(run: Path, lines: Iterable[str]) -> str:
+def other_data(run: Path, lines: Iterable[str]) -> str:
+    """Return the error of a run whose data differ in what `lines` say."""
     different = "; ".join(dict.fromkeys(lines))
     return f"{run} was trained on other data; what differs: {different}: {_REMEDY}"
-
-
-def restored_tasks(recipe: Recipe, *, folder: RunFolder, extensions: Extensions) -> list[Task]:
-    """Return the tasks of a run with the labels that it was trained with; reads no data.
-
-    Raises:
-        ValueError: If the labels are nowhere to be found.
-    """
-    tasks = [extensions.make_task(config.arguments()) for config in recipe.tasks]
-    if not any(task.needs_scan for task in tasks):
-        return tasks
-    record = _record(folder, recipe)
-    return [t.with_state(record[t.name]["state"]) if t.needs_scan else t for t in tasks]
-
-
-def reopen_tasks(
-    recipe: Recipe, *, folder: RunFolder, tokenizer: Any, extensions: Extensions, say: Say
-) -> list[PreparedTask]:
-    """Return the tasks of a run with the very data that it was trained and scored on.
-
-    They are read from the prepared shards, without a look at the source. Only where those are gone,
-    or were replaced, they are prepared again, from a source that must be what it was.
-
-    Raises:
-        ValueError: If neither shards nor source are what they were.
-    """
-    record = _record(folder, recipe)
-    tasks = restored_tasks(recipe, folder=folder, extensions=extensions)
-    opened: list[PreparedTask] = []
-    for config, task in zip(recipe.tasks, tasks, strict=True):
-        known = record[config.name]
-        datasets: dict[str, ShardedDataset] = {}
-        for split, was in known["splits"].items():
-            shards = split_folder(recipe.data_dir, task=config.name, split=split)
-            if not _is_same(was, _manifest(shards)):
-                own = extensions.implementation(config.name)
-                spec = task_spec(config, task, tokenizer=tokenizer, own=own, split=split)
-                kept = _Kept(folder.root, config, split, was, shards)
-                _prepare_again(kept, spec, recipe=recipe, say=say)
-            datasets[split] = ShardedDataset(shards, verify="cached")
-        opened.append(PreparedTask(task, datasets, known["state"]))
-    return opened
-
-
-def has_source(config: TaskConfig, dataset: ShardedDataset) -> bool:
-    """Return whether a split's raw rows are still those that its shards were made from.
-
-    Raises:
-        ValueError: If the source can't be read.
-    """
-    plan = split_plan(config)
-    manifest = dataset.manifest
-    origin = manifest.split if manifest.split in plan.sources else "train"
-    return plan.source_of(manifest.split).fingerprint == manifest.source[origin]
 
 
 def _described(prepared: PreparedTask) -> dict[str, Any]:
@@ -176,63 +75,21 @@ def _inputs(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _manifest(shards: Path) -> Manifest | None:
+def manifest_of(shards: Path) -> Manifest | None:
+    """Return the manifest of a folder of shards, None if there is no whole one."""
     try:
         return read_manifest(shards)
     except ValueError:
         return None
 
 
-def _is_same(was: Mapping[str, Any], manifest: Manifest | None) -> bool:
+def is_same(was: Mapping[str, Any], manifest: Manifest | None) -> bool:
+    """Return whether shards are those of a split that a run's record describes."""
     if manifest is None:
         return False
     if was["dataset_id"] is None:  # runs of older versions kept only that of their training rows
         return was["inputs"] == _inputs(manifest)
     return was["dataset_id"] == manifest.dataset_id
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """What a run's folder says of a split: whose it is, what it was, and where its shards lay."""
-
-    run: Path
-    config: TaskConfig
-    split: str
-    was: Mapping[str, Any]
-    shards: Path
-
-
-def _prepare_again(kept: _Kept, spec: PrepareSpec, *, recipe: Recipe, say: Say) -> None:
-    config, split, was, shards = kept.config, kept.split, kept.was, kept.shards
-    gone = "are not there" if _manifest(shards) is None else "are of other data now"
-    try:
-        inputs = split_inputs(spec, split=split)
-    except (ValueError, RuntimeError, OSError) as error:
-        raise ValueError(
-            f"the shards of task {config.name}, {split}, in {shards} {gone}, and cannot be made "
-            f"again: {error}"
-        ) from error
-    now = {key: inputs[key] for key in was["inputs"]}
-    if now == was["inputs"]:
-        say(f"{config.name}/{split}: the shards {gone}: prepared again")
-        again = prepare_split(
-            spec,
-            split=split,
-            data_dir=recipe.data_dir,
-            replacing="settings",
-            processes=recipe.data_processes,
-        )
-        if _is_same(was, again.manifest):
-            return
-        raise ValueError(
-            f"{kept.run}: task {config.name}, {split}: the same source gives other rows than in "
-            f"training (dataset_id was {was['dataset_id']}, is {again.manifest.dataset_id}): use "
-            "the versions of libraries in its env.json"
-        )
-    lines = [*_source_lines(config, was["inputs"]["source"], now["source"]),
-             *_other_lines(config, was["inputs"], now)]  # fmt: skip
-    lines.append(f"the shards in {shards} {gone}, too")
-    raise ValueError(_other_data(kept.run, lines))
 
 
 def _refuse_other(
@@ -249,25 +106,25 @@ def _refuse_other(
         of_task: list[str] = []
         for split in changed:
             old, new = (body["splits"].get(split, {}).get("inputs", {}) for body in (before, after))
-            of_task += _source_lines(config, old.get("source", {}), new.get("source", {}))
-            of_task += _other_lines(config, old, new)
+            of_task += source_lines(config, old.get("source", {}), new.get("source", {}))
+            of_task += other_lines(config, old, new)
         if changed and not of_task:
             of_task = [f"tasks.{config.name}.data: {', '.join(changed)}: dataset_id "
                        f"{_id(before, changed[0])} -> {_id(after, changed[0])}"]  # fmt: skip
         lines += of_task
     if lines:
-        raise ValueError(_other_data(folder.root, lines))
+        raise ValueError(other_data(folder.root, lines))
 
 
 def _id(body: Mapping[str, Any], split: str) -> str | None:
     return body["splits"].get(split, {}).get("dataset_id")
 
 
-def _source_lines(
+def source_lines(
     config: TaskConfig, was: Mapping[str, Any], now: Mapping[str, Any]
 ) -> Iterator[str]:
     """Yield which files of a task's sources differ, and how."""
-    for origin in was.keys() | now.keys():
+    for origin in sorted(was.keys() | now.keys()):
         old, new = was.get(origin, {}), now.get(origin, {})
         if old == new:
             continue
@@ -291,7 +148,7 @@ def _shown(file: Mapping[str, Any] | None) -> str:
     return f"{file['bytes']:,} bytes with sha256 {file['sha256'][:_SHOWN_DIGITS]}..."
 
 
-def _other_lines(
+def other_lines(
     config: TaskConfig, was: Mapping[str, Any], now: Mapping[str, Any]
 ) -> Iterator[str]:
     """Yield what else than a source differs: the labels first, by their names."""
@@ -318,7 +175,7 @@ def _read(folder: RunFolder) -> Record:
     return body["tasks"]
 
 
-def _record(folder: RunFolder, recipe: Recipe) -> Record:
+def read_record(folder: RunFolder, recipe: Recipe) -> Record:
     """Return what the run was trained on; of an older version's run, what its shards say.
 
     Raises:
@@ -356,7 +213,7 @@ def _of_shards(
     config: TaskConfig, recipe: Recipe, folder: RunFolder, ids: Mapping[str, str]
 ) -> dict[str, Any]:
     shards = split_folder(recipe.data_dir, task=config.name, split="train")
-    found, was = _manifest(shards), ids.get(config.name)
+    found, was = manifest_of(shards), ids.get(config.name)
     if found is None or was is None or found.dataset_id != was:
         now = "there are none" if found is None else f"is {found.dataset_id}"
         raise ValueError(
