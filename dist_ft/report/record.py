@@ -11,6 +11,7 @@ from typing import Any
 
 from dist_ft.recipe.task_checks import METRICS
 from dist_ft.train.recorder import read_events, surviving_events
+from dist_ft.train.signals import stop_name
 
 Event = dict[str, Any]
 Points = list[tuple[float, float]]
@@ -62,7 +63,7 @@ class RunRecord:
         if "end" in kinds:
             return "finished"
         if "stop" in kinds and self.events[-1]["event"] == "stop":
-            return f"stopped by signal {kinds['stop'].get('signal')}, can be resumed"
+            return f"stopped by {stop_name(kinds['stop'].get('signal'))}, can be resumed"
         return "not ended: still running, or killed"
 
     @cached_property

@@ -44,7 +44,7 @@ from dist_ft.train.retention import Retention
 from dist_ft.train.run_folder import RunFolder, environment
 from dist_ft.train.run_lock import RunLock
 from dist_ft.train.saving import CheckpointWriter
-from dist_ft.train.signals import StopRequest
+from dist_ft.train.signals import StopRequest, stop_name
 from dist_ft.train.stragglers import slow_ranks
 from dist_ft.train.trackers import make_trackers
 from dist_ft.train.trunk_passes import make_passes, reads_ahead
@@ -363,7 +363,7 @@ def finish(run: Run, *, recorder: Recorder, console: Console) -> int:
     if run.stopped_by:
         recorder.event("stop", step=run.progress.step, signal=run.stopped_by)
         console.say(
-            f"step {run.progress.step}: stopped by signal {run.stopped_by}"
+            f"step {run.progress.step}: stopped by {stop_name(run.stopped_by)}"
             f"{' after saving' if run.progress.phase >= 0 else ''}; "
             "start the same command with --resume to go on"
         )
