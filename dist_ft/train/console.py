@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from dist_ft.config import Recipe
 from dist_ft.engine.base import PhaseReport
 from dist_ft.freezing.schedule import Phase
+from dist_ft.tables import ProgressAbove
 from dist_ft.train.evaluate import Scores
 from dist_ft.train.reading import ReadingProgress
 
@@ -42,7 +43,7 @@ class Console:
     losses: dict[str, float] = field(default_factory=dict)
     tokens_per_s: float = 0.0
     current_phase: int = 0
-    _bar: Progress | None = None
+    _bar: ProgressAbove | None = None
     _total: int = 0
     _first: int = 0
     _started_s: float = 0.0
@@ -66,12 +67,11 @@ class Console:
         self._total, self._first, self._started_s = total, done, time.monotonic()
         if not (self.main and self._rich.is_terminal):
             return
-        self._bar = Progress(
+        self._bar = ProgressAbove(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
             console=self._rich,
         )
         self._bar.start()
