@@ -28,6 +28,7 @@ from dist_ft.train.console import Console
 from dist_ft.train.deciders import deciders
 from dist_ft.train.engines import make_engine
 from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
+from dist_ft.train.freeze_plan import reach_text
 from dist_ft.train.held_rows import with_frozen_rows
 from dist_ft.train.kernels import take_kernels
 from dist_ft.train.loading import make_loader
@@ -81,6 +82,7 @@ def _train(recipe: Recipe, *, resume: bool, stop: StopRequest, extensions: Exten
     console = Console(main=world.is_main, every=recipe.logging.every)
     folder = RunFolder(recipe.output_dir / recipe.name)
     parts = make_parts(recipe, console.say, extensions=extensions)
+    reach = reach_text(recipe.freezing, parts)
     device = dist.init_process_group(
         world,
         timeout_s=recipe.engine.collective_timeout_s,
@@ -106,6 +108,8 @@ def _train(recipe: Recipe, *, resume: bool, stop: StopRequest, extensions: Exten
         run.beat = beat
         console.begin_run(recipe, total_steps=run.total_steps, world_size=world.world_size,
                           device=device.type, folder=folder.root)  # fmt: skip
+        if reach is not None:
+            console.say(reach)
         with memory.watching(run):
             fit(run)
         exit_code = finish(run, recorder=recorder, console=console)
