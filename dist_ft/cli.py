@@ -91,8 +91,14 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the latest checkpoint, if there is one.")
     ] = False,
+    nproc: Annotated[int | None, typer.Option("--nproc", hidden=True)] = None,
 ) -> None:
-    """Train on this process, or on all ranks when torchrun starts it (launch/torchrun.sh)."""
+    """Train on one rank; `dist-ft launch train RECIPE` starts several, and restarts them."""
+    if nproc is not None:
+        raise ValueError(
+            f"--nproc: train is one rank: several are started by `dist-ft launch --nproc {nproc} "
+            f"train {recipe}`"
+        )
     loaded = _load(recipe, overrides)
     import torch
 

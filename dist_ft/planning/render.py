@@ -21,6 +21,7 @@ from dist_ft.planning.phases import Schedule
 from dist_ft.planning.settings import PhasePlan, Plan, changes
 from dist_ft.planning.shape import ModelShape
 from dist_ft.tables import make_console, print_table
+from dist_ft.wording import counted
 
 _MOST_ROWS = 12
 # Kinds of memory and what they are called in the table.
@@ -63,7 +64,7 @@ def show_plan(
         f"a checkpoint {_gib(plan.checkpoint_bytes)} GiB on disk"
     )
     console.print(
-        f"{schedule.total_steps:,} steps: {_duration(plan.run_s)}, "
+        f"{counted(schedule.total_steps, 'step')}: {_duration(plan.run_s)}, "
         f"{plan.run_s * cluster.world_size / 3600:,.2f} device hours"
         f"{'' if schedule.epoch is None else f' ({schedule.epoch.basis})'}"
     )

@@ -18,6 +18,7 @@ from dist_ft.freezing.schedule import Phase
 from dist_ft.tables import ProgressAbove
 from dist_ft.train.evaluate import Scores
 from dist_ft.train.reading import ReadingProgress
+from dist_ft.wording import counted
 
 log = logging.getLogger("dist_ft")
 
@@ -122,10 +123,10 @@ class Console:
         rows = recipe.train.global_batch_size * recipe.mixture.tasks_per_step
         engine = recipe.engine
         kind = "reference engine" if engine.type == "reference" else f"ZeRO-{engine.zero_stage}"
-        ranks = f"{world_size} {'rank' if world_size == 1 else 'ranks'}"
         self.say(
-            f"{_near(folder)}: {total_steps:,} steps ({recipe.train.max_duration}) of {rows} rows "
-            f"on {ranks}, {device}, {engine.precision}, {kind}"
+            f"{_near(folder)}: {counted(total_steps, 'step')} ({recipe.train.max_duration}) of "
+            f"{counted(rows, 'row')} on {counted(world_size, 'rank')}, {device}, "
+            f"{engine.precision}, {kind}"
         )
 
     def end_run(self, folder: Path) -> None:

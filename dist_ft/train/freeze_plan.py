@@ -22,6 +22,7 @@ from dist_ft.freezing.policies import BlockPolicy, FreezePolicy, ScheduledPolicy
 from dist_ft.freezing.schedule import Phase, make_phases
 from dist_ft.train.console import Console
 from dist_ft.train.parts import Parts, make_parts
+from dist_ft.wording import counted
 
 # What an explicit schedule has in common with every other policy.
 COMMON = ("returning", "prefix_dropout", "layer_groups")
@@ -80,7 +81,7 @@ def plan_text(recipe: Recipe, parts: Parts, *, periods: int | None = None) -> st
     sizes = {g.name: sum(numel[n] for n in g.trained) for g in parts.groups}
     notes = [
         f"The phases of {recipe.name} (freezing.policy: {recipe.freezing.policy}) over "
-        f"{parts.total_steps} steps.",
+        f"{counted(parts.total_steps, 'step')}.",
         f"Layer groups, bottom to top: {', '.join(sizes)}.",
     ]
     if end < parts.total_steps:

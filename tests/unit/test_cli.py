@@ -232,3 +232,8 @@ def test_doctor_ends_with_1_when_something_is_broken(
     monkeypatch.setattr(probes, "run_probes", lambda _: run_probes({"disk": breaks}))
     assert cli.main(["doctor"]) == 1
     assert "no disk" in capsys.readouterr().out
+
+
+def test_train_on_several_ranks_leads_to_the_launcher(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "quickstart", "--nproc", "2"]) == 2
+    assert "`dist-ft launch --nproc 2 train quickstart`" in capsys.readouterr().err
