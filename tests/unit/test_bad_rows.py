@@ -51,7 +51,7 @@ def test_rows_of_several_files_are_in_their_files(tmp_path: Path) -> None:
     source = open_source(SourceSpec("*.jsonl"), base_dir=tmp_path)
     a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     assert source.places([1, 2]) == {1: f"{a}, line 4", 2: f"{b}, line 1"}
-    pa.parquet.write_table(pa.table({"n": [5, 6]}), tmp_path / "c.parquet")
+    pyarrow.parquet.write_table(pa.table({"n": [5, 6]}), tmp_path / "c.parquet")
     source = open_source(SourceSpec("c.parquet"), base_dir=tmp_path)
     assert source.places([1]) == {1: f"{tmp_path / 'c.parquet'}, row 2"}
     assert open_source(SourceSpec("some/hub-set"), base_dir=tmp_path).places([4]) == {
