@@ -30,6 +30,7 @@ from dist_ft.cli_recipes import check, recipes_app
 from dist_ft.cli_slurm import slurm, slurm_start
 from dist_ft.cli_tables import print_differences, print_metrics
 from dist_ft.heartbeat import note_error, show_stacks_when_asked
+from dist_ft.planning.hardware import HARDWARE
 
 if TYPE_CHECKING:
     from dist_ft.config import Recipe
@@ -91,8 +92,14 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the latest checkpoint, if there is one.")
     ] = False,
+    nproc: Annotated[int | None, typer.Option("--nproc", hidden=True)] = None,
 ) -> None:
-    """Train on this process, or on all ranks when torchrun starts it (launch/torchrun.sh)."""
+    """Train on one rank; `dist-ft launch train RECIPE` starts several, and restarts them."""
+    if nproc is not None:
+        raise ValueError(
+            f"--nproc: train is one rank: several are started by `dist-ft launch --nproc {nproc} "
+            f"train {recipe}`"
+        )
     loaded = _load(recipe, overrides)
     import torch
 
@@ -169,11 +176,10 @@ def plan(
     *,
     nodes: Annotated[int, typer.Option("--nodes", help="Machines.")] = 1,
     gpus: Annotated[int, typer.Option("--gpus", help="Accelerators of each.")] = 1,
-    gpu: Annotated[
-        str, typer.Option("--gpu", help="Which, such as h100-80g, a100-40g, t4-16g, cpu-8g.")
-    ] = "h100-80g",
+    gpu: Annotated[str, typer.Option("--gpu", help=f"Which: {', '.join(HARDWARE)}.")] = "h100-80g",
     epoch_steps: Annotated[
-        int | None, typer.Option("--epoch-steps", help="Optimizer steps of an epoch.")
+        int | None,
+        typer.Option("--epoch-steps", help="Optimizer steps of an epoch; else by prepared data."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option("--json", help="Also write the plan to this file.")

@@ -8,8 +8,9 @@ from typing import Any
 
 def print_metrics(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> None:
     """Print the metrics of each task and split as a table."""
-    from rich.console import Console
     from rich.table import Table
+
+    from dist_ft.tables import make_console, print_table
 
     table = Table("task", "split", "metric", "value")
     for task, splits in metrics.items():
@@ -17,18 +18,19 @@ def print_metrics(metrics: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Non
             for name, value in values.items():
                 shown = f"{value:.4f}" if isinstance(value, float) else str(value)
                 table.add_row(task, split, name, shown)
-    Console().print(table)
+    print_table(make_console(), table)
 
 
 def print_differences(
     differences: Mapping[str, Mapping[str, tuple[float, float, float]]],
 ) -> None:
     """Print how much larger each metric is, with its 95 % interval."""
-    from rich.console import Console
     from rich.table import Table
+
+    from dist_ft.tables import make_console, print_table
 
     table = Table("task", "metric", "difference", "95 % interval")
     for task, metrics in differences.items():
         for name, (value, low, high) in metrics.items():
             table.add_row(task, name, f"{value:+.4f}", f"{low:+.4f} to {high:+.4f}")
-    Console().print(table)
+    print_table(make_console(), table)

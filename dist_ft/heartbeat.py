@@ -21,6 +21,7 @@ from pathlib import Path
 FOLDER = "DIST_FT_HEARTBEATS"
 _LAYOUT = struct.Struct("<Qqqd32s")
 _SIZE = 4096
+_REQUEST = "request"
 # Free in torch, DeepSpeed and Slurm; Python writes the stacks even if another thread holds the GIL.
 STACKS_SIGNAL = signal.SIGUSR2
 
@@ -128,6 +129,21 @@ def read_error(path: Path) -> tuple[float, str]:
         return float(when), text
     except (FileNotFoundError, ValueError):
         return math.inf, ""
+
+
+def note_request(folder: Path, number: int) -> None:
+    """Leave word for the ranks which signal it was that the launcher passes on as another one."""
+    with contextlib.suppress(OSError):  # a full disk must not keep a run from stopping
+        (folder / _REQUEST).write_text(str(number))
+
+
+def asked_by() -> int:
+    """Return the number of the signal that the launcher was sent, 0 if it has not left word."""
+    folder = os.environ.get(FOLDER)
+    try:
+        return 0 if folder is None else int((Path(folder) / _REQUEST).read_text())
+    except (OSError, ValueError):
+        return 0
 
 
 def show_stacks_when_asked() -> None:

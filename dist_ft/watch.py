@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dist_ft.train.recorder import ending, surviving
+from dist_ft.train.signals import stop_name
 
 Event = dict[str, Any]
 _BARS = "▁▂▃▄▅▆▇█"
@@ -220,7 +221,7 @@ def _says(event: Event) -> str:
         "eval": lambda e: f"{e['task']} {e['split']}: {_metrics(e['metrics'])}",
         "checkpoint": lambda e: f"{e['path']}, {e['bytes'] / 2**20:,.0f} MiB in {e['save_s']} s",
         "resume": lambda e: f"from {e.get('path') or 'the beginning'}",
-        "stop": lambda e: f"signal {e.get('signal')}",
+        "stop": lambda e: stop_name(e.get("signal")),
     }
     if event["event"] in says:
         return says[event["event"]](event)

@@ -33,13 +33,13 @@ class EncodedBatch:
 
     Attributes:
         features: the features, checked; None if there are none.
-        refused: what was wrong with each row that can't be encoded.
+        refused: number in the source of each row that can't be encoded, and what is wrong.
         rows_truncated: features that lost tokens.
         tokens_dropped: how many they lost.
     """
 
     features: pa.RecordBatch | None
-    refused: tuple[str, ...] = ()
+    refused: tuple[tuple[int, str], ...] = ()
     rows_truncated: int = 0
     tokens_dropped: int = 0
 
@@ -68,7 +68,7 @@ class BatchEncoder:
         """
         if not rows:
             return EncodedBatch(None)
-        refused: list[str] = []
+        refused: list[tuple[int, str]] = []
         try:
             features = self.functions.encode(rows)
         except BAD_ROW_ERRORS:
@@ -83,13 +83,15 @@ class BatchEncoder:
             tokens_dropped=sum(dropped),
         )
 
-    def _one_by_one(self, rows: list[Row], *, refused: list[str]) -> Sequence[Mapping[str, Any]]:
+    def _one_by_one(
+        self, rows: list[Row], *, refused: list[tuple[int, str]]
+    ) -> Sequence[Mapping[str, Any]]:
         features: list[Mapping[str, Any]] = []
         for row in rows:
             try:
                 features.extend(self.functions.encode([row]))
             except BAD_ROW_ERRORS as error:
-                refused.append(f"{self.source}, row {row['source_row']} (counted from 0): {error}")
+                refused.append((row["source_row"], str(error)))
         return features
 
     def _finished(self, feature: Mapping[str, Any], *, rows: Mapping[Any, Row]) -> dict[str, Any]:
@@ -113,7 +115,7 @@ class BatchEncoder:
             )
         except (TypeError, ValueError) as error:
             raise ValueError(
-                f"{self.source}, row {row['source_row']} (counted from 0): the columns "
+                f"{self.source}, row {row['source_row'] + 1}: the columns "
                 f"{', '.join(kept)} can't be kept as JSON for augmentation ({error}): convert them"
             ) from error
 

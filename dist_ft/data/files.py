@@ -5,15 +5,33 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
 Row = dict[str, Any]
-# Called with the message of a row that can't be read; it raises, or counts and lets reading go on.
-OnBadRow = Callable[[str], None]
+
+
+class BadRow(NamedTuple):
+    """A row that can't be read.
+
+    Attributes:
+        place: its file and line, or its number in the file, from 1.
+        reason: what is wrong with it.
+    """
+
+    place: str
+    reason: str
+
+    def __str__(self) -> str:
+        """Returns both in one line."""
+        return f"{self.place}: {self.reason}"
+
+
+# Called with a row that can't be read; it raises, or counts and lets reading go on.
+OnBadRow = Callable[[BadRow], None]
 
 FORMATS = ("csv", "json", "jsonl", "parquet", "arrow")
 SUFFIXES = {
@@ -88,7 +106,10 @@ def _named_errors(path: Path, *, rows: Iterator[Row], file_format: str) -> Itera
 def _csv_remedy(path: Path, error: Exception) -> str | None:
     """Return what to do about the usual faults of files that spreadsheets have written."""
     if "invalid UTF8" in str(error):
-        return "save it as UTF-8 (iconv -f latin1 -t utf-8)"
+        return (
+            "save it as UTF-8 (in Excel: CSV UTF-8; or, if it comes from Windows, "
+            "iconv -f cp1252 -t utf-8)"
+        )
     with path.open("rb") as file:
         header = file.readline(_ESTIMATED_FROM_BYTES)
     for separator, name in ((b";", "semicolons"), (b"\t", "tabs")):
@@ -107,31 +128,38 @@ def _json(path: Path, *, on_bad_row: OnBadRow) -> Iterator[Row]:
         rows = json.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): repair the file") from error
-    for number, row in enumerate(rows):
+    for number, row in enumerate(rows, start=1):
         if isinstance(row, dict):
             yield row
         else:
-            on_bad_row(f"{path}, row {number}: {_kind(row)} is not an object with columns")
+            on_bad_row(BadRow(f"{path}, row {number}", _not_an_object(row)))
 
 
 def _json_lines(path: Path, *, on_bad_row: OnBadRow) -> Iterator[Row]:
+    return (row for _, row in json_lines(path, on_bad_row=on_bad_row))
+
+
+def json_lines(path: Path, *, on_bad_row: OnBadRow) -> Iterator[tuple[int, Row]]:
+    """Yields the rows of a file of JSON lines with the number of their line, from 1."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
+            place = f"{path}, line {number}"
             try:
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except (ValueError, RecursionError) as error:
-                on_bad_row(f"{path}, line {number} is not one JSON object in UTF-8 ({error})")
+                on_bad_row(BadRow(place, f"not one JSON object in UTF-8 ({error})"))
                 continue
             if isinstance(row, dict):
-                yield row
+                yield number, row
             else:
-                on_bad_row(f"{path}, line {number}: {_kind(row)} is not an object with columns")
+                on_bad_row(BadRow(place, _not_an_object(row)))
 
 
-def _kind(value: Any) -> str:
-    return {list: "an array", str: "a string", type(None): "null"}.get(type(value), "a number")
+def _not_an_object(value: Any) -> str:
+    kinds = {list: "an array", str: "a string", type(None): "null"}
+    return f"{kinds.get(type(value), 'a number')} is not an object with columns"
 
 
 def _csv(path: Path) -> Iterator[pa.RecordBatch]:
@@ -153,13 +181,18 @@ def _is_plain(dtype: pa.DataType) -> bool:
     return pa.types.is_integer(dtype) or pa.types.is_floating(dtype) or pa.types.is_boolean(dtype)
 
 
+def delimiter_of(path: Path) -> str:
+    """Returns what separates the columns of a csv file, by its suffix."""
+    return "\t" if path.suffix == ".tsv" else ","
+
+
 def _open_csv(path: Path, *, types: dict[str, pa.DataType]) -> pyarrow.csv.CSVStreamingReader:
     return pyarrow.csv.open_csv(
         path,
         # One thread: only then do the error messages know the row.
         read_options=pyarrow.csv.ReadOptions(block_size=_CSV_BLOCK_BYTES, use_threads=False),
         parse_options=pyarrow.csv.ParseOptions(
-            delimiter="\t" if path.suffix == ".tsv" else ",", newlines_in_values=True
+            delimiter=delimiter_of(path), newlines_in_values=True
         ),
         convert_options=pyarrow.csv.ConvertOptions(column_types=types, strings_can_be_null=False),
     )
@@ -210,6 +243,6 @@ def _readable(
         try:
             (row,) = piece.slice(place, 1).to_pylist()
         except UnicodeDecodeError as error:
-            on_bad_row(f"{path}, row {first + place} (counted from 0) is not UTF-8 ({error})")
+            on_bad_row(BadRow(f"{path}, row {first + place + 1}", f"not UTF-8 ({error})"))
         else:
             yield row

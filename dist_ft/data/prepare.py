@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from dist_ft.data.bad_rows import BadRows
 from dist_ft.data.encoding import BatchEncoder, EncodedBatch, encode_batches
 from dist_ft.data.files import Row
 from dist_ft.data.folders import locked, replace_folder, restore_folder
@@ -32,7 +33,6 @@ from dist_ft.data.manifest import (
 )
 from dist_ft.data.schema import shard_schema
 from dist_ft.data.selection import (
-    BadRows,
     RowFunctions,
     SelectionCounts,
     SplitPlan,
@@ -85,11 +85,16 @@ class PrepareSpec:
         Raises:
             ValueError: a source or column is absent, or a row is bad and not skipped.
         """
-        bad_rows = BadRows(skip=self.on_error == "skip")
+        bad_rows = self.bad_rows(split)
         for rows in select_rows(
             self.plan, split=split, functions=self.functions, bad_rows=bad_rows
         ):
             yield from rows
+
+    def bad_rows(self, split: str) -> BadRows:
+        """Returns what happens to the rows of a split that can't be used."""
+        key = f"tasks.{self.task}.on_error"
+        return BadRows(self.plan.source_of(split), skip=self.on_error == "skip", key=key)
 
 
 @dataclass(frozen=True)
@@ -268,7 +273,7 @@ def _write(
     key = fingerprint({"inputs": inputs, "shard_bytes": spec.shard_bytes})
     done = _resumed(folder, writer=writer, key=key)
     counts = SelectionCounts()
-    bad_rows = BadRows(skip=spec.on_error == "skip")
+    bad_rows = spec.bad_rows(split)
     bad_rows.count = done.refused
     selected = select_rows(
         spec.plan, split=split, functions=spec.functions, bad_rows=bad_rows, counts=counts
@@ -281,18 +286,20 @@ def _write(
         encode_batches(remaining, encoder=encoder, processes=processes)
     ) as encoded:
         for batch in encoded:
-            for message in batch.refused:
-                bad_rows(message)
+            for number, reason in batch.refused:
+                bad_rows.refused(number, reason)
             done.add(batch)
             if batch.features is not None and writer.add_batch(batch.features):
                 _save_progress(folder, done=done, writer=writer, key=key)
     counts.kept -= done.refused
     counts.invalid = bad_rows.count
+    for line in bad_rows.summary():
+        _LOG.warning("%s/%s: %s", spec.task, split, line)
     shards = writer.close()
     if not shards:
         raise ValueError(
-            f"task {spec.task!r}: the split {split!r} is empty after preparation ({_show(counts)}):"
-            " give more data or other fractions"
+            f"task {spec.task!r}: the split {split!r} is empty ({counts}): give more data "
+            "or other fractions"
         )
     manifest = Manifest(
         task=spec.task,
@@ -366,10 +373,6 @@ def _resumed(folder: Path, *, writer: ShardWriter, key: str) -> _Done:
     for leftover in folder.iterdir():
         leftover.unlink()
     return _Done()
-
-
-def _show(counts: SelectionCounts) -> str:
-    return ", ".join(f"{name} {count}" for name, count in counts.to_json().items())
 
 
 def _check_totals(manifest: Manifest) -> None:

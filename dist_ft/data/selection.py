@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from dist_ft.data.files import Row
+from dist_ft.data.bad_rows import BadRows
+from dist_ft.data.files import BadRow, Row
 from dist_ft.data.sources import RawSource, SourceSpec, open_source
-
-_LOG = logging.getLogger(__name__)
+from dist_ft.wording import counted
 
 SPLITS = ("train", "validation", "test")
 BATCH_ROWS = 1000
@@ -26,7 +25,6 @@ _BATCH_CHARACTERS = 2**20
 _MOST_CHARACTERS = 2 * 2**20
 # What a task's functions raise for a row whose values have unexpected types.
 BAD_ROW_ERRORS = (ValueError, TypeError, KeyError, AttributeError)
-_LOGGED_BAD_ROWS = 5
 
 _Keys = npt.NDArray[np.uint64]
 
@@ -156,27 +154,19 @@ class SelectionCounts:
         """Returns the counts by name."""
         return asdict(self)
 
-
-class BadRows:
-    """What happens to a row that can't be used: an error, or a counted and logged skip.
-
-    Args:
-        skip: leave bad rows out instead of raising.
-    """
-
-    def __init__(self, *, skip: bool) -> None:
-        self._skip = skip
-        self.count = 0
-
-    def __call__(self, message: str, *, cause: Exception | None = None) -> None:
-        """Skips the row, or raises ValueError with the message."""
-        if not self._skip:
-            raise ValueError(
-                f"{message}: repair or remove the row, or leave bad rows out (on_error: skip)"
-            ) from cause
-        self.count += 1
-        if self.count <= _LOGGED_BAD_ROWS:
-            _LOG.warning("skipped a row: %s", message)
+    def __str__(self) -> str:
+        """Returns the counts in words, such as "3 rows read, 3 in another split"."""
+        words = {
+            "invalid": "that can't be used",
+            "other_split": "in another split",
+            "leaking": "that an evaluation split has, too",
+            "duplicates": "repeated",
+            "kept": "kept",
+        }
+        found = [
+            f"{getattr(self, name)} {what}" for name, what in words.items() if getattr(self, name)
+        ]
+        return ", ".join([f"{counted(self.read, 'row')} read", *found])
 
 
 class KeySet:
@@ -226,7 +216,8 @@ def select_rows(
         plan: where the splits come from.
         split: the split wanted.
         functions: the task's keys and required columns.
-        bad_rows: what to do about rows without valid content.
+        bad_rows: what to do about rows without valid content. Of a source that is cut into splits
+            they belong to the split that has its name.
         counts: is brought up to date with each batch.
 
     Yields:
@@ -241,7 +232,9 @@ def select_rows(
     source.require(functions.required_columns)
     forbidden = _keys_of(plan, splits=plan.held_out(split), functions=functions)
     seen = KeySet()
-    for batch in _valid_batches(source, functions=functions, bad_rows=bad_rows):
+    is_own = split in plan.sources
+    refusing = bad_rows if is_own else bad_rows.of_another_split()
+    for batch in _valid_batches(source, functions=functions, bad_rows=refusing):
         keep = np.ones(len(batch.rows), dtype=np.bool_)
         if split not in plan.sources or (split == "train" and plan.fractions):
             keep = np.array([s == split for s in plan.split_of(batch.split_keys)], dtype=np.bool_)
@@ -252,7 +245,7 @@ def select_rows(
         places = candidates[seen.add(batch.dedupe_hashes[candidates])]
         counts.read += batch.read
         counts.invalid = bad_rows.count
-        counts.other_split += int((~keep).sum())
+        counts.other_split += int((~keep).sum()) + (0 if is_own else batch.read - len(keep))
         counts.leaking += int(leaking.sum())
         counts.duplicates += len(candidates) - len(places)
         counts.kept += len(places)
@@ -266,7 +259,7 @@ def _keys_of(plan: SplitPlan, *, splits: Sequence[str], functions: RowFunctions)
         source = plan.source_of(split)
         source.require(functions.required_columns)
         # Bad rows are dealt with when that split itself is prepared.
-        skip = BadRows(skip=True)
+        skip = BadRows(source, skip=True)
         for batch in _valid_batches(source, functions=functions, bad_rows=skip):
             keys.add(batch.split_hashes)
             keys.add(batch.dedupe_hashes)
@@ -296,9 +289,9 @@ def _valid_batches(
 ) -> Iterator[_Batch]:
     unreadable = 0
 
-    def on_bad_row(message: str) -> None:
+    def on_bad_row(row: BadRow) -> None:
         nonlocal unreadable
-        bad_rows(message)
+        bad_rows.unreadable(row)
         unreadable += 1
 
     numbered = enumerate(source.rows(on_bad_row=on_bad_row))
@@ -309,7 +302,7 @@ def _valid_batches(
             try:
                 _add_row(batch, row={**row, "source_row": number}, functions=functions)
             except BAD_ROW_ERRORS as error:
-                bad_rows(f"{source.name}, row {number} (counted from 0): {error}", cause=error)
+                bad_rows.refused(number, str(error), cause=error)
         yield batch
     if unreadable:
         yield _Batch(read=unreadable)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import glob
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dist_ft.data.files import FORMATS, SUFFIXES, OnBadRow, Row, estimate_rows, read_rows
+from dist_ft.data.files import FORMATS, SUFFIXES, BadRow, OnBadRow, Row, estimate_rows, read_rows
 from dist_ft.data.packaged import PACKAGED, PackagedSet
+from dist_ft.data.places import find_places
 
 _PACKAGE_PREFIX = "package:"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -46,19 +47,28 @@ class RawSource:
         read: yields the rows; called with what to do about a row that can't be read.
         identify: returns the fingerprint.
         estimate: returns about how many rows there are, None if nobody knows.
+        find: returns where rows are, by their numbers from 0; None where all that is known is
+            their number.
     """
 
     name: str
     read: Callable[[OnBadRow], Iterator[Row]]
     identify: Callable[[], dict[str, Any]]
     estimate: Callable[[], int | None] = lambda: None
+    find: Callable[[Collection[int]], dict[int, str]] | None = None
+
+    def places(self, rows: Collection[int]) -> dict[int, str]:
+        """Returns where rows are, in words, by their numbers from 0."""
+        if self.find is not None:
+            return self.find(rows)
+        return {row: f"{self.name}, row {row + 1}" for row in rows}
 
     def rows(self, *, on_bad_row: OnBadRow | None = None) -> Iterator[Row]:
         """Yields the rows in order, a dict from column to value each.
 
         Args:
-            on_bad_row: called with a message for each row that can't be read, which is then left
-                out; by default such a row raises ValueError.
+            on_bad_row: called with each row that can't be read, which is then left out; by default
+                such a row raises ValueError.
 
         Raises:
             ValueError: the source can't be read or holds no rows.
@@ -73,7 +83,7 @@ class RawSource:
     @cached_property
     def columns(self) -> tuple[str, ...]:
         """The columns of the first row that can be read."""
-        bad: list[str] = []
+        bad: list[BadRow] = []
         for row in self.read(bad.append):
             return tuple(row)
         why = f" that can be read (the first: {bad[0]})" if bad else ""
@@ -97,7 +107,7 @@ class RawSource:
         if missing:
             raise ValueError(
                 f"{self.name} has no column {', '.join(map(repr, missing))}: it has "
-                f"{', '.join(self.columns)}; name one of them in the task"
+                f"{', '.join(map(repr, self.columns))}; name one of them in the task"
             )
 
 
@@ -127,8 +137,8 @@ def open_source(spec: SourceSpec, *, base_dir: Path) -> RawSource:
     )
 
 
-def _refuse(message: str) -> NoReturn:
-    raise ValueError(f"{message}: repair or remove the row, or leave bad rows out (on_error: skip)")
+def _refuse(row: BadRow) -> NoReturn:
+    raise ValueError(f"{row}: repair or remove the row, or leave bad rows out (on_error: skip)")
 
 
 def _refuse_hub_options(spec: SourceSpec) -> None:
@@ -220,7 +230,10 @@ def _file_source(spec: SourceSpec, *, files: list[Path]) -> RawSource:
         found = [estimate_rows(path, file_format=file_format) for path in files]
         return None if None in found else sum(rows or 0 for rows in found)
 
-    return RawSource(spec.path, read, identify, estimate)
+    def find(rows: Collection[int]) -> dict[int, str]:
+        return find_places(files, file_format=file_format, rows=rows, name=spec.path)
+
+    return RawSource(spec.path, read, identify, estimate, find)
 
 
 def _file_fingerprint(path: Path, *, name: str) -> dict[str, Any]:

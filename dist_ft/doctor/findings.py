@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,7 +51,7 @@ def run_probes(probes: Probes) -> list[Finding]:
     return findings
 
 
-def print_findings(findings: Iterable[Finding], *, rank: int = 0) -> None:
+def print_findings(findings: Sequence[Finding], *, rank: int = 0) -> None:
     """Print a table of the findings; beside rank 0 only what is broken, a line each.
 
     Args:
@@ -64,18 +64,24 @@ def print_findings(findings: Iterable[Finding], *, rank: int = 0) -> None:
                 text = f"[rank {rank}] {finding.name}: {finding.value}: {finding.remedy}"
                 sys.stderr.write(text + "\n")
         return
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table("what", "found", "state", "remedy")
+    from dist_ft.tables import make_console
+
+    table = Table("what", "state", "found, and the remedy")
+    # Paths have no blanks to wrap at, and are longer than a terminal is wide.
+    table.columns[2].overflow = "fold"
+    names = [word for finding in findings for word in finding.name.split()]
+    table.columns[0].min_width = max(map(len, names), default=0)
     styles = {"ok": "green", "note": "yellow", "broken": "red"}
     counts = dict.fromkeys(styles, 0)
     for finding in findings:
         counts[finding.status] += 1
         state = f"[{styles[finding.status]}]{finding.status}[/]"
-        table.add_row(escape(finding.name), escape(finding.value), state, escape(finding.remedy))
-    console = Console()
-    console.print(table)
+        remedy = f"\n-> {finding.remedy}" if finding.remedy else ""
+        table.add_row(escape(finding.name), state, escape(finding.value + remedy))
+    console = make_console()
+    console.print(table, soft_wrap=False)
     broken = f"[red]{counts['broken']} broken[/]" if counts["broken"] else "nothing broken"
     console.print(f"{broken}, {counts['note']} to know, {counts['ok']} as they should be")

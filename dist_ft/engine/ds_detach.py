@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 from collections import OrderedDict
 from typing import Any
@@ -76,12 +77,16 @@ def exempt_from_collection() -> None:
     """
     gc.collect()
     gc.freeze()
+    # A process that ends while an engine is open, stopped or by an error, would leave all this out
+    # of its last collection, too, and triton's bindings (nanobind) tell thirty lines of leaks.
+    atexit.register(gc.unfreeze)
 
 
 def include_in_collection() -> None:
     """Collect what the last engine left, and undo `exempt_from_collection`."""
     collect_garbage()  # before: to go through all else takes half a second and finds nothing
     gc.unfreeze()
+    atexit.unregister(gc.unfreeze)
 
 
 def collect_garbage() -> None:

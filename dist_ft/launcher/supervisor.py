@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from dist_ft.heartbeat import FOLDER, error_file, read_error, stacks_file
+from dist_ft.heartbeat import FOLDER, error_file, note_request, read_error, stacks_file
 from dist_ft.launcher.host_memory import ADVICE, memory_limit, oom_kills
 from dist_ft.launcher.processes import Process, StartRank
 from dist_ft.launcher.settings import LaunchSettings
@@ -102,6 +102,7 @@ class Supervisor:
         self._say_to_user = say
         self._logs = logs
         self._asked = 0
+        self._asked_by = 0
         self._asked_at = 0.0
 
     def run(self) -> int:
@@ -281,13 +282,14 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - handler
-        del number
         self._asked += 1
+        self._asked_by = self._asked_by or number
         self._asked_at = self._asked_at or time.monotonic()
 
     def _pass_on(self, attempt: _Attempt, *, already: int) -> int:
         """Tell the ranks of every request once; they tell one request from two themselves."""
         if self._asked > already:
+            note_request(attempt.folder, self._asked_by)
             attempt.send(signal.SIGUSR1)
         return self._asked
 

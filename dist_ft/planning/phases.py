@@ -13,7 +13,26 @@ from dist_ft.train.policy import check_every_task_trains, make_policy
 
 # Periods of a policy that draws blocks: enough for its mean and its worst.
 PERIODS = 32
-DEFAULT_EPOCH_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """How long an epoch is taken to be.
+
+    Attributes:
+        steps: Optimizer steps.
+        basis: How that is known, in words.
+    """
+
+    steps: float
+    basis: str
+
+
+GUESSED_EPOCH = Epoch(
+    1000.0,
+    "an epoch is taken as 1,000 steps, as the data are not prepared: give --epoch-steps, or run "
+    "`dist-ft prepare` first",
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +59,7 @@ class Schedule:
         universe: Layer groups that may ever train.
         switch: How phases change.
         total_steps: Length of the run.
+        epoch: What its length and its phases rest on; None if nothing is given in epochs.
         assumptions: What was assumed to find them.
     """
 
@@ -47,16 +67,17 @@ class Schedule:
     universe: frozenset[str]
     switch: str
     total_steps: int
+    epoch: Epoch | None
     assumptions: tuple[str, ...]
 
 
-def schedule_of(recipe: Recipe, shape: ModelShape, *, epoch_steps: int | None = None) -> Schedule:
+def schedule_of(recipe: Recipe, shape: ModelShape, *, epoch: Epoch = GUESSED_EPOCH) -> Schedule:
     """Return the phases of a recipe.
 
     Args:
         recipe: A loaded recipe.
         shape: Its model's shape.
-        epoch_steps: Optimizer steps of an epoch, which only the data would tell.
+        epoch: Its length, which only the data tell.
 
     Raises:
         ValueError: If the freezing section does not fit the model.
@@ -68,7 +89,7 @@ def schedule_of(recipe: Recipe, shape: ModelShape, *, epoch_steps: int | None = 
     def to_steps(duration: Duration) -> int:
         units.add(duration.unit)
         return duration.steps(
-            steps_per_epoch=epoch_steps or DEFAULT_EPOCH_STEPS,
+            steps_per_epoch=epoch.steps,
             tokens_per_step=tokens / len(recipe.tasks) * recipe.mixture.tasks_per_step,
         )
 
@@ -85,15 +106,13 @@ def schedule_of(recipe: Recipe, shape: ModelShape, *, epoch_steps: int | None = 
     phases, note = _phases(policy, total_steps=total)
     if note:
         assumptions.append(note)
-    if "ep" in units and epoch_steps is None:
-        assumptions.append(
-            f"an epoch is taken as {DEFAULT_EPOCH_STEPS:,} steps (the data are not read); it moves "
-            "shares and times, not memory; give --epoch-steps to correct it"
-        )
+    if "ep" in units:
+        assumptions.append(f"{epoch.basis}; it moves shares and times, not memory")
     if "tok" in units:
         assumptions.append("every row is taken as max_length tokens where lengths are in tokens")
+    used = epoch if "ep" in units else None
     switch = policy.suits() if recipe.freezing.switch == "auto" else recipe.freezing.switch
-    return Schedule(phases, policy.universe(), switch, total, tuple(assumptions))
+    return Schedule(phases, policy.universe(), switch, total, used, tuple(assumptions))
 
 
 def _phases(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.console import Console
+from rich import box
 from rich.table import Table
 
 from dist_ft.planning.cost import (
@@ -19,6 +20,8 @@ from dist_ft.planning.memory import FRAGMENTATION, FRAMEWORK_BYTES
 from dist_ft.planning.phases import Schedule
 from dist_ft.planning.settings import PhasePlan, Plan, changes
 from dist_ft.planning.shape import ModelShape
+from dist_ft.tables import make_console, print_table
+from dist_ft.wording import counted
 
 _MOST_ROWS = 12
 # Kinds of memory and what they are called in the table.
@@ -28,7 +31,7 @@ _MEMORY_COLUMNS = {
     "optimizer": "optimizer",
     "activations": "activations",
     "buffers": "buffers",
-    "regularization": "start, averages",
+    "regularization": "start,\naverages",
 }
 _STAGES = {
     0: "everything on every rank",
@@ -42,42 +45,66 @@ def show_plan(
     plan: Plan, *, shape: ModelShape, schedule: Schedule, cluster: Cluster, best: Plan | None
 ) -> None:
     """Print the plan of a recipe, its assumptions, and the cheapest setting that fits."""
-    console = Console(soft_wrap=False)
+    console = make_console()
     setting = plan.setting
     console.print(
         f"{shape.source}: {shape.numel / 1e6:,.1f} M parameters with heads; "
         f"{cluster.nodes} x {cluster.per_node} {cluster.hardware.name}, ZeRO-{setting.zero_stage} "
         f"({_STAGES[setting.zero_stage]}), {setting.precision}, micro-batch "
-        f"{setting.micro_batch_size} x {setting.accumulation}",
-        highlight=False,
+        f"{setting.micro_batch_size} x {setting.accumulation}"
     )
-    console.print(_table(plan))
+    print_table(console, _memory_table(plan))
+    console.print()
+    print_table(console, _step_table(plan))
     peak = plan.peak
     verdict = "fits" if plan.fits else "does NOT fit"
     console.print(
         f"{verdict}: the largest phase ({peak.phase.label}) needs {_gib(peak.memory.total)} of "
         f"{_gib(plan.usable_bytes)} GiB a device; host {_gib(peak.memory.host)} GiB a rank; "
-        f"a checkpoint {_gib(plan.checkpoint_bytes)} GiB on disk",
-        highlight=False,
+        f"a checkpoint {_gib(plan.checkpoint_bytes)} GiB on disk"
     )
     console.print(
-        f"{schedule.total_steps:,} steps: {_duration(plan.run_s)}, "
-        f"{plan.run_s * cluster.world_size / 3600:,.2f} device hours",
-        highlight=False,
+        f"{counted(schedule.total_steps, 'step')}: {_duration(plan.run_s)}, "
+        f"{plan.run_s * cluster.world_size / 3600:,.2f} device hours"
+        f"{'' if schedule.epoch is None else f' ({schedule.epoch.basis})'}"
     )
-    console.print(_advice(plan, best, cluster), highlight=False)
-    console.print("assumptions:", highlight=False)
+    console.print(_advice(plan, best, cluster))
+    console.print("assumptions:")
     for text in assumptions(shape, schedule, cluster):
-        console.print(f"  - {text}", highlight=False)
+        console.print(f"  - {text}")
 
 
-def _table(plan: Plan) -> Table:
-    table = Table(title="GiB of each rank, by phase; a step of each rank")
-    names = ["phase", "of run", "trains M", *_memory_columns(plan), "total", "TFLOP", "sent GB"]
-    for name in (*names, "step s"):
-        table.add_column(_MEMORY_COLUMNS.get(name, name), justify="right")
+def _memory_table(plan: Plan) -> Table:
+    kinds = _memory_columns(plan)
+    table = _table("GiB of each rank, by phase", [*(_MEMORY_COLUMNS[k] for k in kinds), "total"])
     for row in _rows(plan.phases, peak=plan.peak):
-        table.add_row(*(_cells(row, plan) if row else ["..."] + [""] * len(names)))
+        if row is None:
+            table.add_row("...")
+            continue
+        sizes = [*(getattr(row.memory, kind) for kind in kinds), row.memory.total]
+        table.add_row(row.phase.label, *map(_gib, sizes))
+    return table
+
+
+def _step_table(plan: Plan) -> Table:
+    table = _table(
+        "a step of each rank, by phase",
+        ["of the run", "trains M", "TFLOP", "sent GB", "seconds"],
+    )
+    for row in _rows(plan.phases, peak=plan.peak):
+        table.add_row(*(_step_cells(row, plan) if row else ["..."]))
+    return table
+
+
+def _table(title: str, names: Sequence[str]) -> Table:
+    """Return an empty table of a phase and figures, which never wrap."""
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD,
+        show_edge=False, pad_edge=False, padding=(0, 1, 0, 0),
+    )  # fmt: skip
+    table.add_column("phase", justify="right")
+    for name in names:
+        table.add_column(name, justify="right")
     return table
 
 
@@ -96,17 +123,13 @@ def _rows(phases: tuple[PhasePlan, ...], *, peak: PhasePlan) -> list[PhasePlan |
     return [*shown, *phases[-4:]]
 
 
-def _cells(row: PhasePlan, plan: Plan) -> list[str]:
-    memory, traffic = row.memory, row.traffic
+def _step_cells(row: PhasePlan, plan: Plan) -> list[str]:
+    traffic = row.traffic
     flops = row.flops.total * plan.setting.accumulation
     return [
         row.phase.label,
         f"{100 * row.phase.share:.0f} %",
         f"{row.trained / 1e6:,.1f}",
-        *(
-            _gib(n)
-            for n in (*(getattr(memory, name) for name in _memory_columns(plan)), memory.total)
-        ),
         f"{flops / 1e12:,.2f}",
         f"{(traffic.reduced + traffic.gathered) / 1e9:,.2f}",
         f"{row.time.total_s:,.3g}",

@@ -66,6 +66,13 @@ def _check_source(
     except (ValueError, RuntimeError, OSError) as error:
         yield Finding(path, str(error))
         return
+    if columns is not None and len(columns) == 1 and any(s in columns[0] for s in ";\t"):
+        yield Finding(
+            path,
+            f"has one column, {columns[0]!r}: its columns are separated by something else than "
+            "commas: save it with commas",
+        )
+        return
     if columns is not None and draft.is_sure("tasks", path[1], "type"):
         yield from _missing_columns(draft, task=task, source=raw, index=path[1])
 
@@ -80,11 +87,10 @@ def _missing_columns(
         column = getattr(task, key)
         if column is None or column in source.columns or not draft.is_sure("tasks", index, key):
             continue
-        known = ", ".join(source.columns)
+        # In quotes: a blank before or behind a name would not be seen.
+        known = ", ".join(map(repr, source.columns))
         meant = closest(column, source.columns)
-        remedy = f"did you mean {meant}?" if meant else "name one of them"
-        if len(source.columns) == 1 and any(s in source.columns[0] for s in ";\t"):
-            remedy = "its columns are separated by something else: save it with commas"
+        remedy = f"did you mean {meant!r}?" if meant else "name one of them"
         text = f"must be a column of {source.name} ({known}), got {show_value(column)}: {remedy}"
         yield Finding(("tasks", index, key), text)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from dist_ft.recipe.task_checks import METRICS
 from dist_ft.train.recorder import ending, read_events, surviving_events
+from dist_ft.train.signals import stop_name
 
 Event = dict[str, Any]
 Points = list[tuple[float, float]]
@@ -63,7 +64,7 @@ class RunRecord:
             return "not ended: still running, or killed"
         if last["event"] == "end":
             return "finished"
-        return f"stopped by signal {last.get('signal')}, can be resumed"
+        return f"stopped by {stop_name(last.get('signal'))}, can be resumed"
 
     @cached_property
     def seconds(self) -> float:

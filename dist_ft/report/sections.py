@@ -16,6 +16,7 @@ from dist_ft.report.plots import plots_of
 from dist_ft.report.raster import can_draw
 from dist_ft.report.record import Event, RunRecord, flatten, thinned
 from dist_ft.report.svg import Axes, Line, Plot, line_plot, tick
+from dist_ft.train.signals import stop_name
 
 _FIGURES = re.compile(r"[-+\d.,e %]+( to [-+\d.,e]+)?")
 _FAULTS = ("failure", "resume", "stop", "bad_numbers", "roll_back", "checkpoint_failed",
@@ -198,7 +199,7 @@ def _faults(run: RunRecord) -> str:
 
 def _detail(event: Event) -> str:
     if event["event"] == "stop":
-        return f"signal {event.get('signal')}, after saving"
+        return f"{stop_name(event.get('signal'))}, after saving"
     if event["event"] == "resume":
         return f"from {event['path']}" if event.get("path") else "from the beginning"
     known = {"event", "step", "time_s"}

@@ -101,8 +101,7 @@ class AudioClassification(SingleLabel, NoGeneration):
         clip = read_audio(row.get(self.audio), rate=rate)
         if len(clip) < _LEAST_SECONDS * rate:
             raise ValueError(
-                f"a clip has {len(clip)} samples, at {rate} Hz it needs {_LEAST_SECONDS} s: remove "
-                "it, or set on_error: skip"
+                f"a clip has {len(clip)} samples, at {rate} Hz it needs {_LEAST_SECONDS} s"
             )
         most = round(self.max_seconds * rate)
         (samples,) = extractor(clip[:most], sampling_rate=rate)["input_values"]

@@ -260,9 +260,7 @@ def text_of(row: Row, column: str) -> str:
     """
     value = row.get(column)
     if not isinstance(value, str):
-        raise ValueError(
-            f"column {column!r} must hold text, got {value!r} in row {row.get('source_row')}"
-        )
+        raise ValueError(f"column {column!r} must hold text, got {value!r}")
     return value
 
 

@@ -29,7 +29,7 @@ def messages_of(row: Row, column: str) -> list[Message]:
     if not is_list or not value or value[-1]["role"] != "assistant":
         raise ValueError(
             f"column {column!r} must hold a list of {{role, content}}, the last the assistant's, "
-            f"got {value!r} in row {row.get('source_row')}"
+            f"got {value!r}"
         )
     return [{"role": m["role"], "content": m["content"]} for m in value]
 

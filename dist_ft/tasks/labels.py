@@ -64,8 +64,7 @@ def label_index(value: Any, *, labels: Sequence[str], task: str) -> int:
         return int(name)
     known = ", ".join(labels[:10]) + (" ..." if len(labels) > 10 else "")
     raise ValueError(
-        f"tasks.{task}.labels: label {name!r} is not known (known: {known}); add it to labels or "
-        "correct the data"
+        f"label {name!r} is not known (known: {known}; tasks.{task}.labels may list others)"
     )
 
 

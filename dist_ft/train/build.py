@@ -30,6 +30,7 @@ from dist_ft.train.deciders import deciders
 from dist_ft.train.engines import make_engine
 from dist_ft.train.environment import environment
 from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
+from dist_ft.train.freeze_plan import reach_text
 from dist_ft.train.held_rows import with_frozen_rows
 from dist_ft.train.kernels import take_kernels
 from dist_ft.train.loading import make_loader
@@ -47,7 +48,7 @@ from dist_ft.train.run_data import keep_data
 from dist_ft.train.run_folder import RunFolder
 from dist_ft.train.run_lock import RunLock
 from dist_ft.train.saving import CheckpointWriter
-from dist_ft.train.signals import StopRequest
+from dist_ft.train.signals import StopRequest, stop_name
 from dist_ft.train.stragglers import slow_ranks
 from dist_ft.train.trackers import make_trackers
 from dist_ft.train.trunk_passes import make_passes, reads_ahead
@@ -92,6 +93,7 @@ def _train(recipe: Recipe, *, resume: bool, stop: StopRequest, extensions: Exten
         of_run=folder if resume else None,
         goes_on=resume,
     )
+    reach = reach_text(recipe.freezing, parts)
     device = dist.init_process_group(
         world,
         timeout_s=recipe.engine.collective_timeout_s,
@@ -117,6 +119,8 @@ def _train(recipe: Recipe, *, resume: bool, stop: StopRequest, extensions: Exten
         run.beat = beat
         console.begin_run(recipe, total_steps=run.total_steps, world_size=world.world_size,
                           device=device.type, folder=folder.root)  # fmt: skip
+        if reach is not None:
+            console.say(reach)
         with memory.watching(run):
             fit(run)
         exit_code = finish(run, recorder=recorder, console=console)
@@ -353,7 +357,7 @@ def finish(run: Run, *, recorder: Recorder, console: Console) -> int:
     if run.stopped_by:
         recorder.event("stop", step=run.progress.step, signal=run.stopped_by)
         console.say(
-            f"step {run.progress.step}: stopped by signal {run.stopped_by}"
+            f"step {run.progress.step}: stopped by {stop_name(run.stopped_by)}"
             f"{' after saving' if run.progress.phase >= 0 else ''}; "
             "start the same command with --resume to go on"
         )

@@ -10,13 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
 from dist_ft.config import Recipe
 from dist_ft.engine.base import PhaseReport
 from dist_ft.freezing.schedule import Phase
+from dist_ft.tables import ProgressAbove
 from dist_ft.train.evaluate import Scores
 from dist_ft.train.reading import ReadingProgress
+from dist_ft.wording import counted
 
 log = logging.getLogger("dist_ft")
 
@@ -42,7 +44,7 @@ class Console:
     losses: dict[str, float] = field(default_factory=dict)
     tokens_per_s: float = 0.0
     current_phase: int = 0
-    _bar: Progress | None = None
+    _bar: ProgressAbove | None = None
     _total: int = 0
     _first: int = 0
     _started_s: float = 0.0
@@ -66,12 +68,11 @@ class Console:
         self._total, self._first, self._started_s = total, done, time.monotonic()
         if not (self.main and self._rich.is_terminal):
             return
-        self._bar = Progress(
+        self._bar = ProgressAbove(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
             console=self._rich,
         )
         self._bar.start()
@@ -122,10 +123,10 @@ class Console:
         rows = recipe.train.global_batch_size * recipe.mixture.tasks_per_step
         engine = recipe.engine
         kind = "reference engine" if engine.type == "reference" else f"ZeRO-{engine.zero_stage}"
-        ranks = f"{world_size} {'rank' if world_size == 1 else 'ranks'}"
         self.say(
-            f"{_near(folder)}: {total_steps:,} steps ({recipe.train.max_duration}) of {rows} rows "
-            f"on {ranks}, {device}, {engine.precision}, {kind}"
+            f"{_near(folder)}: {counted(total_steps, 'step')} ({recipe.train.max_duration}) of "
+            f"{counted(rows, 'row')} on {counted(world_size, 'rank')}, {device}, "
+            f"{engine.precision}, {kind}"
         )
 
     def end_run(self, folder: Path) -> None:

@@ -29,6 +29,7 @@ from dist_ft.data.sources import SourceSpec
 from dist_ft.tasks.base import Task
 from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
 from dist_ft.train.reading import ReadingProgress
+from dist_ft.wording import counted
 
 # Task settings that change how rows are scored or named, not what is in them.
 NOT_IN_FEATURES = {"name", "data", "metric", "max_answer_length", "max_new_tokens", "on_error"}
@@ -144,7 +145,12 @@ def _prepare_task(
 def _describe(task: str, split: str, prepared: PreparedSplit) -> str:
     manifest = prepared.manifest
     how = "ready" if prepared.reused else "prepared"
-    return f"{task}/{split}: {manifest.rows:,} rows, {manifest.tokens:,} tokens ({how})"
+    if left_out := manifest.selection["invalid"]:
+        how += f", {left_out:,} left out"
+    return (
+        f"{task}/{split}: {counted(manifest.rows, 'row')}, {counted(manifest.tokens, 'token')} "
+        f"({how})"
+    )
 
 
 def task_spec(

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dist_ft.config import AdaptiveFreezing, FreezingConfig, PlateauFreezing, Recipe
+from dist_ft.config import (
+    AdaptiveFreezing,
+    FreezingConfig,
+    GradualFreezing,
+    PlateauFreezing,
+    Recipe,
+)
 from dist_ft.freezing.policies import BlockPolicy, FreezePolicy, ScheduledPolicy
 from dist_ft.freezing.schedule import Phase, make_phases
 from dist_ft.train.console import Console
 from dist_ft.train.parts import Parts, make_parts
+from dist_ft.wording import counted
 
 # What an explicit schedule has in common with every other policy.
 COMMON = ("returning", "prefix_dropout", "layer_groups")
@@ -73,7 +81,7 @@ def plan_text(recipe: Recipe, parts: Parts, *, periods: int | None = None) -> st
     sizes = {g.name: sum(numel[n] for n in g.trained) for g in parts.groups}
     notes = [
         f"The phases of {recipe.name} (freezing.policy: {recipe.freezing.policy}) over "
-        f"{parts.total_steps} steps.",
+        f"{counted(parts.total_steps, 'step')}.",
         f"Layer groups, bottom to top: {', '.join(sizes)}.",
     ]
     if end < parts.total_steps:
@@ -81,6 +89,8 @@ def plan_text(recipe: Recipe, parts: Parts, *, periods: int | None = None) -> st
             f"Only the first {periods} periods are listed: the policy would change again at step "
             f"{end}, but the last phase below goes on to the end."
         )
+    if reach := reach_text(recipe.freezing, parts):
+        notes.append(f"{reach[0].upper()}{reach[1:]}.")
     listed = {name for phase in phases for name in phase.trainable}
     if never := [name for name in sizes if name in parts.policy.universe() - listed]:
         notes.append(
@@ -95,6 +105,41 @@ def plan_text(recipe: Recipe, parts: Parts, *, periods: int | None = None) -> st
         last = (phases[i + 1].start_step if i + 1 < len(phases) else parts.total_steps) - 1
         lines += _phase_lines(phase, last=last, sizes=sizes)
     return "\n".join(lines) + "\n"
+
+
+def reach_text(freezing: FreezingConfig, parts: Parts) -> str | None:
+    """Return what the last phase of a schedule trains, and which layer groups never train.
+
+    None if the phases are not known before the run, or if there is but one, which says it itself.
+    """
+    policy = parts.policy
+    if not isinstance(policy, ScheduledPolicy):
+        return None
+    phases, _ = listed_phases(policy, total_steps=parts.total_steps)
+    if len(phases) < 2:
+        return None
+    numel = {name: p.numel() for name, p in parts.model.named_parameters()}
+    sizes = {g.name: sum(numel[n] for n in g.trained) for g in parts.groups}
+    last = phases[-1]
+    share = sum(sizes[name] for name in last.trainable) / max(1, sum(sizes.values()))
+    text = f"the last phase, from step {last.start_step} on, trains {share:.1%} of the parameters"
+    names = [g.name for g in parts.groups if g.freezing_kind != "unused"]
+    never = set(names).difference(*(phase.trainable for phase in phases))
+    if not never:
+        return f"{text}; every layer group trains in some phase"
+    text += f"; never trained: {in_runs(names, never)}"
+    if isinstance(freezing, GradualFreezing):
+        text += " (more freezing.phases or freezing.groups_per_phase reach them)"
+    return text
+
+
+def in_runs(order: Sequence[str], chosen: Set[str]) -> str:
+    """Return names as runs of neighbours, such as "embeddings to block.3, pooler"."""
+    runs = [
+        list(names) for is_chosen, names in itertools.groupby(order, key=chosen.__contains__)
+        if is_chosen
+    ]  # fmt: skip
+    return ", ".join(run[0] if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
 
 
 def listed_phases(

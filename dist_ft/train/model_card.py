@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -47,6 +48,7 @@ def model_card(
         card: ``metrics`` (name -> value), ``recipe`` (the resolved recipe), ``base_model``; any
             other key becomes a section.
     """
+    card = _without_folders(card)
     recipe = card.get("recipe") or {}
     base = card.get("base_model") or _base_model(recipe)
     pipeline = PIPELINES[auto_class]
@@ -75,6 +77,7 @@ def model_card(
 
 def adapter_card(*, task: str, labels: Sequence[str], card: Mapping[str, Any]) -> str:
     """Returns the card of a folder with adapters, as Markdown; `card` as in `model_card`."""
+    card = _without_folders(card)
     base = card.get("base_model") or _base_model(card.get("recipe") or {})
     front = {"library_name": "peft", "base_model": base, "tags": ["dist_ft", "lora"]}
     count = f", num_labels={len(labels)}" if labels else ""
@@ -93,6 +96,17 @@ def adapter_card(*, task: str, labels: Sequence[str], card: Mapping[str, Any]) -
         parts.append(f"## Labels\n\n{names}\n")
     parts.append(f"## Recipe\n\n{_block(card.get('recipe') or {})}\n")
     return "\n".join(parts)
+
+
+def _without_folders(value: Any) -> Any:
+    """Returns a value with absolute paths cut down to their names: a card is there to be shared."""
+    if isinstance(value, Mapping):
+        return {key: _without_folders(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_folders(item) for item in value]
+    if isinstance(value, str | Path) and Path(value).is_absolute():
+        return Path(value).name or str(value)
+    return value
 
 
 def _base_model(recipe: Mapping[str, Any]) -> str:

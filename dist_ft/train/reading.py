@@ -8,7 +8,9 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+
+from dist_ft.tables import ProgressAbove
 
 Row = TypeVar("Row")
 
@@ -38,7 +40,7 @@ class ReadingProgress:
         self._expected = expected
         self._say = say
         self._terminal = terminal
-        self._bar: Progress | None = None
+        self._bar: ProgressAbove | None = None
         self._total: int | None = None
         self._began: float | None = None
         self._told = 0.0
@@ -87,8 +89,8 @@ class ReadingProgress:
         self._total = self._expected()
         if self._terminal is None:
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=self._terminal)
+        columns = (TextColumn("{task.description}"), BarColumn(28), TimeRemainingColumn())
+        self._bar = ProgressAbove(*columns, console=self._terminal)
         self._bar.start()
         self._bar.add_task(self._name, total=self._total, text="")
 

@@ -9,14 +9,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from dist_ft.heartbeat import asked_by
+
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # One request may come as several signals: a pre-empting scheduler signals every process of a job,
 # and the launcher passes its own signal on.
 SAME_REQUEST_S = 5.0
+# What a person knows a signal by.
+_NAMES = {
+    signal.SIGINT: "Ctrl-C (SIGINT)",
+    signal.SIGHUP: "the end of its terminal (SIGHUP)",
+    signal.SIGUSR1: "SIGUSR1 (as schedulers send it)",
+}
+
+
+def stop_name(number: int | None) -> str:
+    """Return what a user calls the signal of a ``stop`` event, such as "Ctrl-C (SIGINT)"."""
+    try:
+        known = signal.Signals(number or 0)
+    except ValueError:
+        return "a signal" if number is None else f"signal {number}"
+    return _NAMES.get(known, known.name)
 
 
 class StopRequest:
-    """Remembers the first signal that asked this rank to stop."""
+    """Remembers the first signal that asked this rank to stop.
+
+    Attributes:
+        signal: Its number, 0 if there was none. Of a signal that the launcher has passed on, the
+            number of the one that the launcher was sent.
+    """
 
     def __init__(self) -> None:
         """Start with nothing asked."""
@@ -38,6 +60,8 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - handler
         now = time.monotonic()
         if not self.signal:
-            self.signal, self._since = number, now
+            # The launcher passes every request on as USR1, which ranks can hold back.
+            self.signal = (number == signal.SIGUSR1 and asked_by()) or number
+            self._since = now
         elif now - self._since > SAME_REQUEST_S:
             os._exit(128 + number)

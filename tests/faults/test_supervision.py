@@ -18,6 +18,7 @@ import torch.distributed
 from dist_ft import cli
 from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
 from dist_ft.optim.adamw import GroupAdamW
+from dist_ft.report.record import read_run
 from dist_ft.train import build, loop, saving, signals
 from tests.helpers.supervised import before, die_before, fingerprint, supervise
 from tests.helpers.tiny_run import events, write_recipe
@@ -124,7 +125,7 @@ def test_a_stop_saves_and_ends_with_75_and_is_not_started_again(
     def fault(attempt: int, rank: int) -> None:
         def ask(call: int) -> None:
             if call == 11:
-                os.kill(launcher, signal.SIGTERM)
+                os.kill(launcher, signal.SIGINT)
 
         if rank == 1:
             before(DeepSpeedEngine, "_run", ask)
@@ -133,7 +134,10 @@ def test_a_stop_saves_and_ends_with_75_and_is_not_started_again(
     outcome = supervise(recipe, ["name=asked"], fault=fault)
     assert (outcome.code, outcome.said) == (75, [])
     run = recipe.parent / "runs/asked"
-    assert events(run)[-1]["event"] == "stop"
+    stop = events(run)[-1]
+    # The launcher's own, though it reaches the ranks as another one.
+    assert (stop["event"], stop["signal"]) == ("stop", signal.SIGINT)
+    assert read_run(run).outcome == "stopped by Ctrl-C (SIGINT), can be resumed"
     # A second attempt by hand goes on.
     assert supervise(recipe, ["name=asked"], resume=True).code == 0
     assert fingerprint(run) == expected

@@ -52,6 +52,28 @@ def test_check_imports_neither_torch_nor_transformers() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("program", "leaks"),
+    [
+        (
+            "import gc; gc.freeze()",
+            True,
+        ),  # what opening an engine did, and shows what is heard then
+        ("from dist_ft.engine.ds_detach import exempt_from_collection as e; e()", False),
+    ],
+)
+def test_a_process_with_an_open_engine_ends_without_a_list_of_leaks(
+    program: str, leaks: bool
+) -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys, triton; {program}; sys.exit(75)"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ("nanobind: leaked" in done.stderr) == leaks
+    assert done.returncode == 75
+
+
 @pytest.mark.parametrize("command", ["prepare", "train", "evaluate", "export", "report", "check"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([command, "--help"]) == 0
@@ -214,3 +236,8 @@ def test_doctor_ends_with_1_when_something_is_broken(
     monkeypatch.setattr(probes, "run_probes", lambda _: run_probes({"disk": breaks}))
     assert cli.main(["doctor"]) == 1
     assert "no disk" in capsys.readouterr().out
+
+
+def test_train_on_several_ranks_leads_to_the_launcher(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "quickstart", "--nproc", "2"]) == 2
+    assert "`dist-ft launch --nproc 2 train quickstart`" in capsys.readouterr().err

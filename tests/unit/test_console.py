@@ -1,12 +1,16 @@
 """What a person reads while a run goes on, where there is no terminal for a bar."""
 
+import io
 import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console as RichConsole
+from rich.text import Text
 
 from dist_ft.recipe import load_recipe
 from dist_ft.train.console import Console, duration_text
+from dist_ft.train.reading import ReadingProgress
 
 
 @pytest.mark.parametrize(
@@ -55,6 +59,29 @@ def test_a_run_says_what_it_is_and_what_can_be_done_then(
     first, last = capsys.readouterr().err.splitlines()
     assert first == "runs/cpu-spam: 1,200 steps (1ep) of 32 rows on 1 rank, cpu, fp32, ZeRO-1"
     assert "dist-ft evaluate runs/cpu-spam, dist-ft export runs/cpu-spam" in last
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_bar_is_never_so_long_that_figures_are_cut(width: int) -> None:
+    out = io.StringIO()
+    terminal = RichConsole(file=out, force_terminal=True, width=width)
+    console = Console(main=True)
+    console._rich = terminal
+    console.losses |= {"questions": 0.1234, "entities": 2.3456, "answers": 3.4567}
+    console.tokens_per_s = 123_456.0
+    console.start(50_000, done=12_345)
+    console.advance(23_456, task="questions+entities")
+    console.stop()
+    with ReadingProgress("questions/validation", expected=lambda: 9_000_000, say=print,
+                         terminal=terminal) as reading:  # fmt: skip
+        reading(1_234_567)
+    shown = " ".join(Text.from_ansi(out.getvalue()).plain.split())
+    assert "…" not in shown
+    for figure in ("23456/50000", "0.123", "2.346", "3.457", "123,456 tokens/s"):
+        assert figure in shown
+    assert "1,234,567 rows | " in shown
+    assert re.search(r"rows/s( |$)", shown)
+    assert re.search(r"23456/50000 (-:--:--|\d+:\d\d:\d\d)", shown)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -221,17 +222,20 @@ def test_foreign_folder_is_left_alone(tmp_path: Path) -> None:
 
 
 BAD_ROWS = [
-    ({"text": "x", "label": None}, "row 1 .counted from 0.: column 'label' is null"),
-    ({"text": "x", "label": float("nan")}, "row 1 .*column 'label' is null"),
-    ({"text": None, "label": 1}, "row 1 .*column 'text' is null"),
-    ({"label": 1}, "row 1 .*column 'text' is null"),
-    ({"text": " \n", "label": 1}, "row 1 .*column 'text' is blank"),
-    ({"text": "x", "label": 7}, "row 1 .*label 7 is unknown"),
-    ({"text": 5, "label": 1}, "row 1 .*keys must be text"),
-    ({"text": "ü\ud800", "label": 1}, "row 1 .*'text' is no valid text .* at character 1"),
-    ({"text": ["a", "\udfff"], "label": 1}, "row 1 .*'text' is no valid text"),
-    ({"text": "x" * 10**7, "label": 1}, "row 1 .*'text' has 10,000,000 characters, more than 2,0"),
-    ({"text": ["x" * 99] * 10**5, "label": 1}, "row 1 .*'text' has 9,900,000 characters"),
+    ({"text": "x", "label": None}, "line 2: column 'label' is null"),
+    ({"text": "x", "label": float("nan")}, "line 2: .*column 'label' is null"),
+    ({"text": None, "label": 1}, "line 2: .*column 'text' is null"),
+    ({"label": 1}, "line 2: .*column 'text' is null"),
+    ({"text": " \n", "label": 1}, "line 2: .*column 'text' is blank"),
+    ({"text": "x", "label": 7}, "line 2: .*label 7 is unknown"),
+    ({"text": 5, "label": 1}, "line 2: .*keys must be text"),
+    ({"text": "ü\ud800", "label": 1}, "line 2: .*'text' is no valid text .* at character 1"),
+    ({"text": ["a", "\udfff"], "label": 1}, "line 2: .*'text' is no valid text"),
+    (
+        {"text": "x" * 10**7, "label": 1},
+        "line 2: .*'text' has 10,000,000 characters, more than 2,0",
+    ),
+    ({"text": ["x" * 99] * 10**5, "label": 1}, "line 2: .*'text' has 9,900,000 characters"),
 ]
 
 
@@ -241,7 +245,8 @@ def test_bad_row_is_named_or_skipped(
 ) -> None:
     rows = [*make_rows(0, 1), bad, *make_rows(1, 5)]
     spec = make_spec(tmp_path, {"train": write_rows(tmp_path / "a.jsonl", rows)})
-    with pytest.raises(ValueError, match=rf"a.jsonl, {message}.*on_error: skip"):
+    where = r"\(tasks\.demo\.on_error: skip\)"
+    with pytest.raises(ValueError, match=rf"a.jsonl, {message}.*{where}"):
         prepare_split(spec, split="train", data_dir=tmp_path / "d")
     assert not (tmp_path / "d" / "demo" / "train").exists()
     prepared = prepare_split(replace(spec, on_error="skip"), split="train", data_dir=tmp_path / "d")
@@ -249,7 +254,7 @@ def test_bad_row_is_named_or_skipped(
     assert prepared.manifest.selection["invalid"] == 1
     assert prepared.manifest.selection["kept"] == 5
     assert prepared.manifest.selection["read"] == 6
-    assert "skipped a row: a.jsonl, row 1" in caplog.text
+    assert re.search(r"demo/train: left out 1 row: .*a.jsonl, line 2\)", caplog.text)
 
 
 def test_unreadable_lines_are_counted(tmp_path: Path) -> None:
@@ -264,10 +269,12 @@ def test_unreadable_lines_are_counted(tmp_path: Path) -> None:
 def test_empty_split_is_refused(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "a.jsonl", make_rows(0, 3))
     spec = make_spec(tmp_path, {"train": source}, fractions={"test": 0.0001})
-    with pytest.raises(ValueError, match=r"split 'test' is empty after preparation \(read 3,"):
+    with pytest.raises(
+        ValueError, match=r"split 'test' is empty \(3 rows read, 3 in another split\)"
+    ):
         prepare_split(spec, split="test", data_dir=tmp_path / "d")
     both = {"train": source, "validation": source}
-    with pytest.raises(ValueError, match=r"'train' is empty.*leaking 3"):
+    with pytest.raises(ValueError, match=r"'train' is empty.*3 that an evaluation split has, too"):
         prepare_split(make_spec(tmp_path, both), split="train", data_dir=tmp_path / "d")
 
 

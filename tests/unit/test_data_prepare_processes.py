@@ -56,9 +56,7 @@ def test_any_number_of_processes_gives_the_same_data(tmp_path: Path) -> None:
 
 def test_bad_rows_and_wrong_encodings_stop_several_processes(tmp_path: Path) -> None:
     spec = make_mixed_spec(tmp_path, on_error="stop")
-    with pytest.raises(
-        ValueError, match=r"row 97 \(counted from 0\): label 7 is unknown.*on_error: skip"
-    ):
+    with pytest.raises(ValueError, match=r"line 98: label 7 is unknown.*on_error: skip"):
         prepare(spec, tmp_path / "d", processes=2)
     wrong = replace(FUNCTIONS, encode=lambda rows: [{**f, "extra": 1} for f in encode(rows)])
     spec = replace(make_mixed_spec(tmp_path), functions=wrong)
@@ -225,7 +223,7 @@ def test_raw_rows_must_be_json(tmp_path: Path) -> None:
         return replace(spec, functions=replace(FUNCTIONS, dedupe_key=dedupe))
 
     for value in (b"bytes", float("nan")):
-        with pytest.raises(ValueError, match=r"row 0 .*extra, source_row can't be kept as JSON"):
+        with pytest.raises(ValueError, match=r"row 1: .*extra, source_row can't be kept as JSON"):
             prepare(select(value), tmp_path / "e")
 
 

@@ -11,6 +11,7 @@ import pyarrow.csv
 import pyarrow.parquet
 import pytest
 
+from dist_ft.data.files import BadRow
 from dist_ft.data.packaged import PACKAGED
 from dist_ft.data.sources import SourceSpec, label_decoder, open_source
 
@@ -59,7 +60,7 @@ def test_json_lines_in_a_json_file_and_byte_order_mark(tmp_path: Path) -> None:
     [
         (b"text;label\none, two;a\nthree;b\n", "separated by semicolons: save it with commas"),
         (b"text\tlabel\none, two\ta\n", "separated by tabs: save it with commas"),
-        ("text,label\nZugang für Größe,a\n".encode("latin-1"), "save it as UTF-8"),
+        ("text,label\na café at 5 €,a\n".encode("cp1252"), "save it as UTF-8 .*-f cp1252"),
         (b"text,label\na,b,c\n", "repair the file, or set the source's format"),
     ],
 )
@@ -105,17 +106,17 @@ def test_fingerprint_follows_the_content_not_the_place(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"a": 1}\n{"a": \n', "line 2 is not one JSON object"),
-        (b'{"a": "\xff"}\n', "line 1 is not one JSON object in UTF-8"),
+        (b'{"a": 1}\n{"a": \n', "line 2: not one JSON object"),
+        (b'{"a": "\xff"}\n', "line 1: not one JSON object in UTF-8"),
         (b'{"a": 1}\n[1]\n', "line 2: an array is not an object"),
-        (b"[" * 100_000 + b"\n", "line 1 is not one JSON object"),
+        (b"[" * 100_000 + b"\n", "line 1: not one JSON object"),
     ],
 )
 def test_bad_json_lines_are_named_or_skipped(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "a.jsonl").write_bytes(content + b'{"a": 3}\n')
     with pytest.raises(ValueError, match=f"a.jsonl, {message}"):
         read("a.jsonl", base_dir=tmp_path)
-    skipped: list[str] = []
+    skipped: list[BadRow] = []
     source = open_source(SourceSpec("a.jsonl"), base_dir=tmp_path)
     assert list(source.rows(on_bad_row=skipped.append))[-1] == {"a": 3}
     assert len(skipped) == 1
@@ -131,12 +132,12 @@ def test_text_that_is_not_utf8_is_named_or_skipped(tmp_path: Path) -> None:
     with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
         writer.write_table(table)
     for name in ("a.parquet", "a.arrow"):
-        with pytest.raises(ValueError, match=rf"{name}, row 3 \(counted from 0\) is not UTF-8"):
+        with pytest.raises(ValueError, match=rf"{name}, row 4: not UTF-8"):
             read(name, base_dir=tmp_path)
-        skipped: list[str] = []
+        skipped: list[BadRow] = []
         source = open_source(SourceSpec(name), base_dir=tmp_path)
         assert len(list(source.rows(on_bad_row=skipped.append))) == 2499
-        assert [", row 3 " in skipped[0], ", row 2200 " in skipped[1]] == [True, True]
+        assert [row.place.rpartition(", ")[2] for row in skipped] == ["row 4", "row 2201"]
         assert len(skipped) == 2
     (tmp_path / "a.csv").write_bytes(b"a,b\nx,1\nb\xff,2\n")
     with pytest.raises(ValueError, match=r"a.csv .*Row #3: .*invalid UTF8"):
@@ -204,7 +205,9 @@ def test_empty_source_and_absent_column(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", rows=[{"text": "x", "label": 1}])
     source = open_source(SourceSpec("a.jsonl"), base_dir=tmp_path)
     source.require(["text"])
-    with pytest.raises(ValueError, match=r"a\.jsonl has no column 'sentence': it has text, label"):
+    with pytest.raises(
+        ValueError, match=r"a\.jsonl has no column 'sentence': it has 'text', 'label'"
+    ):
         source.require(["text", "sentence"])
 
 

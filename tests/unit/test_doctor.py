@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,26 @@ def test_beside_rank_0_only_what_is_broken_is_printed(capsys: pytest.CaptureFixt
     out, err = capsys.readouterr()
     assert out == ""
     assert err == "[rank 3] b: 2: mend [it]\n"
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_nothing_of_a_finding_is_cut(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    path = "/scratch/" + "a_long_folder/" * 8 + "runs"
+    found = [
+        findings.Finding("kernel linear_cross_entropy, bf16", "chunked, right on test numbers"),
+        findings.Finding("disk of run", f"54.7 GiB free in {path}", "note", "look at GLOO_NAME"),
+    ]
+    findings.print_findings(found)
+    text = capsys.readouterr().out
+    assert "…" not in text
+    assert all(len(line) <= width for line in text.splitlines())
+    assert "linear_cross_entropy," in text
+    assert "54.7 GiB free in" in text
+    assert path in "".join(re.split(r"[│\s]+", text))
+    assert "-> look at GLOO_NAME" in text
 
 
 def test_the_command_measures_between_the_ranks_of_a_launcher(

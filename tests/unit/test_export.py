@@ -21,6 +21,7 @@ from dist_ft.tasks.question_answering import QuestionAnswering
 from dist_ft.tasks.text_classification import TextClassification
 from dist_ft.tasks.token_classification import TokenClassification
 from dist_ft.train.export import export_task
+from dist_ft.train.model_card import adapter_card, model_card
 from tests.helpers.batches import prepared, records
 from tests.helpers.tiny_models import tiny_config
 from tests.helpers.tiny_tokenizers import byte_level, wordpiece
@@ -285,6 +286,24 @@ def test_model_card_has_metrics_labels_recipe_and_usage(exported: dict[str, Expo
     assert yaml.safe_load(recipe) == CARD["recipe"]
     labels = (exported["ner"].folder / "README.md").read_text().partition("## Labels")[2]
     assert "0. O\n1. B-PER\n2. I-PER" in labels
+
+
+def test_a_card_names_no_folder_of_this_machine() -> None:
+    recipe = {"model": {"path": "/home/ada/models/bert"}, "output_dir": "/home/ada/runs",
+              "tasks": [{"text": "text", "data": {"train": {"path": "/home/ada/data/rows.csv"}}},
+                        {"separator": "/", "data": {"train": {"path": "org/set"}}}]}  # fmt: skip
+    for card in (
+        model_card(task="t", auto_class="AutoModelForSequenceClassification", labels=["a", "b"],
+                   card={"recipe": recipe}),
+        adapter_card(task="t", labels=["a", "b"], card={"recipe": recipe}),
+    ):  # fmt: skip
+        assert "/home" not in card
+        assert "`bert`" in card
+        shown = yaml.safe_load(
+            card.partition("## Recipe")[2].partition("```yaml\n")[2].partition("```")[0]
+        )
+        assert shown["tasks"][0]["data"]["train"]["path"] == "rows.csv"
+        assert shown["tasks"][1] == recipe["tasks"][1]
 
 
 @pytest.fixture

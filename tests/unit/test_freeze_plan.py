@@ -1,5 +1,6 @@
 """`dist-ft freeze-plan`: what it writes and what it refuses."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 
 from dist_ft import cli
+from dist_ft.train.freeze_plan import in_runs
 from tests.helpers.tiny_run import write_recipe
 
 
@@ -35,10 +37,32 @@ def test_the_plan_is_printed_and_written(
     assert "steps 0 to 9" in shares[0]
     assert "steps 20 to 29" in shares[2]
     assert "(100.0 %)" in shares[2]
+    assert "every layer group trains in some phase" in text.replace("\n# ", " ")
     assert cli.main(words) == 2
     assert "exists already" in capsys.readouterr().err
     assert cli.main(words[:3]) == 0
     assert capsys.readouterr().out == text
+
+
+def test_what_a_schedule_never_reaches_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_with(tmp_path, {"policy": "gradual", "phases": 3})
+    assert cli.main(["freeze-plan", str(recipe), "train.max_duration=30step"]) == 0
+    text = capsys.readouterr().out
+    share = re.findall(r"# phase 2.*\((\d+\.\d) %\)", text)[0]
+    assert (
+        f"The last phase, from step 20 on, trains {share}% of the parameters; never trained: "
+        "embeddings to block.1 (more freezing.phases or freezing.groups_per_phase reach them)."
+    ) in text.replace("\n# ", " ")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "text"),
+    [("ab", "a to b"), ("acd", "a, c to d"), ("", ""), ("e", "e"), ("abcde", "a to e")],
+)
+def test_neighbours_are_told_as_one(chosen: str, text: str) -> None:
+    assert in_runs("abcde", set(chosen)) == text
 
 
 def test_periods_of_random_block_can_be_limited(

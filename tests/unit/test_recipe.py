@@ -268,8 +268,8 @@ GOLDEN: dict[str, tuple[list[str], list[str]]] = {
     "column": (
         ["tasks.topics.text=qestion"],
         [
-            "tasks.topics.text: must be a column of {folder}/topics.csv (question, label), got "
-            "'qestion': did you mean question?"
+            "tasks.topics.text: must be a column of {folder}/topics.csv ('question', 'label'), got "
+            "'qestion': did you mean 'question'?"
         ],
     ),
     "packaged set": (
@@ -528,6 +528,17 @@ def test_a_deepspeed_json_that_agrees_is_taken(folder: Path) -> None:
     (folder / "ds.json").write_text(json.dumps(config))
     recipe = load_recipe(folder / "demo.yaml", overrides=["engine.deepspeed=ds.json"])
     assert recipe.engine.deepspeed == folder / "ds.json"
+
+
+def test_columns_with_blanks_or_semicolons_are_shown_as_they_are(folder: Path) -> None:
+    (folder / "topics.csv").write_text("question, label\nwho?, HUM\n")
+    assert errors_of(folder / "demo.yaml") == [
+        f"tasks.topics.label: must be a column of {folder}/topics.csv ('question', ' label'), got "
+        "'label': did you mean ' label'?"
+    ]
+    (folder / "topics.csv").write_text("question;label\nwho?;HUM\n")
+    (error,) = errors_of(folder / "demo.yaml")  # not one more for each key that names a column
+    assert error.startswith("tasks.topics.data.train: has one column, 'question;label': ")
 
 
 @pytest.mark.parametrize(
