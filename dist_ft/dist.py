@@ -6,13 +6,16 @@ import datetime
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,26 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Return what `action` returns on rank 0, on every rank; only rank 0 runs it.
+
+    Raises:
+        ValueError: On every rank, if the action raised it: otherwise the others would wait in
+            their first collective.
+    """
+    value: T | None = None
+    problem: str | None = None
+    if rank() == 0:
+        try:
+            value = action()
+        except ValueError as error:
+            problem = str(error)
+    value, problem = broadcast_object((value, problem))
+    if problem is not None:
+        raise ValueError(problem)
+    return value  # pyright: ignore[reportReturnType] - rank 0's own
 
 
 def barrier() -> None:

@@ -13,7 +13,7 @@ from dist_ft.search.halving import Score
 from dist_ft.search.study import Codes, SearchRecord
 from dist_ft.train.console import Console
 from dist_ft.train.run_folder import RunFolder
-from dist_ft.train.segment import Place, Segment, on_main, train_until
+from dist_ft.train.segment import Place, Segment, train_until
 
 C = TypeVar("C")
 C_contra = TypeVar("C_contra", contravariant=True)
@@ -96,7 +96,7 @@ class Candidates(Generic[C]):
             body = self._recipe.model_dump(mode="json")
             self.folder.start({**body, "search": options}, resume=resume)
 
-        on_main(open_folder)
+        dist.on_main(open_folder)
         self.folder.log_to_file(self._place.world)
         if self._place.world.is_main:
             self.record = SearchRecord(

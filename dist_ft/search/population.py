@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from dist_ft import dist
 from dist_ft.config import Recipe
 from dist_ft.search.candidates import Candidates, Outcome
 from dist_ft.search.halving import Score
@@ -29,7 +30,7 @@ from dist_ft.train.build import DONE
 from dist_ft.train.console import Console
 from dist_ft.train.parts import make_parts
 from dist_ft.train.run_folder import RunFolder
-from dist_ft.train.segment import Place, on_main
+from dist_ft.train.segment import Place
 
 Load = Callable[[Sequence[str]], Recipe]
 
@@ -258,7 +259,7 @@ def tune_population(
                 at_end = {m.number: population.scores[m.number][end] for m in now}
                 now = evolve(now, at_end, ranges=ranges, born=born, seed=base.seed)
                 new = population.add(now)
-                on_main(partial(_inherit, population, new, runs=runs, until=following))
+                dist.on_main(partial(_inherit, population, new, runs=runs, until=following))
                 for number in {m.number for m in before} - {m.number for m in now}:
                     runs.drop(number)
         return _finish(population, now, ends=ends, runs=runs)

@@ -48,6 +48,7 @@ from dist_ft.train.run_data import keep_data
 from dist_ft.train.run_folder import RunFolder
 from dist_ft.train.run_lock import RunLock
 from dist_ft.train.saving import CheckpointWriter
+from dist_ft.train.shared_folder import check_shared
 from dist_ft.train.signals import StopRequest, stop_name
 from dist_ft.train.stragglers import slow_ranks
 from dist_ft.train.trackers import make_trackers
@@ -150,20 +151,15 @@ def _open_folder(
     resume: bool,
     device: torch.device,
 ) -> None:
-    problem: str | None = None
-    world = dist.world_from_environment()
-    if world.is_main:
-        try:
-            lock.acquire()
-            folder.start(recipe.model_dump(mode="json"), resume=resume)
-            keep_data(folder, recipe, parts.tasks)
-            folder.write_json("env.json", environment(world, device))
-        except ValueError as error:
-            problem = str(error)
-    # Every rank must hear of it, or the others would wait in their first collective.
-    problem = dist.broadcast_object(problem)
-    if problem is not None:
-        raise ValueError(problem)
+    def open_folder() -> None:
+        folder.start(recipe.model_dump(mode="json"), resume=resume)
+        keep_data(folder, recipe, parts.tasks)
+        folder.write_json("env.json", environment(dist.world_from_environment(), device))
+
+    # Every rank must hear of what is wrong, or the others would wait in their first collective.
+    dist.on_main(lock.acquire)
+    check_shared(folder.root)
+    dist.on_main(open_folder)
 
 
 def _recorder(recipe: Recipe, *, folder: RunFolder, world: dist.World) -> Recorder:

@@ -66,10 +66,13 @@ def commit(
 ) -> str | None:
     """Write the JSON files, make everything durable and give the folder its name.
 
-    Called by rank 0 when every rank's file is durable. Returns what went wrong.
+    Called by rank 0 when every rank's file is durable. Returns what went wrong: also, that another
+    rank has written where this one does not see it.
     """
     replaced = final.with_name(f"{_REPLACED}{final.name}")
     try:
+        if damage := next((d for entry in files if (d := _size_damage(temporary, entry))), None):
+            return f"rank 0: {damage}; is {final.parent} the same folder for all ranks?"
         _write_json(temporary / TRAINER, trainer)
         files = [*files, {"file": TRAINER, **_fingerprint(temporary / TRAINER)}]
         manifest = {"format_version": FORMAT_VERSION, "step": step, "files": files}
@@ -196,13 +199,20 @@ def _file_damage(folder: Path, entry: Mapping[str, Any]) -> str | None:
     path = folder / entry["file"]
     if path.parent != folder:
         return f"its manifest names a file elsewhere: {entry['file']}"
+    if damage := _size_damage(folder, entry):
+        return damage
+    if _fingerprint(path)["xxh3"] != entry["xxh3"]:
+        return f"{path.name} was changed: its hash is not the manifest's"
+    return None
+
+
+def _size_damage(folder: Path, entry: Mapping[str, Any]) -> str | None:
+    path = folder / entry["file"]
     if not path.is_file():
         return f"{path.name} is missing"
     size = path.stat().st_size
     if size != entry["bytes"]:
         return f"{path.name} has {size} bytes, expected {entry['bytes']}"
-    if _fingerprint(path)["xxh3"] != entry["xxh3"]:
-        return f"{path.name} was changed: its hash is not the manifest's"
     return None
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
@@ -22,8 +21,6 @@ from dist_ft.train.recorder import Recorder
 from dist_ft.train.restoring import restore
 from dist_ft.train.run_data import keep_data
 from dist_ft.train.run_folder import RunFolder
-
-T = TypeVar("T")
 
 
 class PreemptedError(Exception):
@@ -82,7 +79,7 @@ def train_until(recipe: Recipe, *, step: int, place: Place) -> Segment:
         folder.start(recipe.model_dump(mode="json"), resume=True)
         folder.write_json("env.json", environment(place.world, place.device))
 
-    on_main(open_folder)
+    dist.on_main(open_folder)
     recorder = Recorder(folder.metrics if place.world.is_main else None)
     try:
         run, is_last = _make(recipe, step=step, place=place, folder=folder, recorder=recorder)
@@ -104,7 +101,7 @@ def _make(
     """Return the run, set to end at `step`, and whether that is its end anyway."""
     console = Console(main=False)
     parts = make_parts(recipe, console.say)
-    on_main(lambda: keep_data(folder, recipe, parts.tasks))
+    dist.on_main(lambda: keep_data(folder, recipe, parts.tasks))
     run = make_run(recipe, parts, folder=folder, world=place.world, device=place.device,
                    console=console, recorder=recorder)  # fmt: skip
     restore(run, folder=folder, recorder=recorder, console=console)
@@ -120,23 +117,3 @@ def _segment(run: Run, *, seconds: float) -> Segment:
     score = mean_score(evaluate, tasks=tasks, metric=None)
     metrics = {task: dict(evaluate.last[task].metrics) for task in tasks}
     return dist.broadcast_object(Segment(score, metrics, seconds))
-
-
-def on_main(action: Callable[[], T]) -> T:
-    """Return what `action` returns on rank 0, on every rank; only rank 0 runs it.
-
-    Raises:
-        ValueError: On every rank, if the action raised it: otherwise the others would wait in
-            their first collective.
-    """
-    value: T | None = None
-    problem: str | None = None
-    if dist.rank() == 0:
-        try:
-            value = action()
-        except ValueError as error:
-            problem = str(error)
-    value, problem = dist.broadcast_object((value, problem))
-    if problem is not None:
-        raise ValueError(problem)
-    return value  # pyright: ignore[reportReturnType] - rank 0's own
