@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from dist_ft import dist
 from dist_ft.config import Recipe
-from dist_ft.search.halving import Score
+from dist_ft.search.halving import DIVERGED, Score
 from dist_ft.search.study import Codes, SearchRecord
 from dist_ft.train.console import Console
+from dist_ft.train.numbers import BadNumbersError
 from dist_ft.train.run_folder import RunFolder
+from dist_ft.train.run_lock import RunLock
 from dist_ft.train.segment import Place, Segment, train_until
+from dist_ft.train.shared_folder import check_shared
 
 C = TypeVar("C")
 C_contra = TypeVar("C_contra", contravariant=True)
@@ -71,16 +77,17 @@ class Candidates(Generic[C]):
     def __init__(
         self, recipe: Recipe, *, subject: Subject[C], place: Place, console: Console
     ) -> None:
-        """Search for `recipe`; `open` comes next."""
+        """Search for `recipe`; `opened` comes next."""
         self.folder = SearchFolder(recipe.output_dir / f"{recipe.name}-search")
         self.record: SearchRecord[C] | None = None
         self._recipe, self._subject = recipe, subject
         self._place, self._console = place, console
 
-    def open(
+    @contextmanager
+    def opened(
         self, options: dict[str, Any], *, codes: Codes[C], total_steps: int, resume: bool
-    ) -> None:
-        """Make the folder and the record, or open those of the search that goes on.
+    ) -> Iterator[None]:
+        """Hold the folder and the record, new ones or those of the search that goes on.
 
         Args:
             options: Of the search; another search may not go on in its folder.
@@ -89,14 +96,25 @@ class Candidates(Generic[C]):
             resume: Go on with the search that is there.
 
         Raises:
-            ValueError: If the folder holds a search that is not to be resumed or is another one.
+            ValueError: If the folder holds a search that is not to be resumed or is another one,
+                if another search writes it, or if it is not one folder for all ranks.
         """
 
         def open_folder() -> None:
             body = self._recipe.model_dump(mode="json")
             self.folder.start({**body, "search": options}, resume=resume)
 
-        dist.on_main(open_folder)
+        lock = RunLock(self.folder.root)
+        try:
+            dist.on_main(lock.acquire)
+            check_shared(self.folder.root)
+            dist.on_main(open_folder)
+            self._open_record(codes, total_steps=total_steps)
+            yield
+        finally:
+            lock.release()
+
+    def _open_record(self, codes: Codes[C], *, total_steps: int) -> None:
         self.folder.log_to_file(self._place.world)
         if self._place.world.is_main:
             self.record = SearchRecord(
@@ -107,24 +125,38 @@ class Candidates(Generic[C]):
             )
 
     def score(self, candidate: C, step: int) -> Score:
-        """Return what `candidate` scores on validation after `step` steps, the same everywhere."""
+        """Return what `candidate` scores on validation after `step` steps, the same everywhere.
+
+        A candidate whose numbers stay bad before that has diverged: its score is no number.
+        """
         known = self.record.score(candidate, step) if self.record else None
         known = dist.broadcast_object(known)
         if known is not None:
             return known
-        segment = train_until(self._candidate_recipe(candidate), step=step, place=self._place)
-        self._write_down(candidate, step, segment)
-        return _score(segment)
+        began = time.monotonic()
+        try:
+            segment = train_until(self._candidate_recipe(candidate), step=step, place=self._place)
+        except BadNumbersError as error:  # raised by every rank
+            seconds = time.monotonic() - began
+            self._say(candidate, f"diverged before {step} steps ({error})", seconds=seconds)
+            self._record(candidate, step, DIVERGED, seconds=seconds)
+            return DIVERGED
+        said = f"{segment.score:.4f} after {step} steps"
+        self._say(candidate, said, seconds=segment.seconds)
+        score = _score(segment)
+        self._record(candidate, step, score, seconds=segment.seconds, metrics=segment.metrics)
+        return score
 
-    def _write_down(self, candidate: C, step: int, segment: Segment) -> None:
-        self._console.say(
-            f"search: {self._subject.describe(candidate)}: {segment.score:.4f} after {step} steps "
-            f"({segment.seconds:.1f} s)"
-        )
+    def _say(self, candidate: C, what: str, *, seconds: float) -> None:
+        self._console.say(f"search: {self._subject.describe(candidate)}: {what} ({seconds:.1f} s)")
+
+    def _record(
+        self, candidate: C, step: int, score: Score, *, seconds: float, **facts: Any
+    ) -> None:
         if self.record is not None:
             before = self.record.facts(candidate).get("seconds", 0.0)
-            facts = {"metrics": segment.metrics, "seconds": round(before + segment.seconds, 3)}
-            self.record.record(candidate, step, score=_score(segment), facts=facts)
+            facts["seconds"] = round(before + seconds, 3)
+            self.record.record(candidate, step, score=score, facts=facts)
 
     def drop(self, candidate: C) -> None:
         """Give a candidate up and free its checkpoints; its record and metrics stay."""

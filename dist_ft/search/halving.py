@@ -44,10 +44,29 @@ class Score(NamedTuple):
     value: float
     loss: float = 0.0
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the run has come to no number."""
+        return math.isnan(self.value) or math.isnan(self.loss)
+
     def key(self) -> tuple[float, float]:
         """Return a sort key, best first; a run that has diverged comes last."""
-        diverged = math.isnan(self.value) or math.isnan(self.loss)
-        return (math.inf, math.inf) if diverged else (-self.value, self.loss)
+        return (math.inf, math.inf) if self.diverged else (-self.value, self.loss)
+
+
+DIVERGED = Score(math.nan, math.nan)
+
+
+class AllDivergedError(RuntimeError):
+    """A search of which nobody is left."""
+
+    def __init__(self, step: int) -> None:
+        """Say what to do about it, given the step up to which all have diverged."""
+        super().__init__(
+            f"search: by step {step} every candidate that was left had diverged: lower optim.lr or "
+            "the upper ends of --over; what each came to is in study.journal and its run's "
+            "metrics.jsonl"
+        )
 
 
 def rung_steps(count: int, *, total_steps: int) -> tuple[int, ...]:
@@ -137,7 +156,10 @@ class Halving(Generic[C]):
         """Return the best of `entrants` and of the best so far, which takes part for free.
 
         The best so far has scores at every rung; a newcomer goes on if it is among the
-        better half of all at its rung.
+        better half of all at its rung, and has not diverged.
+
+        Raises:
+            AllDivergedError: If nobody is left.
         """
         pool = [*entrants] if self.best is None else [self.best, *entrants]
         for rung in self.rungs:
@@ -160,11 +182,14 @@ class Halving(Generic[C]):
         leaders: list[C] = []
         for candidate in pool:
             self._measure(candidate, rung)
-            leaders = sorted([*leaders, candidate], key=lambda b: self.rank(b, rung))
-            for lost in leaders[keep:]:
-                if lost != self.best:
+            entered = [*leaders, candidate]
+            numbers = [c for c in entered if not self.scores[c][rung].diverged]
+            leaders = sorted(numbers, key=lambda b: self.rank(b, rung))[:keep]
+            for lost in entered:
+                if lost not in leaders and lost != self.best:
                     self.drop(lost)
-            leaders = leaders[:keep]
+        if not leaders:
+            raise AllDivergedError(rung)
         return leaders
 
     def _measure(self, candidate: C, rung: int) -> None:

@@ -1,9 +1,9 @@
 """Population-based training over recipe keys (Jaderberg et al. 2017).
 
-All members of a population train at once, as one would by hand: after each round the worst quarter
-go on from the weights of members of the best quarter (exploit), with values moved by a fifth up or
-down (explore). What is found is a trained model and the values that it was trained with, round by
-round, not a recipe.
+All members of a population train at once, as one would by hand: after each round the worst quarter,
+and whoever has diverged, go on from the weights of members of the best quarter (exploit), with
+values moved by a fifth up or down (explore). What is found is a trained model and the values that
+it was trained with, round by round, not a recipe.
 
 Who is replaced by whom, and how values move, is a function of the scores and the recipe's seed, so
 ranks agree and a search that was stopped is repeated from its record.
@@ -22,7 +22,7 @@ from typing import Any
 from dist_ft import dist
 from dist_ft.config import Recipe
 from dist_ft.search.candidates import Candidates, Outcome
-from dist_ft.search.halving import Score
+from dist_ft.search.halving import AllDivergedError, Score
 from dist_ft.search.keys import Range, draw
 from dist_ft.search.session import run_session
 from dist_ft.search.writing import TABLE, as_csv
@@ -75,6 +75,9 @@ def evolve(
 ) -> list[Member]:
     """Return the members of the next round, each in its place.
 
+    Members that have diverged have no weights to go on with: they are replaced, too, and none of
+    them replaces another. At least one must not have diverged.
+
     Args:
         members: Of the round that has ended.
         scores: By number.
@@ -84,7 +87,9 @@ def evolve(
     """
     ranked = sorted(members, key=lambda m: (*scores[m.number].key(), m.number))
     quarter = max(1, len(members) // 4)
-    best, worst = ranked[:quarter], {m.number for m in ranked[-quarter:]}
+    diverged = {m.number for m in members if scores[m.number].diverged}
+    best = [m for m in ranked[:quarter] if m.number not in diverged]
+    worst = {m.number for m in ranked[-quarter:]} | diverged
     following: list[Member] = []
     for place, member in enumerate(members):
         if member.number not in worst:
@@ -231,7 +236,7 @@ def tune_population(
 
     Raises:
         ValueError: If a range or recipe is wrong, or another search is in the folder.
-        RuntimeError: If Optuna is not installed.
+        RuntimeError: If Optuna is not installed, or all members diverge.
     """
     base, ranges = load(()), check_ranges(over)
     population = Population(load)
@@ -244,25 +249,30 @@ def tune_population(
 
     def search(ends: list[int], place: Place, console: Console) -> Outcome:
         runs = Candidates(base, subject=population, place=place, console=console)
-        runs.open(
+        opened = runs.opened(
             {"over": list(over), "trials": count, "rounds": rounds},
             codes=MemberCodes(rounds * len(members)), total_steps=ends[-1], resume=resume,
         )  # fmt: skip
-        console.say(f"search: {len(members)} members, {rounds} rounds to {ends[-1]} steps")
-        now = members
-        for born, (end, following) in enumerate(zip(ends, [*ends[1:], None], strict=True), start=1):
-            for member in now:
-                found = runs.score(member.number, end)
-                population.scores.setdefault(member.number, {})[end] = found
-            if following is not None:
-                before = now
-                at_end = {m.number: population.scores[m.number][end] for m in now}
-                now = evolve(now, at_end, ranges=ranges, born=born, seed=base.seed)
-                new = population.add(now)
-                dist.on_main(partial(_inherit, population, new, runs=runs, until=following))
-                for number in {m.number for m in before} - {m.number for m in now}:
-                    runs.drop(number)
-        return _finish(population, now, ends=ends, runs=runs)
+        with opened:
+            console.say(f"search: {len(members)} members, {rounds} rounds to {ends[-1]} steps")
+            now = members
+            for born, (end, following) in enumerate(
+                zip(ends, [*ends[1:], None], strict=True), start=1
+            ):
+                for member in now:
+                    found = runs.score(member.number, end)
+                    population.scores.setdefault(member.number, {})[end] = found
+                if all(population.scores[m.number][end].diverged for m in now):
+                    raise AllDivergedError(end)
+                if following is not None:
+                    before = now
+                    at_end = {m.number: population.scores[m.number][end] for m in now}
+                    now = evolve(now, at_end, ranges=ranges, born=born, seed=base.seed)
+                    new = population.add(now)
+                    dist.on_main(partial(_inherit, population, new, runs=runs, until=following))
+                    for number in {m.number for m in before} - {m.number for m in now}:
+                        runs.drop(number)
+            return _finish(population, now, ends=ends, runs=runs)
 
     return run_session(base, look=look, search=search)
 

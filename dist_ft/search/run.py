@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +64,7 @@ def search(recipe: Recipe, *, options: SearchOptions, resume: bool) -> Outcome:
 
     Raises:
         ValueError: If recipe, model and options do not fit, or another search is in the folder.
-        RuntimeError: If Optuna is not installed.
+        RuntimeError: If Optuna is not installed, or all candidates diverge.
     """
 
     def look(console: Console) -> tuple[Model, Space]:
@@ -81,8 +82,8 @@ def search(recipe: Recipe, *, options: SearchOptions, resume: bool) -> Outcome:
             score=searcher.score,
             drop=searcher.drop,
         )
-        searcher.open(options, resume=resume)
-        return searcher.run(race)
+        with searcher.opened(options, resume=resume):
+            return searcher.run(race)
 
     return run_session(recipe, look=look, search=run)
 
@@ -129,19 +130,15 @@ class Searcher:
     """Looks for the best block and writes what was found."""
 
     def __init__(self, recipe: Recipe, *, model: Model, place: Place, console: Console) -> None:
-        """Search for `recipe`; `open` comes next."""
+        """Search for `recipe`; `opened` comes next."""
         self._recipe, self._model, self._console = recipe, model, console
         self._subject = Blocks(recipe, model)
         self._candidates = Candidates(recipe, subject=self._subject, place=place, console=console)
         self.score, self.drop = self._candidates.score, self._candidates.drop
 
-    def open(self, options: SearchOptions, *, resume: bool) -> None:
-        """Make the folder and the record, or open those of the search that goes on.
-
-        Raises:
-            ValueError: If the folder holds a search that is not to be resumed or is another one.
-        """
-        self._candidates.open(
+    def opened(self, options: SearchOptions, *, resume: bool) -> AbstractContextManager[None]:
+        """Return what holds folder and record, see `Candidates.opened`."""
+        return self._candidates.opened(
             dict(vars(options)),
             codes=BlockCodes(len(self._model.order.blocks)),
             total_steps=self._model.total_steps,

@@ -72,7 +72,7 @@ def tune(load: Load, *, options: TuneOptions, resume: bool) -> Outcome:
     Raises:
         ValueError: If a range or the recipe of any candidate is wrong, or another search is in the
             folder.
-        RuntimeError: If Optuna is not installed.
+        RuntimeError: If Optuna is not installed, or all candidates diverge.
     """
     import_optuna()
     base = load(())
@@ -90,14 +90,16 @@ def tune(load: Load, *, options: TuneOptions, resume: bool) -> Outcome:
         runs = Candidates(base, subject=keys, place=place, console=console)
         race: Halving[Candidate] = Halving(KeySpace(), rungs, runs.score, runs.drop, 0)
         described = {"over": list(options.over), "trials": options.trials}
-        runs.open(
+        opened = runs.opened(
             {**described, "budget": options.budget},
             codes=KeyCodes(drawn), total_steps=total, resume=resume,
         )  # fmt: skip
-        console.say(
-            f"search: {len(drawn)} candidates, compared after {', '.join(map(str, rungs))} steps"
-        )
-        return _finish(race, race.halve(drawn), keys=keys, runs=runs)
+        with opened:
+            console.say(
+                f"search: {len(drawn)} candidates, compared after {', '.join(map(str, rungs))} "
+                "steps"
+            )
+            return _finish(race, race.halve(drawn), keys=keys, runs=runs)
 
     return run_session(base, look=look, search=search)
 

@@ -9,6 +9,8 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, TypedDict
 
+import torch
+
 from dist_ft.data.joined import JoinedLoader
 from dist_ft.data.loader import StepBatch, StepLoader
 from dist_ft.engine.base import Engine, PhaseReport, StepResult
@@ -73,6 +75,18 @@ class Callback(Protocol):
         ...
 
 
+def nobody_replans(run: Run, result: StepResult) -> bool:
+    """Return that a refused step is not done again.
+
+    Raises:
+        OutOfMemoryError: If that is for want of memory: such a step says nothing of its numbers.
+    """
+    del run
+    if result.lacked_memory is not None:
+        raise torch.OutOfMemoryError(result.lacked_memory)
+    return False
+
+
 @dataclass
 class Run:
     """The parts of a run, put together by ``build``.
@@ -106,7 +120,7 @@ class Run:
     stop_signal: Callable[[], int] = lambda: 0
     beat: Callable[[str], None] = lambda section: None  # noqa: ARG005 - nobody watches
     loss_limit: Callable[[str], float] = lambda task: math.inf  # noqa: ARG005 - any
-    replan: Callable[[Run, StepResult], bool] = lambda run, result: False  # noqa: ARG005 - no
+    replan: Callable[[Run, StepResult], bool] = nobody_replans
     progress: Progress = field(default_factory=Progress)
     discard: Callable[[], None] = lambda: None
     balancer: Balancer | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -12,15 +13,18 @@ from dist_ft import dist
 from dist_ft.config import Recipe
 from dist_ft.train.adapt import mean_score
 from dist_ft.train.build import make_run
-from dist_ft.train.callbacks import Evaluate
+from dist_ft.train.callbacks import Checkpoint, Evaluate
 from dist_ft.train.console import Console
 from dist_ft.train.environment import environment
 from dist_ft.train.loop import Run, fit
+from dist_ft.train.memory import FitMemory, fit_memory
+from dist_ft.train.numbers import BadNumbersError
 from dist_ft.train.parts import make_parts
 from dist_ft.train.recorder import Recorder
 from dist_ft.train.restoring import restore
 from dist_ft.train.run_data import keep_data
 from dist_ft.train.run_folder import RunFolder
+from dist_ft.train.run_lock import RunLock
 
 
 class PreemptedError(Exception):
@@ -69,46 +73,64 @@ def train_until(recipe: Recipe, *, step: int, place: Place) -> Segment:
         place: Where to train.
 
     Raises:
-        ValueError: If the run's folder belongs to another recipe.
+        ValueError: If the run's folder belongs to another recipe, or another process writes it.
         PreemptedError: If a rank was asked to stop.
+        BadNumbersError: On every rank, if the run's numbers stay bad.
+        ReplannedError: If the ranks must start again, with smaller micro-batches.
     """
     began = time.monotonic()
     folder = RunFolder(recipe.output_dir / recipe.name)
 
+    lock = RunLock(folder.root)
+
     def open_folder() -> None:
+        lock.acquire()
         folder.start(recipe.model_dump(mode="json"), resume=True)
         folder.write_json("env.json", environment(place.world, place.device))
 
-    dist.on_main(open_folder)
-    recorder = Recorder(folder.metrics if place.world.is_main else None)
     try:
-        run, is_last = _make(recipe, step=step, place=place, folder=folder, recorder=recorder)
-        fit(run)
-        if run.stopped_by:
-            recorder.event("stop", step=run.progress.step, signal=run.stopped_by)
-            raise PreemptedError
-        recorder.event("end" if is_last else "segment", step=step)
-        segment = _segment(run, seconds=time.monotonic() - began)
-        run.engine.close()
-        return segment
+        dist.on_main(open_folder)
+        with closing(Recorder(folder.metrics if place.world.is_main else None)) as recorder:
+            run, memory = _make(recipe, place=place, folder=folder, recorder=recorder)
+            # Only the loop and what happens at its end read this; learning rates have their own.
+            is_last, run.total_steps = step == run.total_steps, step
+            _fit(run, memory)
+            if run.stopped_by:
+                recorder.event("stop", step=run.progress.step, signal=run.stopped_by)
+                raise PreemptedError
+            recorder.event("end" if is_last else "segment", step=step)
+            segment = _segment(run, seconds=time.monotonic() - began)
+            run.engine.close()
+            return segment
     finally:
-        recorder.close()
+        lock.release()
 
 
 def _make(
-    recipe: Recipe, *, step: int, place: Place, folder: RunFolder, recorder: Recorder
-) -> tuple[Run, bool]:
-    """Return the run, set to end at `step`, and whether that is its end anyway."""
+    recipe: Recipe, *, place: Place, folder: RunFolder, recorder: Recorder
+) -> tuple[Run, FitMemory]:
+    """Return the whole run, as far as it has come, and what fits it into memory."""
     console = Console(main=False)
     parts = make_parts(recipe, console.say)
     dist.on_main(lambda: keep_data(folder, recipe, parts.tasks))
-    run = make_run(recipe, parts, folder=folder, world=place.world, device=place.device,
-                   console=console, recorder=recorder)  # fmt: skip
+    memory = fit_memory(recipe, parts, folder=folder, recorder=recorder, console=console)
+    run = make_run(memory.resume(recipe), parts, folder=folder, world=place.world,
+                   device=place.device, console=console, recorder=recorder)  # fmt: skip
+    run.replan = memory.replan
     restore(run, folder=folder, recorder=recorder, console=console)
     run.stop_signal = place.stop_signal
-    # Only the loop and what happens at its end read this; the learning rates have their own.
-    run.total_steps = step
-    return run, step == parts.total_steps
+    return run, memory
+
+
+def _fit(run: Run, memory: FitMemory) -> None:
+    """Train; if the numbers stay bad, make room for the next run before that is raised."""
+    try:
+        with memory.watching(run):
+            fit(run)
+    except BadNumbersError:  # raised by every rank, after the same step
+        next(c for c in run.callbacks if isinstance(c, Checkpoint)).settle(run)
+        run.engine.close()
+        raise
 
 
 def _segment(run: Run, *, seconds: float) -> Segment:

@@ -6,7 +6,6 @@ name. On disks of the nodes' own, a checkpoint would have all of its files nowhe
 
 from __future__ import annotations
 
-import os
 import secrets
 import socket
 import time
@@ -14,8 +13,8 @@ from pathlib import Path
 
 from dist_ft import dist
 
-# For so long NFS may believe that a name is not there which it looked up before (acdirmax).
-_PATIENCE_S = 60.0
+# For so long NFS may believe that a name is not there which it looked up before (acdirmin).
+_PATIENCE_S = 30.0
 _LOOK_AGAIN_S = 0.2
 
 
@@ -66,10 +65,9 @@ def _appears(path: Path, *, token: str) -> bool:
 
 def _reads(path: Path, *, token: str) -> bool:
     try:
-        # Opening the folders makes NFS ask its server again for what they hold.
+        # Listing the folders makes NFS ask its server again for what they hold.
         for folder in (path.parent.parent, path.parent):
-            with os.scandir(folder):
-                pass
+            next(folder.iterdir(), None)
         return path.read_text() == token
     except OSError:
         return False

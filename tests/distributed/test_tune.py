@@ -8,13 +8,20 @@ import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
+from torch import Tensor
+from transformers.models.bert.modeling_bert import BertLayer
 
 from dist_ft.config import Recipe
 from dist_ft.recipe import load_recipe
+from dist_ft.search import session
 from dist_ft.search.population import tune_population
 from dist_ft.search.tune import TuneOptions, tune
+from dist_ft.train import run_lock
 from dist_ft.train.build import PREEMPTED
 from tests.helpers.run_distributed import run_distributed
 from tests.helpers.tiny_run import events, state_hash, terminate_after, write_recipe
@@ -66,6 +73,63 @@ def test_the_best_values_win_and_the_log_has_it_all(tmp_path: Path) -> None:
     run_distributed(_rank_tunes, path, True)
     assert (folder / "table.csv").read_text() == before
     assert counts == {run: len(events(run)) for run in (folder / "runs").iterdir()}
+
+
+DIVERGING = TuneOptions(("optim.lr=choice:1e-3|1e25",), trials=3, budget=0.75)
+
+
+def _rank_tunes_with_faults(path: Path) -> None:
+    """Search where another search writes, then where a rate diverges and rank 1 lacks memory."""
+
+    def load(overrides: Sequence[str]) -> Recipe:
+        return load_recipe(path, overrides=overrides)
+
+    session.dist.shut_down = lambda: None  # the ranks stay together for the second search
+    run_lock._PATIENCE_S = 0.0
+    rank = os.environ["RANK"]
+    other = run_lock.RunLock(path.parent / "runs/tiny-search")
+    if rank == "0":
+        other.acquire()
+    with pytest.raises(ValueError, match="is being written by another run"):
+        tune(load, options=DIVERGING, resume=False)
+    other.release()
+
+    forward = BertLayer.forward
+
+    def fill(self: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        tokens = hidden.shape[0] * hidden.shape[1]  # two rows are no more than this
+        if rank == "1" and self.training and torch.is_grad_enabled() and tokens > 30:
+            raise torch.OutOfMemoryError("fake allocator: no room for 2.00 GiB")
+        return forward(self, hidden, *args, **kwargs)
+
+    BertLayer.forward = fill
+    assert tune(load, options=DIVERGING, resume=False).exit_code == 0
+
+
+def test_a_search_outlives_a_run_that_diverges_and_one_that_lacks_memory(tmp_path: Path) -> None:
+    path = write_recipe(
+        tmp_path,
+        tasks=[TASK],
+        checkpoint={},
+        train={"max_duration": "8step"},
+        optim={"lr": 1e-3, "schedule": {"type": "constant", "warmup": "0step"}},
+    )
+    recipe = yaml.safe_load(path.read_text())
+    recipe["freezing"] = {"policy": "none"}
+    recipe["optim"].pop("head_lr")
+    path.write_text(yaml.safe_dump(recipe))
+    run_distributed(_rank_tunes_with_faults, path)
+    folder = tmp_path / "runs/tiny-search"
+    rows = list(csv.DictReader((folder / "table.csv").open()))
+    assert [(r["values"] == "optim.lr=1e25", r["score"] == "nan", r["steps"]) for r in rows] == [
+        (False, False, "8"), (False, False, "4"), (True, True, "4"),
+    ]  # fmt: skip
+    for run in (folder / "runs").iterdir():
+        found = events(run)
+        refused = [e for e in found if e["event"] == "bad_numbers"]
+        assert bool(refused) == (found[-1]["event"] not in ("segment", "end"))
+        # Each comes down to two rows once, and stays there when it goes on.
+        assert [e["micro_batch_size"] for e in found if e["event"] == "out_of_memory"] == [2]
 
 
 OVER = ("optim.lr=log:1e-6:1e-2",)

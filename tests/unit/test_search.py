@@ -15,6 +15,8 @@ from dist_ft.freezing.schedule import LayerOrder
 from dist_ft.recipe import load_recipe
 from dist_ft.search.blocks import Block, Space, make_space
 from dist_ft.search.halving import (
+    DIVERGED,
+    AllDivergedError,
     Race,
     Score,
     halving_steps,
@@ -131,6 +133,27 @@ def test_a_diverged_run_never_wins_and_equals_are_decided_by_cost() -> None:
     diverged = race_of(QUALITY | {Block(1, 3): math.nan})
     assert diverged.halve(list(QUALITY)) == Block(2, 4)
     assert race_of(dict.fromkeys(QUALITY, 0.5)).halve(list(QUALITY)) == Block(4, 4)
+
+
+def test_who_has_diverged_goes_no_further_even_if_nobody_else_is_there() -> None:
+    dropped: list[Block] = []
+    scored: list[tuple[Block, int]] = []
+    late, early, good = Block(1, 3), Block(0, 4), Block(4, 4)
+
+    def score(block: Block, step: int) -> Score:
+        scored.append((block, step))
+        return DIVERGED if block == early or (block == late and step == 4) else Score(0.5)
+
+    race = race_of(QUALITY, dropped=dropped)
+    race.score = score
+    assert race.halve([early, good]) == good
+    assert race.halve([late]) == good  # who has won so far is not given up
+    assert (early, 4) not in scored
+    assert dropped == [early, late]
+    race = race_of(QUALITY)
+    race.score = score
+    with pytest.raises(AllDivergedError, match=r"by step 4 .* lower optim\.lr"):
+        race.halve([late, early])
 
 
 def test_the_best_so_far_defends_itself_without_being_trained_again() -> None:
