@@ -29,7 +29,12 @@ from dist_ft.cli_launch import launch_command
 from dist_ft.cli_recipes import check, recipes_app
 from dist_ft.cli_slurm import slurm, slurm_start
 from dist_ft.cli_tables import print_differences, print_metrics
-from dist_ft.heartbeat import note_error, show_stacks_when_asked
+from dist_ft.heartbeat import (
+    error_text,
+    is_first_to_tell,
+    note_error,
+    show_stacks_when_asked,
+)
 from dist_ft.planning.hardware import HARDWARE
 
 if TYPE_CHECKING:
@@ -359,8 +364,9 @@ def _report_error(error: Exception, *, debug: bool) -> None:
         if rank == "0":
             typer.echo("\n".join(f"error: {line}" for line in lines), err=True)
         return
-    text = " ".join(str(error).split()) or type(error).__name__
-    if not note_error(text):
+    note_error(error)
+    text = error_text(error)
+    if not is_first_to_tell(text):
         return
     prefix = f"[rank {rank}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     typer.echo(f"{prefix}error: {text}", err=True)

@@ -15,6 +15,7 @@ import os
 import signal
 import struct
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,18 +101,47 @@ def read_beat(path: Path) -> Beat:
     return Beat(count, step, phase, timeout_s, text or "start")
 
 
-def note_error(text: str) -> bool:
+def error_text(error: BaseException) -> str:
+    """Return an error on one line; what kind it is, unless its words are meant for the user."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ValueError | RuntimeError | OSError):
+        return text or type(error).__name__
+    return f"{type(error).__name__}: {text}"
+
+
+@contextlib.contextmanager
+def noting_errors() -> Iterator[None]:
+    """Note an error of the block, which must end before this rank leaves the others."""
+    try:
+        yield
+    except Exception as error:
+        note_error(error)
+        raise
+
+
+def note_error(error: BaseException) -> None:
     """Tell the launcher why this rank ends; of several ranks the first one is to blame.
 
-    Returns:
-        Whether the user is to be told: no other rank of this node has met the same error.
+    Only a rank's first error counts, with the time at which it was met: the others meet theirs
+    when they find the connection to this rank broken.
     """
     folder = os.environ.get(FOLDER)
     if folder is None:
+        return
+    body = f"{time.monotonic()}\n{error_text(error)}"
+    # Not there yet; and the rank ends by its own error, not by a full disk.
+    with (
+        contextlib.suppress(OSError),
+        error_file(Path(folder), _local_rank()).open("x", encoding="utf-8") as file,
+    ):
+        file.write(body)
+
+
+def is_first_to_tell(text: str) -> bool:
+    """Return whether the user is to be told: no other rank of this node has met the same error."""
+    folder = os.environ.get(FOLDER)
+    if folder is None:
         return True
-    body = f"{time.monotonic()}\n{text}"
-    with contextlib.suppress(OSError):  # the rank ends by its own error, not by a full disk
-        error_file(Path(folder), _local_rank()).write_text(body, encoding="utf-8")
     digest = hashlib.sha256(text.encode()).hexdigest()
     try:
         (Path(folder) / f"{digest}.told").touch(exist_ok=False)  # only one rank makes it

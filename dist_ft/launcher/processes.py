@@ -97,7 +97,7 @@ def _be_a_rank(main: Callable[[], int], *, parent: int, environment: Mapping[str
         os.environ.update(environment)
         code = main()
     except BaseException as error:
-        note_error(f"{type(error).__name__}: {error}")
+        note_error(error)
         sys.excepthook(type(error), error, error.__traceback__)
         raise
     finally:

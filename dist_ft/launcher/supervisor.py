@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -29,6 +30,8 @@ _POLL_S = 0.02
 _LOOK_S = 0.1
 # A rank whose peer has died learns it from the broken connection and says so in its log.
 _LAST_WORDS_S = 3.0
+# Each plan is half of the one before, so a run has few; a program that always ends so has more.
+_MOST_REPLANS = 64
 # Ranks of other nodes that belong to the failed attempt must be gone before the next one meets.
 _PAUSE_S = 3.0
 
@@ -109,23 +112,29 @@ class Supervisor:
         """Run until the ranks are done, or have failed once too often; return the exit code."""
         with self._listening():
             last: Failure | None = None
-            for number in range(self._settings.max_restarts + 1):
+            restarts = replans = 0
+            for number in itertools.count():
                 start = self._start(number)
                 if self._asked:  # nobody runs: what is saved is all there is
                     return PREEMPTED
                 code, failure = self._run_attempt(number, start=start, before=last)
                 if failure is None:
                     return code
-                self._tell(failure, number=number)
+                replans += failure.replanned
+                restarts += not failure.replanned or replans > _MOST_REPLANS
+                goes_on = not self._asked and restarts <= self._settings.max_restarts
+                self._tell(failure, number=number, goes_on=goes_on)
                 if self._asked:
                     return FAILED
                 if _same_way(failure, last):
                     self._say("failed twice in the same way: not started again")
                     return FAILED
+                if not goes_on:
+                    return FAILED
                 last = failure
                 if self._settings.place.nodes > 1:
                     time.sleep(_PAUSE_S)
-        return FAILED
+        raise AssertionError  # attempts can be counted without end
 
     def _run_attempt(
         self, number: int, *, start: StartRank, before: Failure | None
@@ -252,9 +261,8 @@ class Supervisor:
     def _global(self, local_rank: int) -> int:
         return self._settings.place.node_rank * self._settings.ranks + local_rank
 
-    def _tell(self, failure: Failure, *, number: int) -> None:
-        left = self._settings.max_restarts - number
-        then = "starting again" if left and not self._asked else "no restarts left"
+    def _tell(self, failure: Failure, *, number: int, goes_on: bool) -> None:
+        then = "starting again" if goes_on else "no restarts left"
         if self._asked:
             then = "not started again: a stop was asked for"
         self._say(

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from dist_ft import dist
 from dist_ft.config import Recipe
+from dist_ft.heartbeat import noting_errors
 from dist_ft.recipe.ranks import check_ranks
 from dist_ft.search.candidates import Outcome
 from dist_ft.search.study import import_optuna
@@ -48,8 +49,10 @@ def run_session(
             timeout_s=recipe.engine.collective_timeout_s,
             join_timeout_s=recipe.engine.join_timeout_s,
         )
+        place = Place(world, device, stop_signal=lambda: stop.signal)
         try:
-            return search(seen, Place(world, device, stop_signal=lambda: stop.signal), console)
+            with noting_errors():
+                return search(seen, place, console)
         except PreemptedError:
             console.say("stopped after saving; start the same command with --resume to go on")
             return Outcome(PREEMPTED)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from dist_ft.data.bandit import BanditMixture
 from dist_ft.data.fingerprint import tokenizer_fingerprint
 from dist_ft.duration import Duration
 from dist_ft.engine.loss_module import LossModule
-from dist_ft.heartbeat import Heartbeat
+from dist_ft.heartbeat import Heartbeat, noting_errors
 from dist_ft.model.layer_groups import LayerGroup
 from dist_ft.optim.param_groups import LearningRates, build_param_groups
 from dist_ft.recipe.ranks import check_ranks
@@ -100,8 +101,11 @@ def _train(recipe: Recipe, *, resume: bool, stop: StopRequest, extensions: Exten
         timeout_s=recipe.engine.collective_timeout_s,
         join_timeout_s=recipe.engine.join_timeout_s,
     )
+    at_end = ExitStack()
+    at_end.callback(dist.shut_down)
     lock = RunLock(folder.root)
-    try:
+    at_end.callback(lock.release)
+    with at_end, noting_errors():
         _open_folder(folder, recipe, parts, lock=lock, resume=resume, device=device)
         folder.log_to_file(world)
         recorder = _recorder(recipe, folder=folder, world=world)
@@ -110,6 +114,7 @@ def _train(recipe: Recipe, *, resume: bool, stop: StopRequest, extensions: Exten
             recipe = memory.resume(recipe)
         run = make_run(recipe, parts, folder=folder, world=world, device=device,
                        console=console, recorder=recorder)  # fmt: skip
+        at_end.callback(writer_of(run).close)
         run.replan = memory.replan
         beat = make_beat(recipe, run, heartbeat)
         beat("start")
@@ -129,9 +134,11 @@ def _train(recipe: Recipe, *, resume: bool, stop: StopRequest, extensions: Exten
             run.engine.close()
             console.end_run(folder.root)
         return exit_code
-    finally:
-        lock.release()
-        dist.shut_down()
+
+
+def writer_of(run: Run) -> CheckpointWriter:
+    """Return what writes a run's checkpoints: to be closed before another may write its folder."""
+    return next(c for c in run.callbacks if isinstance(c, Checkpoint)).writer
 
 
 def _record_failure(recorder: Recorder) -> None:

@@ -86,6 +86,10 @@ class CheckpointWriter:
         self._write: Future[tuple[dict[str, Any], str | None]] | None = None
         self._commit: Future[Saved] | None = None
 
+    def close(self) -> None:
+        """Wait until this rank writes no more; for the end of a run that failed, too."""
+        self._thread.shutdown()
+
     def prepare(self, state: EngineState) -> None:
         """Make room for the copy of a state like this, beside the training.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from dist_ft import dist
 from dist_ft.config import Recipe
 from dist_ft.train.adapt import mean_score
-from dist_ft.train.build import make_run
+from dist_ft.train.build import make_run, writer_of
 from dist_ft.train.callbacks import Checkpoint, Evaluate
 from dist_ft.train.console import Console
 from dist_ft.train.environment import environment
@@ -88,22 +88,23 @@ def train_until(recipe: Recipe, *, step: int, place: Place) -> Segment:
         folder.start(recipe.model_dump(mode="json"), resume=True)
         folder.write_json("env.json", environment(place.world, place.device))
 
-    try:
+    with ExitStack() as at_end:
+        at_end.callback(lock.release)
         dist.on_main(open_folder)
-        with closing(Recorder(folder.metrics if place.world.is_main else None)) as recorder:
-            run, memory = _make(recipe, place=place, folder=folder, recorder=recorder)
-            # Only the loop and what happens at its end read this; learning rates have their own.
-            is_last, run.total_steps = step == run.total_steps, step
-            _fit(run, memory)
-            if run.stopped_by:
-                recorder.event("stop", step=run.progress.step, signal=run.stopped_by)
-                raise PreemptedError
-            recorder.event("end" if is_last else "segment", step=step)
-            segment = _segment(run, seconds=time.monotonic() - began)
-            run.engine.close()
-            return segment
-    finally:
-        lock.release()
+        recorder = Recorder(folder.metrics if place.world.is_main else None)
+        at_end.callback(recorder.close)
+        run, memory = _make(recipe, place=place, folder=folder, recorder=recorder)
+        at_end.callback(writer_of(run).close)
+        # Only the loop and what happens at its end read this; the learning rates have their own.
+        is_last, run.total_steps = step == run.total_steps, step
+        _fit(run, memory)
+        if run.stopped_by:
+            recorder.event("stop", step=run.progress.step, signal=run.stopped_by)
+            raise PreemptedError
+        recorder.event("end" if is_last else "segment", step=step)
+        segment = _segment(run, seconds=time.monotonic() - began)
+        run.engine.close()
+        return segment
 
 
 def _make(

@@ -206,7 +206,7 @@ def test_a_stop_while_a_save_goes_on_into_a_phase_change_loses_nothing(
     assert fingerprint(run) == expected
 
 
-def test_a_rank_that_fails_in_the_same_way_is_not_tried_for_ever(
+def test_the_rank_that_failed_is_named_and_not_tried_for_ever_if_it_fails_in_the_same_way(
     undisturbed: tuple[Path, str],
 ) -> None:
     recipe, _ = undisturbed
@@ -216,12 +216,16 @@ def test_a_rank_that_fails_in_the_same_way_is_not_tried_for_ever(
 
     def fault(attempt: int, rank: int) -> None:
         del attempt
-        if rank == 0:
-            before(DeepSpeedEngine, "train_step", fail)
+        if rank == 1:
+            before(loop, "agree", fail)
+            # Meanwhile the other finds the connection broken, says so and ends.
+            before(cli, "_report_error", lambda _: time.sleep(0.5))
 
     outcome = supervise(recipe, ["name=bug"], fault=fault, max_restarts=9)
     assert outcome.code == 1
-    assert outcome.said[0].startswith("rank 0 ended with exit code 1 (a bug in call 1)")
+    assert len(outcome.said) == 3
+    for said in outcome.said[:2]:
+        assert said.startswith("rank 1 ended with exit code 1 (a bug in call 1)")
     assert outcome.said[-1] == "failed twice in the same way: not started again"
 
 
@@ -269,7 +273,7 @@ def test_a_killed_launcher_leaves_no_ranks_and_its_run_is_locked_until_then(
         assert all(mark.exists() for mark in refused)
         said = capfd.readouterr().err
         found = re.findall(r"\[rank [01]\] error: .*is being written by another run", said)
-        assert len(found) == said.count("error: ") == 1
+        assert len(found) == said.count("] error: ") == 1
     finally:
         os.kill(launcher, signal.SIGKILL)
         os.waitpid(launcher, 0)
