@@ -9,6 +9,7 @@ in it is pickled.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -81,13 +82,23 @@ def commit(
         if final.exists():  # left by a run that went back to an earlier checkpoint
             final.rename(replaced)
         temporary.rename(final)
-        _fsync(final.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
     except OSError as error:
+        return _undo(replaced, error)
+    try:
+        _fsync(final.parent)
+    except OSError as error:  # the new name may not outlive a loss of power
         with contextlib.suppress(OSError):
-            _put_back(replaced)
-        return f"rank 0: {error}"
+            final.rename(temporary)
+        return _undo(replaced, error)
+    shutil.rmtree(replaced, ignore_errors=True)
     return None
+
+
+def _undo(replaced: Path, error: OSError) -> str:
+    """Bring back the checkpoint that was to be replaced; return what went wrong."""
+    with contextlib.suppress(OSError):
+        _put_back(replaced)
+    return f"rank 0: {error}"
 
 
 def remove_old(root: Path, *, step: int, retention: Retention) -> None:
@@ -125,11 +136,15 @@ def set_aside(root: Path, names: list[str]) -> None:
     Also removes what a killed save left behind. Called by rank 0 while nobody saves.
     """
     for name in names:
-        damaged = root / f".damaged-{name}"
-        shutil.rmtree(damaged, ignore_errors=True)
-        (root / name).rename(damaged)
+        (root / name).rename(_free_name(root / f".damaged-{name}"))
     for leftover in (*root.glob(".tmp-step-*"), *root.glob(f"{_REPLACED}step-*")):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _free_name(path: Path) -> Path:
+    """Return the path, with a number if it is taken: what was set aside before may be wanted."""
+    numbered = (path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
+    return next(p for p in itertools.chain([path], numbered) if not p.exists())
 
 
 def find_checkpoint(root: Path) -> tuple[Path | None, list[str]]:

@@ -6,6 +6,8 @@ import errno
 import os
 import resource
 import signal
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -153,3 +155,38 @@ def test_a_tracker_that_fails_is_left_out(tmp_path: Path, caplog: pytest.LogCapt
     assert [event["step"] for event in read_events(path)] == [1, 2, 3]
     assert caplog.text.count("_FullTracker has failed and is left out") == 2
     Recorder(path, trackers=[_FullTracker()]).close()
+
+
+def _fails_while_a_save_is_committed(recipe: Path) -> None:
+    from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
+    from dist_ft.train import saving
+    from dist_ft.train.run_lock import RunLock
+
+    done: list[str] = []
+    begun = threading.Event()
+    commit = saving.commit
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        begun.set()
+        time.sleep(0.5)
+        problem = commit(*args, **kwargs)
+        done.append("committed")
+        return problem
+
+    def fail(call: int) -> None:
+        if begun.is_set():
+            raise RuntimeError(f"a bug in call {call}")
+        time.sleep(0.05)  # a save takes longer than such a step
+
+    saving.commit = slowly
+    before(RunLock, "release", lambda _: done.append("released"))
+    before(DeepSpeedEngine, "train_step", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        build.train(load_recipe(recipe), resume=False)
+    assert done == ["committed", "released"]
+
+
+def test_a_run_that_fails_keeps_its_folder_until_it_writes_no_more(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, checkpoint={"every": "1step"})
+    run_distributed(_fails_while_a_save_is_committed, recipe, world_size=1)
+    assert newest_checkpoint(tmp_path / "runs/tiny")

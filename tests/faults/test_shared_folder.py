@@ -11,7 +11,7 @@ import torch
 from dist_ft.engine.base import EngineState, StateSlice
 from dist_ft.recipe import load_recipe
 from dist_ft.train import build, shared_folder
-from dist_ft.train.checkpoint import CheckpointError, commit, find_checkpoint, write_rank_file
+from dist_ft.train.checkpoint import CheckpointError, find_checkpoint
 from dist_ft.train.retention import Retention
 from dist_ft.train.saving import save_checkpoint
 from dist_ft.train.shared_folder import check_shared
@@ -49,14 +49,3 @@ def test_folders_of_the_nodes_own_are_refused_at_the_start_and_never_called_save
     tmp_path: Path,
 ) -> None:
     run_distributed(_on_disks_of_their_own, write_recipe(tmp_path))
-
-
-def test_a_rank_file_that_was_cut_makes_no_checkpoint(tmp_path: Path) -> None:
-    aside, final = tmp_path / ".tmp-step-00000001", tmp_path / "step-00000001"
-    entry, problem = write_rank_file(aside, rank=0, tensors={"weight|p|0": torch.ones(3)})
-    assert problem is None
-    size = entry["bytes"]
-    os.truncate(aside / entry["file"], size - 1)
-    found = commit(aside, final, step=1, trainer={}, files=[entry])
-    assert f"rank-00000.safetensors has {size - 1} bytes, expected {size}" in str(found)
-    assert not final.exists()
