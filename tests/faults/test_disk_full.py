@@ -187,6 +187,6 @@ def _fails_while_a_save_is_committed(recipe: Path) -> None:
 
 
 def test_a_run_that_fails_keeps_its_folder_until_it_writes_no_more(tmp_path: Path) -> None:
-    recipe = write_recipe(tmp_path, checkpoint={"every": "1step"})
+    recipe = write_recipe(tmp_path, checkpoint={"every": "3step"})
     run_distributed(_fails_while_a_save_is_committed, recipe, world_size=1)
     assert newest_checkpoint(tmp_path / "runs/tiny")
