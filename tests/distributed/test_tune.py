@@ -94,7 +94,8 @@ def _rank_tunes_with_faults(path: Path) -> None:
         tune(load, options=DIVERGING, resume=False)
     other.release()
 
-    forward = BertLayer.forward
+    layer: Any = BertLayer
+    forward = layer.forward
 
     def fill(self: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         tokens = hidden.shape[0] * hidden.shape[1]  # two rows are no more than this
@@ -102,7 +103,7 @@ def _rank_tunes_with_faults(path: Path) -> None:
             raise torch.OutOfMemoryError("fake allocator: no room for 2.00 GiB")
         return forward(self, hidden, *args, **kwargs)
 
-    BertLayer.forward = fill
+    layer.forward = fill
     assert tune(load, options=DIVERGING, resume=False).exit_code == 0
 
 
