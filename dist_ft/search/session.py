@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TypeVar
 
 from dist_ft import dist
@@ -50,11 +51,11 @@ def run_session(
             join_timeout_s=recipe.engine.join_timeout_s,
         )
         place = Place(world, device, stop_signal=lambda: stop.signal)
-        try:
-            with noting_errors():
+        with ExitStack() as at_end:
+            at_end.callback(dist.shut_down)
+            at_end.enter_context(noting_errors())
+            try:
                 return search(seen, place, console)
-        except PreemptedError:
-            console.say("stopped after saving; start the same command with --resume to go on")
-            return Outcome(PREEMPTED)
-        finally:
-            dist.shut_down()
+            except PreemptedError:
+                console.say("stopped after saving; start the same command with --resume to go on")
+        return Outcome(PREEMPTED)

@@ -80,7 +80,6 @@ def train_until(recipe: Recipe, *, step: int, place: Place) -> Segment:
     """
     began = time.monotonic()
     folder = RunFolder(recipe.output_dir / recipe.name)
-
     lock = RunLock(folder.root)
 
     def open_folder() -> None:
