@@ -141,12 +141,6 @@ def set_aside(root: Path, names: list[str]) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _free_name(path: Path) -> Path:
-    """Return the path, with a number if it is taken: what was set aside before may be wanted."""
-    numbered = (path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
-    return next(p for p in itertools.chain([path], numbered) if not p.exists())
-
-
 def find_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint whose files are all there and unchanged, or None.
 
@@ -297,6 +291,12 @@ class CheckpointReader:
     def numel(self, parameter: str) -> int:
         """Return the number of elements that are saved of a parameter's weight."""
         return sum(run.length for run in self._runs.get(("weight", parameter), []))
+
+
+def _free_name(path: Path) -> Path:
+    """Return the path, with a number if it is taken: what was set aside before may be wanted."""
+    numbered = (path.with_name(f"{path.name}.{n}") for n in itertools.count(1))
+    return next(p for p in itertools.chain([path], numbered) if not p.exists())
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
