@@ -31,24 +31,31 @@ class FollowLosses(Watcher):
         self._tasks = list(tasks)
         self._recorder = evaluate.recorder
 
+    def on_fit_start(self, run: Run) -> None:
+        """Decide what an earlier version of this package left undecided at a refused step."""
+        self._decide(self.mixture.due(run.progress.step), step=run.progress.step)
+
     def on_step_end(self, run: Run, batch: StepBatch, result: StepResult) -> None:
         """Observe the loss; decide if it is time to."""
         if self._evaluate.done_at == run.progress.step:
             scores = self._evaluate.last
             losses = [_validation_loss(scores.get(name)) for name in self._tasks]
             self.mixture.observe_scores(losses)
-        if result.refused is not None:  # by every rank: such a loss says nothing
-            return
-        (loss,) = result.turn_losses
+        # A refused step's loss says nothing, but the next block may be due at it all the same.
+        loss = math.nan if result.refused is not None else result.turn_losses[0]
         task = self._tasks.index(batch.task)
         shares = self.mixture.observe(loss, task=task, done=run.progress.step)
+        self._decide(shares, step=run.progress.step)
+
+    def _decide(self, shares: list[float] | None, *, step: int) -> None:
+        """Fix the shares of the next block if they are due, and tell so."""
         if shares is None:
             return
         # The sums are the same everywhere, but an exponential may not be to the last bit.
         shares = dist.broadcast_object(shares)
         self._recorder.event(
             "mixture",
-            step=run.progress.step,
+            step=step,
             from_step=self.mixture.decided_steps,
             shares={name: round(share, 4) for name, share in zip(self._tasks, shares, strict=True)},
         )
