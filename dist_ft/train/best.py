@@ -13,6 +13,7 @@ from dist_ft.train.callbacks import Checkpoint, Evaluate, Watcher
 from dist_ft.train.console import Console
 from dist_ft.train.loop import Best, Run
 from dist_ft.train.recorder import Recorder
+from dist_ft.train.retention import worst_if_nan
 
 DecideBy = Literal["each", "mean", "worst", "weighted"]
 
@@ -51,11 +52,17 @@ class Decision:
 def updated(
     best: Mapping[str, Best], *, scores: Mapping[str, float], step: int, min_delta: float
 ) -> dict[str, Best]:
-    """Return the best scores after an evaluation, with how many in a row have not beaten them."""
-    after = dict(best)
+    """Return the best scores after an evaluation, with how many in a row have not beaten them.
+
+    Only of the names that are scored: where `evaluation.decide_by` was changed at a resume, those
+    of before are never scored again, and would keep the run from ending.
+    """
+    if not scores:
+        return dict(best)
+    after: dict[str, Best] = {}
     for name, score in scores.items():
         before = best.get(name)
-        if before is None or score > before["score"] + min_delta:
+        if before is None or score > worst_if_nan(before["score"]) + min_delta:
             after[name] = {"score": score, "step": step, "stale": 0}
         else:
             after[name] = {**before, "stale": before["stale"] + 1}

@@ -25,6 +25,7 @@ from dist_ft.train.intervals import (
 )
 from dist_ft.train.loop import Run
 from dist_ft.train.recorder import Recorder
+from dist_ft.train.retention import worst_if_nan
 from dist_ft.train.saving import CheckpointWriter, Saved
 from dist_ft.train.stragglers import SlowRanks
 
@@ -200,14 +201,17 @@ class Evaluate(Watcher):
             self.evaluate(run)
 
     def deciding_scores(self, step: int) -> dict[str, float]:
-        """Return each task's deciding metric, larger is better; empty if not scored at `step`."""
+        """Return each task's deciding metric, larger is better; empty if not scored at `step`.
+
+        None of them is NaN: that counts as worse than every number.
+        """
         if self.done_at != step:
             return {}
         found: dict[str, float] = {}
         for data in self.data:
             metric, larger_is_better = data.task.primary_metric
             value = self.last[data.task.name].metrics[metric]
-            found[data.task.name] = value if larger_is_better else -value
+            found[data.task.name] = worst_if_nan(value if larger_is_better else -value)
         return found
 
     def evaluate(self, run: Run) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from dist_ft import dist
 from dist_ft.train.checkpoint_names import MANIFEST, checkpoints_by_step
 from dist_ft.train.file_mode import follow_umask
-from dist_ft.train.retention import Kept, Retention
+from dist_ft.train.retention import Kept, Retention, worst_if_nan
 
 FORMAT_VERSION = 1
 TRAINER = "trainer.json"
@@ -113,7 +113,9 @@ def _kept(step: int, folder: Path) -> Kept | None:
         trainer = json.loads((folder / TRAINER).read_text())
     except (OSError, ValueError):
         return None
-    return Kept(step, bool(trainer.get("ephemeral")), trainer.get("scores") or {})
+    # Checkpoints of earlier versions may have a NaN.
+    scores = {name: worst_if_nan(score) for name, score in (trainer.get("scores") or {}).items()}
+    return Kept(step, bool(trainer.get("ephemeral")), scores)
 
 
 def set_aside(root: Path, names: list[str]) -> None:
