@@ -267,6 +267,7 @@ class Checkpoint(Watcher):
     scores: Callable[[int], dict[str, float]]
     saved_at: int = -1
     is_due: bool = False
+    _owes_regular: bool = False
 
     def on_fit_start(self, run: Run) -> None:
         """Let updates wait for a copy, and make room for what a resumed run's save copies."""
@@ -286,10 +287,15 @@ class Checkpoint(Watcher):
         """Save when an interval ends; see how far the save before is."""
         self._tell(self.writer.poll())
         step = run.progress.step
-        regular = bool(self.every and step % self.every == 0)
+        regular = self._owes_regular or bool(self.every and step % self.every == 0)
         ephemeral = bool(self.ephemeral_every and step % self.ephemeral_every == 0)
+        if run.progress.refused and not self.is_due:
+            # Weights in doubt: going back to them would not help, and they would take the place of
+            # those that do. The interval's checkpoint comes after the next good step.
+            self._owes_regular = regular
+            return
         if regular or ephemeral or self.is_due:
-            self.is_due = False
+            self.is_due = self._owes_regular = False
             self._begin(run, ephemeral=not regular)
             if not self.in_background:
                 self.settle(run)
