@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dist_ft import dist
-from dist_ft.data.loader import StepBatch
-from dist_ft.engine.base import StepResult
-from dist_ft.train.callbacks import Checkpoint, Evaluate, Watcher
+from dist_ft.train.callbacks import Checkpoint, Watcher
 from dist_ft.train.console import Console
 from dist_ft.train.loop import Best, Run
 from dist_ft.train.recorder import Recorder
@@ -76,29 +74,22 @@ class TrackBest(Watcher):
     Attributes:
         recorder: Where the end is told.
         console: Likewise.
-        evaluate: Holds the latest scores; it comes before this callback.
         scores: Returns the deciding scores of a step; empty without an evaluation in it.
-        checkpoint: Saves; comes after this callback. None if the best is not to be kept.
+        checkpoint: Saves; comes after the evaluation. None if the best is not to be kept.
         patience: Evaluations in a row without a better score after which the run ends.
         min_delta: By how much a score must be better.
     """
 
     recorder: Recorder
     console: Console
-    evaluate: Evaluate
     scores: Callable[[int], dict[str, float]]
     checkpoint: Checkpoint | None
     patience: int | None
     min_delta: float
-    _seen: int = -1
 
-    def on_step_end(self, run: Run, batch: StepBatch, result: StepResult) -> None:
-        """Decide if there was an evaluation in this step: rank 0 does, for all."""
-        del batch, result
+    def on_scores(self, run: Run) -> None:
+        """Decide: rank 0 does, for all."""
         step = run.progress.step
-        if self.evaluate.done_at != step or self._seen == step:
-            return
-        self._seen = step
         best = updated(
             run.progress.best, scores=self.scores(step), step=step, min_delta=self.min_delta
         )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dist_ft.data.bandit import MOST_READ_AHEAD, BanditMixture
+from dist_ft.train.loop import Progress
 from dist_ft.train.mix import FollowLosses
 
 NAN = float("nan")
@@ -27,7 +28,7 @@ def _follow() -> tuple[FollowLosses, BanditMixture, _Told]:
 
 
 def _at(step: int) -> Any:
-    return SimpleNamespace(progress=SimpleNamespace(step=step))
+    return SimpleNamespace(progress=Progress(step=step))
 
 
 @pytest.mark.parametrize("bad", [{4}, {3, 4, 5}, set(range(1, 33))])
