@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dist_ft import dist
@@ -13,7 +14,7 @@ from dist_ft.data.loader import MicroBatch, StepBatch
 from dist_ft.engine.base import PhaseReport, StepResult
 from dist_ft.freezing.schedule import Phase
 from dist_ft.train.console import Console
-from dist_ft.train.evaluate import EvalData, Scores, evaluate_task
+from dist_ft.train.evaluate import EvalData, Forward, Scores, ScoringMemoryError, evaluate_task
 from dist_ft.train.loop import Run, Unscored
 from dist_ft.train.recorder import Recorder
 from dist_ft.train.retention import worst_if_nan
@@ -126,8 +127,7 @@ class Evaluate(Watcher):
             return run.engine.eval_forward(task, micro_batch)
 
         # Told once all are there: of an evaluation that is left nothing counts.
-        found = [evaluate_task(data, forward=forward, world=self.world) for data in self.data]
-        for scores in found:
+        for scores in [self._scores(data, forward) for data in self.data]:
             self.last[scores.task] = scores
             self.recorder.event(
                 "eval",
@@ -140,6 +140,15 @@ class Evaluate(Watcher):
                 **({} if scores.correct is None else {"correct": scores.correct}),
             )
             self.console.scores(run.progress.step, scores)
+
+    def _scores(self, data: EvalData, forward: Forward) -> Scores:
+        try:
+            return evaluate_task(data, forward=forward, world=self.world)
+        except torch.OutOfMemoryError as error:
+            # Of all tasks, so that no other one gets more than it had.
+            smaller = min(data.micro_batch_size // 2, *(d.micro_batch_size for d in self.data))
+            why = str(error).splitlines()[0]
+            raise ScoringMemoryError(data.task.name, why, smaller=smaller) from error
 
 
 @dataclass
