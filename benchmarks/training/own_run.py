@@ -23,12 +23,11 @@ from benchmarks.training.workload import (
 )
 from dist_ft.data.loader import StepBatch
 from dist_ft.dist import World
-from dist_ft.engine.base import PhaseReport, StepResult
+from dist_ft.engine.base import StepResult
 from dist_ft.engine.heap import keep_freed_memory
-from dist_ft.freezing.schedule import Phase
 from dist_ft.recipe import load_recipe
 from dist_ft.train.build import make_run
-from dist_ft.train.callbacks import Checkpoint, Evaluate
+from dist_ft.train.callbacks import Checkpoint, Evaluate, Watcher
 from dist_ft.train.console import Console
 from dist_ft.train.loop import Run, fit
 from dist_ft.train.parts import make_parts
@@ -121,7 +120,7 @@ def train_own(job: Job, recipe: Path) -> Outcome:
 
 
 @dataclass
-class _Timed:
+class _Timed(Watcher):
     """Starts the clock before the engine is built for the first phase."""
 
     clock: Clock
@@ -131,13 +130,7 @@ class _Timed:
         del run
         self.clock.start()
 
-    def on_phase(self, run: Run, phase: Phase, report: PhaseReport) -> None:
-        """Do nothing: the change is part of what a run takes."""
-
     def on_step_end(self, run: Run, batch: StepBatch, result: StepResult) -> None:
         """Count an optimizer step."""
         del batch, result
         self.clock.step_ended(is_last=run.progress.step == run.total_steps)
-
-    def on_fit_end(self, run: Run) -> None:
-        """Do nothing."""

@@ -121,15 +121,24 @@ class BanditMixture:
         """Takes the loss of a step, and returns the shares of a block if that decides one.
 
         Args:
-            loss: mean loss of the step over all ranks; one that is not finite says nothing.
+            loss: mean loss of the step over all ranks; one that is not finite is of a step whose
+                update was left out, and says nothing.
             task: the step's task.
             done: steps done with this one.
         """
-        self._since[task] += 1
         if math.isfinite(loss):
+            self._since[task] += 1
             self._sums[task] += loss
             self._counts[task] += 1
-        if done != self.decided_steps - MOST_READ_AHEAD:
+        return self.due(done)
+
+    def due(self, done: int) -> list[float] | None:
+        """Returns the shares of the next block once it is time to decide it, which `decide` does.
+
+        Args:
+            done: steps done.
+        """
+        if done < self.decided_steps - MOST_READ_AHEAD:
             return None
         if not self._follows_gain:
             self._reward()

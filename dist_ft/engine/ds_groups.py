@@ -239,7 +239,8 @@ class GroupStates:
         index_of = {g.name: i for i, g in enumerate(self.held)}
         for name in self.sizes:
             steps = self._steps.get(name, 0)
-            if name not in index_of and steps == 0:
+            # A group that was reset and then parked has no steps, but its weights are no masters.
+            if name not in index_of and steps == 0 and not self._has_masters(name, source):
                 continue
             self._parked[name] = [
                 read_owner(layout, source=source, stepped=steps > 0)
@@ -247,3 +248,9 @@ class GroupStates:
             ]
             if name in index_of:
                 self._install(index_of[name])
+
+    def _has_masters(self, name: str, source: StateSource) -> bool:
+        if not self.partitioning.has_masters:
+            return False
+        first, _ = self.sizes[name][0]
+        return source.read("master", first, start=0, length=1) is not None

@@ -6,6 +6,7 @@ The measurements are the same on every rank; rank 0's decision is the one that i
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -101,8 +102,12 @@ class PlateauPolicy(MeasuredPolicy):
         self._min_delta = min_delta
 
     def observe_score(self, step: int, score: float) -> None:
-        """Take a validation score (larger is better) at `step` and decide."""
+        """Take a validation score (larger is better) at `step` and decide.
+
+        NaN is the worst of all: it is no improvement, and any number is one on it.
+        """
         now = self.decisions
+        score = -math.inf if math.isnan(score) else score
         if now.best is None or score > now.best + self._min_delta:
             now.best, now.stalled = score, 0
             return

@@ -215,12 +215,18 @@ class RowStore:
     def write(self, keys: RowKeys, *, hidden: Tensor, step: int) -> str | None:
         """Keep the hidden states of rows, [their tokens, width] one row after the other.
 
+        A row that is not finite is not kept: it spoils the step that made it, and would spoil every
+        later one that reads it.
+
         Returns:
             Why a row could not be written, or None. Neither it nor any later one is kept then.
         """
         if self._index is None or self._data is None or self._stopped:
             return None
-        values = hidden.to("cpu", self.dtype).contiguous().view(torch.uint8).view(-1)
+        kept = hidden.to("cpu", self.dtype).contiguous()
+        # A sum is finite only if all of its terms are, and quicker than to look at each.
+        finite = kept.sum(dim=1, dtype=torch.float32).isfinite().numpy()
+        values = kept.view(torch.uint8).view(-1)
         buffer = values.numpy().data
         file = self._data.fileno()
         ends = np.cumsum(keys.lengths * self._token_bytes)
@@ -230,7 +236,9 @@ class RowStore:
             self._slots_of(keys).tolist(), keys.rows, keys.lengths.tolist(), ends.tolist(),
             strict=True,
         ):  # fmt: skip
-            if slot < self.slots and tokens <= self.room[row]:
+            first = start // self._token_bytes
+            whole = bool(finite[first : first + tokens].all())
+            if whole and slot < self.slots and tokens <= self.room[row]:
                 part = buffer[start:end]
                 if (problem := _written(file, part, self._start(slot))) is not None:
                     self._stopped = True

@@ -90,22 +90,17 @@ class DecideByScore(Watcher):
 
     Attributes:
         policy: Decides.
-        evaluate: Holds the latest scores; it comes before this callback.
+        evaluate: Holds the latest scores.
         score: Turns them into one number, larger is better.
     """
 
     policy: PlateauPolicy
     evaluate: Evaluate
     score: Callable[[Evaluate], float]
-    _seen: int = -1
 
-    def on_step_end(self, run: Run, batch: StepBatch, result: StepResult) -> None:
-        """Decide if there was an evaluation in this step."""
-        step = run.progress.step
-        if self.evaluate.done_at != step or self._seen == step:
-            return
-        self._seen = step
-        self.policy.observe_score(step, self.score(self.evaluate))
+    def on_scores(self, run: Run) -> None:
+        """Decide."""
+        self.policy.observe_score(run.progress.step, self.score(self.evaluate))
         share_decision(self.policy)
 
 

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dist_ft import dist
-from dist_ft.data.loader import StepBatch
-from dist_ft.engine.base import StepResult
-from dist_ft.train.callbacks import Checkpoint, Evaluate, Watcher
+from dist_ft.train.callbacks import Checkpoint, Watcher
 from dist_ft.train.console import Console
 from dist_ft.train.loop import Best, Run
 from dist_ft.train.recorder import Recorder
+from dist_ft.train.retention import worst_if_nan
 
 DecideBy = Literal["each", "mean", "worst", "weighted"]
 
@@ -51,11 +50,17 @@ class Decision:
 def updated(
     best: Mapping[str, Best], *, scores: Mapping[str, float], step: int, min_delta: float
 ) -> dict[str, Best]:
-    """Return the best scores after an evaluation, with how many in a row have not beaten them."""
-    after = dict(best)
+    """Return the best scores after an evaluation, with how many in a row have not beaten them.
+
+    Only of the names that are scored: where `evaluation.decide_by` was changed at a resume, those
+    of before are never scored again, and would keep the run from ending.
+    """
+    if not scores:
+        return dict(best)
+    after: dict[str, Best] = {}
     for name, score in scores.items():
         before = best.get(name)
-        if before is None or score > before["score"] + min_delta:
+        if before is None or score > worst_if_nan(before["score"]) + min_delta:
             after[name] = {"score": score, "step": step, "stale": 0}
         else:
             after[name] = {**before, "stale": before["stale"] + 1}
@@ -69,29 +74,22 @@ class TrackBest(Watcher):
     Attributes:
         recorder: Where the end is told.
         console: Likewise.
-        evaluate: Holds the latest scores; it comes before this callback.
         scores: Returns the deciding scores of a step; empty without an evaluation in it.
-        checkpoint: Saves; comes after this callback. None if the best is not to be kept.
+        checkpoint: Saves; comes after the evaluation. None if the best is not to be kept.
         patience: Evaluations in a row without a better score after which the run ends.
         min_delta: By how much a score must be better.
     """
 
     recorder: Recorder
     console: Console
-    evaluate: Evaluate
     scores: Callable[[int], dict[str, float]]
     checkpoint: Checkpoint | None
     patience: int | None
     min_delta: float
-    _seen: int = -1
 
-    def on_step_end(self, run: Run, batch: StepBatch, result: StepResult) -> None:
-        """Decide if there was an evaluation in this step: rank 0 does, for all."""
-        del batch, result
+    def on_scores(self, run: Run) -> None:
+        """Decide: rank 0 does, for all."""
         step = run.progress.step
-        if self.evaluate.done_at != step or self._seen == step:
-            return
-        self._seen = step
         best = updated(
             run.progress.best, scores=self.scores(step), step=step, min_delta=self.min_delta
         )

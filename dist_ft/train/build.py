@@ -25,7 +25,7 @@ from dist_ft.train.adapt import WatchGroups
 from dist_ft.train.balancing import Balance, make_balancer
 from dist_ft.train.beats import make_beat
 from dist_ft.train.best import Decision, TrackBest
-from dist_ft.train.callbacks import Checkpoint, Evaluate, LogSteps
+from dist_ft.train.callbacks import Checkpoint, Evaluate
 from dist_ft.train.console import Console
 from dist_ft.train.deciders import deciders
 from dist_ft.train.engines import make_engine
@@ -35,6 +35,7 @@ from dist_ft.train.freeze_plan import reach_text
 from dist_ft.train.held_rows import with_frozen_rows
 from dist_ft.train.kernels import take_kernels
 from dist_ft.train.loading import make_loader
+from dist_ft.train.log_steps import LogSteps
 from dist_ft.train.loop import Run, fit
 from dist_ft.train.memory import fit_memory
 from dist_ft.train.numbers import GuardNumbers
@@ -324,7 +325,6 @@ def _callbacks(
     best = TrackBest(
         recorder=recorder,
         console=console,
-        evaluate=evaluate,
         scores=deciding,
         checkpoint=checkpoint if recipe.checkpoint.keep_best else None,
         patience=None if stopping is None else stopping.patience,

@@ -1,32 +1,24 @@
-"""Watchers of a run: metrics, evaluation, checkpoints."""
+"""Watchers of a run: evaluation and checkpoints."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dist_ft import dist
-from dist_ft.data.augment.augmenter import AugmentStatistics
 from dist_ft.data.loader import MicroBatch, StepBatch
 from dist_ft.engine.base import PhaseReport, StepResult
 from dist_ft.freezing.schedule import Phase
 from dist_ft.train.console import Console
-from dist_ft.train.evaluate import EvalData, Scores, evaluate_task
-from dist_ft.train.intervals import (
-    Interval,
-    changes_over_ranks,
-    over_all_ranks,
-    peak_rss_bytes,
-    positions_of,
-    prefix_figures,
-)
-from dist_ft.train.loop import Run
+from dist_ft.train.evaluate import EvalData, Forward, Scores, ScoringMemoryError, evaluate_task
+from dist_ft.train.loop import Run, Unscored
 from dist_ft.train.recorder import Recorder
+from dist_ft.train.retention import worst_if_nan
 from dist_ft.train.saving import CheckpointWriter, Saved
-from dist_ft.train.stragglers import SlowRanks
 
 
 class Watcher:
@@ -41,144 +33,28 @@ class Watcher:
     def on_step_end(self, run: Run, batch: StepBatch, result: StepResult) -> None:
         """Do nothing."""
 
+    def on_scores(self, run: Run) -> None:
+        """Do nothing."""
+
     def on_fit_end(self, run: Run) -> None:
         """Do nothing."""
 
 
-@dataclass
-class LogSteps(Watcher):
-    """Writes a ``step`` event per task at every interval, and a ``phase`` event per change.
+class _BrokenOffError(Exception):
+    """An evaluation that all ranks leave at once, as one of them was asked to stop."""
 
-    Attributes:
-        recorder: Where the events go.
-        console: What a person sees.
-        world: This rank's place.
-        every: Steps of an interval.
-        slow_ranks: Looks at how long each rank takes.
-        about: What the ``start`` event says of the run.
-    """
-
-    recorder: Recorder
-    console: Console
-    world: dist.World
-    every: int
-    slow_ranks: SlowRanks
-    about: Mapping[str, Any] = field(default_factory=dict)
-    _intervals: dict[str, Interval] = field(default_factory=dict)
-    _busy_before_s: float = 0.0
-    _wait_s: float = 0.0
-    _trainable_params: int = 0
-
-    def on_fit_start(self, run: Run) -> None:
-        """Start the clock and the progress bar."""
-        if run.progress.phase >= 0:  # resumed: the phase was entered before this callback was there
-            self._trainable_params = sum(
-                int(getattr(p, "ds_numel", p.numel()))
-                for p in run.engine.module.parameters()
-                if p.requires_grad
-            )
-            self.console.current_phase = run.progress.phase
-        self.recorder.event(
-            "start", step=run.progress.step, total_steps=run.total_steps, **self.about
-        )
-        self.console.start(run.total_steps, done=run.progress.step)
-
-    def on_phase(self, run: Run, phase: Phase, report: PhaseReport) -> None:
-        """Write the phase event, all of it measured from the engine."""
-        self._trainable_params = report.trainable_params
-        self.recorder.event(
-            "phase",
-            step=run.progress.step,
-            phase=phase.index,
-            trainable_groups=list(phase.trainable),
-            trainable_params=report.trainable_params,
-            frozen_params=report.frozen_params,
-            optimizer_bytes_per_rank=report.optimizer_bytes,
-            parked_bytes_per_rank=report.parked_bytes,
-            gradient_bytes_per_step=report.gradient_bytes,
-            switch=report.switch,
-            switch_s=round(report.switch_s, 4),
-            cached_blocks=report.cached_blocks,
-            cache_bytes=report.cache_bytes,
-            anchor_bytes_per_rank=report.anchor_bytes,
-        )
-        self.console.phase(run.progress.step, phase, report)
-
-    def on_step_end(self, run: Run, batch: StepBatch, result: StepResult) -> None:
-        """Add the step to its task's interval; write the events when the interval ends."""
-        if result.refused is None:  # otherwise it has an event of its own
-            for index, turn in enumerate(batch.turns):
-                self._count(turn, result, share=result.turn_shares[index])
-            # Of the whole step: its turns go through the trunk in one.
-            first = self._intervals[batch.task]
-            first.count_prefix(result.prefix)
-        self._wait_s += sum(turn.data_wait_s for turn in batch.turns)
-        step = run.progress.step
-        if self._intervals and (step % self.every == 0 or step == run.total_steps):
-            self._write(run)
-        self.console.advance(step, task=batch.task)
-
-    def _count(self, batch: StepBatch, result: StepResult, *, share: float) -> None:
-        interval = self._intervals.setdefault(batch.task, Interval())
-        interval.steps += 1
-        interval.loss += share
-        interval.tokens += batch.global_tokens
-        interval.positions += positions_of(batch)
-        interval.grad_norm = result.grad_norm
-        interval.wait_s += batch.data_wait_s
-        if batch.augmentation is not None:
-            interval.changes = interval.changes or AugmentStatistics()
-            interval.changes.merge(batch.augmentation)
-
-    def _write(self, run: Run) -> None:
-        # Time in steps alone: evaluations and checkpoints have figures of their own.
-        seconds = max(1e-9, run.busy_s - self._busy_before_s)
-        tasks = sorted(self._intervals)
-        own_s = self._wait_s + run.engine.own_seconds()
-        sums, own_by_rank = over_all_ranks([self._intervals[t] for t in tasks], own_s=own_s)
-        if run.busy_s > seconds:  # the first interval of a process builds what later ones find
-            self.slow_ranks.see(run.progress.step, own_by_rank)
-        changes = changes_over_ranks({t: self._intervals[t].changes for t in tasks})
-        tokens = sum(i.tokens for i in self._intervals.values())
-        rates = run.learning_rates(run.progress.step - 1, run.progress.thawed_at)
-        for task, of_task in zip(tasks, sums, strict=True):
-            loss_sum, positions, prefix_rows, prefix_found = of_task
-            interval = self._intervals[task]
-            loss = loss_sum / interval.steps
-            self.recorder.event(
-                "step",
-                step=run.progress.step,
-                task=task,
-                loss=loss,
-                lr=max(rates[g] for g in run.trainable_now()),
-                grad_norm=interval.grad_norm,
-                tokens=run.progress.tokens,
-                tokens_per_s=round(tokens / seconds, 1),
-                trainable_params=self._trainable_params,
-                task_steps=interval.steps,
-                task_tokens=interval.tokens,
-                task_positions=int(positions),
-                data_wait_s=round(interval.wait_s, 4),
-                peak_rss_bytes=peak_rss_bytes(),
-                **prefix_figures(interval, rows=prefix_rows, found=prefix_found),
-                **({"augmentation": changes[task].to_json()} if task in changes else {}),
-            )
-            self.console.losses[task] = loss
-        self.console.tokens_per_s = tokens / seconds
-        self._intervals.clear()
-        self._wait_s = 0.0
-        self._busy_before_s = run.busy_s
-
-    def on_fit_end(self, run: Run) -> None:
-        """Write what is not written yet and take the progress bar away."""
-        if self._intervals:
-            self._write(run)
-        self.console.stop()
+    def __init__(self, signal: int) -> None:
+        super().__init__(signal)
+        self.signal = signal
 
 
 @dataclass
 class Evaluate(Watcher):
-    """Scores every task at an interval and at the end, and writes ``eval`` events."""
+    """Scores every task at an interval and at the end, and writes ``eval`` events.
+
+    A stop need not wait for the rest of an evaluation, which may be longer than whoever stops the
+    run is patient: it is left, and done when the run goes on.
+    """
 
     recorder: Recorder
     console: Console
@@ -192,38 +68,66 @@ class Evaluate(Watcher):
         """Score when the interval ends."""
         step = run.progress.step
         if step == run.total_steps or (self.every and step % self.every == 0):
-            self.evaluate(run)
+            loss = None if result.refused is not None else result.turn_losses[0]
+            self.evaluate(run, unscored={"task": batch.task, "loss": loss})
+
+    def on_fit_start(self, run: Run) -> None:
+        """Score the step at which a stop broke the evaluation off."""
+        if run.progress.unscored is not None:
+            self.evaluate(run, unscored=run.progress.unscored)
 
     def on_fit_end(self, run: Run) -> None:
         """Score a finished run that was resumed after its last step."""
-        if run.progress.step == run.total_steps and self.done_at < 0:
+        if run.progress.step == run.total_steps and self.done_at < 0 and not run.stopped_by:
             self.evaluate(run)
 
     def deciding_scores(self, step: int) -> dict[str, float]:
-        """Return each task's deciding metric, larger is better; empty if not scored at `step`."""
+        """Return each task's deciding metric, larger is better; empty if not scored at `step`.
+
+        None of them is NaN: that counts as worse than every number.
+        """
         if self.done_at != step:
             return {}
         found: dict[str, float] = {}
         for data in self.data:
             metric, larger_is_better = data.task.primary_metric
             value = self.last[data.task.name].metrics[metric]
-            found[data.task.name] = value if larger_is_better else -value
+            found[data.task.name] = worst_if_nan(value if larger_is_better else -value)
         return found
 
-    def evaluate(self, run: Run) -> None:
-        """Score every task now, with the average of the weights if one is kept."""
+    def evaluate(self, run: Run, *, unscored: Unscored | None = None) -> None:
+        """Score every task now, with the average of the weights if one is kept.
+
+        Args:
+            run: The run.
+            unscored: What the run keeps of the step if it is asked to stop meanwhile.
+        """
+        try:
+            with run.engine.averaged():
+                self._score(run)
+        except _BrokenOffError as stop:
+            run.stopped_by, run.progress.unscored = stop.signal, unscored
+            self.console.say(
+                f"step {run.progress.step}: the evaluation is left, as the run is asked to stop"
+            )
+            return
         self.done_at = run.progress.step
-        with run.engine.averaged():
-            self._score(run)
+        for callback in run.callbacks:
+            callback.on_scores(run)
+        run.progress.unscored = None
 
     def _score(self, run: Run) -> None:
 
         def forward(task: str, micro_batch: MicroBatch) -> tuple[Tensor, Any]:
             run.beat("evaluation")
+            # Every rank has as many micro-batches, and asks before each of them.
+            (signal,) = dist.all_reduce_max([run.stop_signal()])
+            if signal:
+                raise _BrokenOffError(signal)
             return run.engine.eval_forward(task, micro_batch)
 
-        for data in self.data:
-            scores = evaluate_task(data, forward=forward, world=self.world)
+        # Told once all are there: of an evaluation that is left nothing counts.
+        for scores in [self._scores(data, forward) for data in self.data]:
             self.last[scores.task] = scores
             self.recorder.event(
                 "eval",
@@ -236,6 +140,15 @@ class Evaluate(Watcher):
                 **({} if scores.correct is None else {"correct": scores.correct}),
             )
             self.console.scores(run.progress.step, scores)
+
+    def _scores(self, data: EvalData, forward: Forward) -> Scores:
+        try:
+            return evaluate_task(data, forward=forward, world=self.world)
+        except torch.OutOfMemoryError as error:
+            # Of all tasks, so that no other one gets more than it had.
+            smaller = min(data.micro_batch_size // 2, *(d.micro_batch_size for d in self.data))
+            why = str(error).splitlines()[0]
+            raise ScoringMemoryError(data.task.name, why, smaller=smaller) from error
 
 
 @dataclass
@@ -263,12 +176,16 @@ class Checkpoint(Watcher):
     scores: Callable[[int], dict[str, float]]
     saved_at: int = -1
     is_due: bool = False
+    _owes_regular: bool = False
 
     def on_fit_start(self, run: Run) -> None:
         """Let updates wait for a copy, and make room for what a resumed run's save copies."""
         run.engine.before_change = self.writer.copied
         if run.progress.phase >= 0:
             self._prepare(run)
+        if self.is_due:  # by scores that were missing
+            regular = self._is_regular(run.progress.step) or run.is_over
+            self._save(run, ephemeral=not regular)
 
     def on_phase(self, run: Run, phase: Phase, report: PhaseReport) -> None:
         """Make room for what a save copies in this phase."""
@@ -278,17 +195,32 @@ class Checkpoint(Watcher):
         if self.in_background:
             self.writer.prepare(run.engine.state())
 
+    def on_scores(self, run: Run) -> None:
+        """Save a step again that was saved without its scores."""
+        self.is_due |= run.progress.unscored is not None
+
     def on_step_end(self, run: Run, batch: StepBatch, result: StepResult) -> None:
         """Save when an interval ends; see how far the save before is."""
         self._tell(self.writer.poll())
         step = run.progress.step
-        regular = bool(self.every and step % self.every == 0)
+        regular = self._is_regular(step)
         ephemeral = bool(self.ephemeral_every and step % self.ephemeral_every == 0)
+        if run.progress.refused and not self.is_due:
+            # Weights in doubt: going back to them would not help, and they would take the place of
+            # those that do. The interval's checkpoint comes after the next good step.
+            self._owes_regular = regular
+            return
         if regular or ephemeral or self.is_due:
-            self.is_due = False
-            self._begin(run, ephemeral=not regular)
-            if not self.in_background:
-                self.settle(run)
+            self._save(run, ephemeral=not regular)
+
+    def _is_regular(self, step: int) -> bool:
+        return self._owes_regular or bool(self.every and step % self.every == 0)
+
+    def _save(self, run: Run, *, ephemeral: bool) -> None:
+        self.is_due = self._owes_regular = False
+        self._begin(run, ephemeral=ephemeral)
+        if not self.in_background:
+            self.settle(run)
 
     def on_fit_end(self, run: Run) -> None:
         """Save what is not saved yet.

@@ -28,16 +28,17 @@ from torch import Tensor
 from dist_ft import dist
 from dist_ft.train.checkpoint_names import MANIFEST, checkpoints_by_step
 from dist_ft.train.file_mode import follow_umask
-from dist_ft.train.retention import Kept, Retention
+from dist_ft.train.retention import Kept, Retention, worst_if_nan
 
 FORMAT_VERSION = 1
 TRAINER = "trainer.json"
 _REPLACED = ".old-"
 _DIGEST = "xxh3"
+_MANIFEST_KEYS = {"format_version", "step", "files"}
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or read."""
+    """A checkpoint that cannot be written, or that this version cannot read."""
 
 
 def write_rank_file(
@@ -127,7 +128,9 @@ def _kept(step: int, folder: Path) -> Kept | None:
         trainer = json.loads((folder / TRAINER).read_text())
     except (OSError, ValueError):
         return None
-    return Kept(step, bool(trainer.get("ephemeral")), trainer.get("scores") or {})
+    # Checkpoints of earlier versions may have a NaN.
+    scores = {name: worst_if_nan(score) for name, score in (trainer.get("scores") or {}).items()}
+    return Kept(step, bool(trainer.get("ephemeral")), scores)
 
 
 def set_aside(root: Path, names: list[str]) -> None:
@@ -141,25 +144,42 @@ def set_aside(root: Path, names: list[str]) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def find_checkpoint(root: Path) -> tuple[Path | None, list[str]]:
+def find_checkpoint(root: Path, *, up_to: int | None = None) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint whose files are all there and unchanged, or None.
 
     Rank 0 looks and every rank gets its answer, so that all ranks resume alike. The second value
     says which newer ones were passed over, and why.
+
+    Args:
+        root: The run's ``checkpoints`` folder.
+        up_to: Look only at those of this step and before.
+
+    Raises:
+        CheckpointError: On every rank, if another version of this package wrote what is newest.
     """
     found: tuple[str | None, list[str]] = (None, [])
+    problem: str | None = None
     if dist.rank() == 0:
-        passed_over: list[str] = []
-        for _, folder in reversed(checkpoints_by_step(root)):
-            damage = verify_checkpoint(folder)
-            if damage is None:
-                found = (str(folder), passed_over)
-                break
-            passed_over.append(f"{folder.name}: {damage}")
-        else:
-            found = (None, passed_over)
-    path, passed_over = dist.broadcast_object(found)
+        try:
+            found = _newest_whole(root, up_to=up_to)
+        except CheckpointError as error:
+            problem = str(error)
+    (path, passed_over), problem = dist.broadcast_object((found, problem))
+    if problem is not None:
+        raise CheckpointError(problem)
     return (None if path is None else Path(path)), passed_over
+
+
+def _newest_whole(root: Path, *, up_to: int | None) -> tuple[str | None, list[str]]:
+    passed_over: list[str] = []
+    for step, folder in reversed(checkpoints_by_step(root)):
+        if up_to is not None and step > up_to:
+            continue
+        damage = verify_checkpoint(folder)
+        if damage is None:
+            return str(folder), passed_over
+        passed_over.append(f"{folder.name}: {damage}")
+    return None, passed_over
 
 
 def put_back(root: Path) -> None:
@@ -178,7 +198,11 @@ def _put_back(old: Path) -> None:
 
 
 def verify_checkpoint(folder: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None."""
+    """Return what is wrong with a checkpoint, or None.
+
+    Raises:
+        CheckpointError: If nothing is wrong with its manifest, but this version cannot read it.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except FileNotFoundError:
@@ -186,22 +210,28 @@ def verify_checkpoint(folder: Path) -> str | None:
     except (OSError, ValueError) as error:
         return f"its manifest cannot be read ({error})"
     try:
-        return _manifest_damage(manifest) or next(
+        return _manifest_damage(manifest, folder) or next(
             (d for entry in manifest["files"] if (d := _file_damage(folder, entry))), None
         )
     except (AttributeError, KeyError, TypeError) as error:
         return f"its manifest is damaged ({type(error).__name__}: {error})"
 
 
-def _manifest_damage(manifest: dict[str, Any]) -> str | None:
+def _manifest_damage(manifest: dict[str, Any], folder: Path) -> str | None:
     # Checkpoints of the first runs have no digest.
-    if manifest.pop(_DIGEST, None) not in (None, _digest(manifest)):
+    digest = manifest.pop(_DIGEST, None)
+    if digest not in (None, _digest(manifest)):
         return "its manifest was changed: its digest is another"
-    if manifest["format_version"] != FORMAT_VERSION:
-        return f"format version {manifest['format_version']}, expected {FORMAT_VERSION}"
-    if unknown := set(manifest) - {"format_version", "step", "files"}:
-        return f"its manifest is damaged: it says {', '.join(sorted(unknown))}"
-    return None
+    version, unknown = manifest["format_version"], set(manifest) - _MANIFEST_KEYS
+    if version == FORMAT_VERSION and not unknown:
+        return None
+    if digest is not None:  # whoever wrote it meant it so: that is no damage to be passed over
+        raise CheckpointError(
+            f"{folder} has format version {version}, this version of dist_ft reads "
+            f"{FORMAT_VERSION}: use the version that wrote it. Nothing was changed"
+        )
+    said = "" if not unknown else f" and says {', '.join(sorted(unknown))}"
+    return f"its manifest is damaged: it has format version {version}{said}"
 
 
 def _file_damage(folder: Path, entry: Mapping[str, Any]) -> str | None:

@@ -20,6 +20,19 @@ from dist_ft.train.forgetting import correct_rows
 Forward = Callable[[str, MicroBatch], tuple[Tensor, Any]]
 
 
+class ScoringMemoryError(RuntimeError):
+    """A device that has no room for a micro-batch of an evaluation.
+
+    Attributes:
+        smaller: Rows of a micro-batch that may fit instead; 0 if it was a single one.
+    """
+
+    def __init__(self, task: str, why: str, *, smaller: int) -> None:
+        """Take the task that was scored, what the device said, and how many rows may fit."""
+        super().__init__(f"evaluation of task {task}, {why}")
+        self.smaller = smaller
+
+
 @dataclass(frozen=True)
 class EvalData:
     """A task's split and how its rows become micro-batches."""

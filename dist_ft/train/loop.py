@@ -28,6 +28,13 @@ class Best(TypedDict):
     stale: int
 
 
+class Unscored(TypedDict):
+    """A step whose evaluation was broken off by a stop: its task, and its loss if it had one."""
+
+    task: str
+    loss: float | None
+
+
 @dataclass
 class Progress:
     """How far a run has come: everything that is not in the engine.
@@ -42,6 +49,7 @@ class Progress:
         losses: Latest losses of each task, if leaps are looked for.
         best: Best deciding scores so far.
         ended: Whether the run was ended because it got no better.
+        unscored: The last step, if a stop broke its evaluation off: it is done after the resume.
     """
 
     step: int = 0
@@ -53,6 +61,7 @@ class Progress:
     losses: dict[str, list[float]] = field(default_factory=dict)
     best: dict[str, Best] = field(default_factory=dict)
     ended: bool = False
+    unscored: Unscored | None = None
 
 
 class Callback(Protocol):
@@ -68,6 +77,10 @@ class Callback(Protocol):
 
     def on_step_end(self, run: Run, batch: StepBatch, result: StepResult) -> None:
         """After every optimizer step; `run.progress` counts it already."""
+        ...
+
+    def on_scores(self, run: Run) -> None:
+        """After an evaluation of the weights of `run.progress.step`, before `on_step_end`."""
         ...
 
     def on_fit_end(self, run: Run) -> None:
@@ -156,7 +169,7 @@ def fit(run: Run) -> Run:
 def take_steps(run: Run) -> bool:
     """Train until the run ends or is stopped; return False if a step is to be planned anew."""
     with closing(run.loader.iterate(run.progress.step)) as batches:
-        while not run.is_over:
+        while not (run.is_over or run.stopped_by):
             run.beat("data")
             batch = next(batches)
             phase = run.policy.phase_at(batch.step)

@@ -13,8 +13,9 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -22,6 +23,7 @@ from dist_ft import dist
 from dist_ft.config import Recipe
 from dist_ft.engine.base import StepResult
 from dist_ft.train.console import Console
+from dist_ft.train.evaluate import ScoringMemoryError
 from dist_ft.train.loop import Run
 from dist_ft.train.parts import Parts
 from dist_ft.train.recorder import Recorder
@@ -44,10 +46,12 @@ class Portion:
     Attributes:
         rows: Rows of a micro-batch, in the mean where a budget lays them out.
         tokens: Most tokens of a micro-batch, if there is a budget.
+        evaluation: Rows of a micro-batch of an evaluation; None leaves them to the others.
     """
 
     rows: int
     tokens: int | None = None
+    evaluation: int | None = None
 
     def smaller(self, *, longest: int) -> Portion | None:
         """Return about half of it, None if it can't be less.
@@ -59,13 +63,14 @@ class Portion:
         """
         rows = max((n for n in range(1, self.rows) if self.rows % n == 0), default=1)
         tokens = None if self.tokens is None else max(longest, self.tokens // 2)
-        portion = Portion(rows, tokens)
+        portion = Portion(rows, tokens, self.evaluation)
         return None if portion == self else portion
 
     def __str__(self) -> str:
         """Return it in words."""
         budget = "" if self.tokens is None else f", at most {self.tokens} tokens"
-        return f"{self.rows} row{'s' if self.rows > 1 else ''}{budget}"
+        scored = "" if self.evaluation is None else f", {self.evaluation} in an evaluation"
+        return f"{self.rows} row{'s' if self.rows > 1 else ''}{budget}{scored}"
 
 
 @dataclass
@@ -98,13 +103,15 @@ class FitMemory:
         self.now = found
         self.console.say(
             f"micro-batches of {self.now}, as a device ran out of memory with more; "
-            "train.micro_batch_size in the recipe sets it anew"
+            "train.micro_batch_size (or evaluation.micro_batch_size) in the recipe sets it anew"
         )
         return self._applied(recipe)
 
     def _applied(self, recipe: Recipe) -> Recipe:
         sizes = {"micro_batch_size": self.now.rows, "micro_batch_tokens": self.now.tokens}
-        return recipe.model_copy(update={"train": recipe.train.model_copy(update=sizes)})
+        scored = recipe.evaluation.model_copy(update={"micro_batch_size": self.now.evaluation})
+        train = recipe.train.model_copy(update=sizes)
+        return recipe.model_copy(update={"train": train, "evaluation": scored})
 
     def _read(self) -> Portion | None:
         """Return the portion that was noted for this recipe."""
@@ -182,14 +189,14 @@ class FitMemory:
             yield
         except torch.OutOfMemoryError as error:
             why = str(error).splitlines()[0]
-            before = self.now
-            self.now = self._smaller(dist.rank(), why)
-            self._write()
-            raise ReplannedError(
-                f"rank {dist.rank()} ran out of memory in step {run.progress.step} ({why}); the "
-                f"run goes on from its last checkpoint in micro-batches of {self.now} instead of "
-                f"{before}: start it with --resume"
-            ) from None
+            self._start_again(run, self._smaller(dist.rank(), why), why)
+        except ScoringMemoryError as error:
+            if not error.smaller:
+                raise RuntimeError(
+                    f"rank {dist.rank()} has no memory to score a single row ({error}): lower the "
+                    "task's max_length, raise engine.zero_stage or use more devices"
+                ) from None
+            self._start_again(run, replace(self.now, evaluation=error.smaller), str(error))
         except RuntimeError as error:
             noted = self._read()
             if noted is None or noted == self.now:
@@ -199,11 +206,21 @@ class FitMemory:
                 f"micro-batches of {noted}"
             ) from error
 
+    def _start_again(self, run: Run, portion: Portion, why: str) -> NoReturn:
+        before, self.now = self.now, portion
+        self._write()
+        raise ReplannedError(
+            f"rank {dist.rank()} ran out of memory in step {run.progress.step} ({why}); the run "
+            f"goes on from its last checkpoint in micro-batches of {self.now} instead of {before}: "
+            "start it with --resume"
+        ) from None
+
 
 def fit_memory(
     recipe: Recipe, parts: Parts, *, folder: RunFolder, recorder: Recorder, console: Console
 ) -> FitMemory:
     """Return what lowers the micro-batches of a recipe's run."""
-    portion = Portion(recipe.train.micro_batch_size, recipe.train.micro_batch_tokens)
+    train, scored = recipe.train, recipe.evaluation.micro_batch_size
+    portion = Portion(train.micro_batch_size, train.micro_batch_tokens, scored)
     longest = max(int(t.datasets["train"].lengths.max()) for t in parts.tasks)
     return FitMemory(folder.root, portion, longest, recorder, console)

@@ -31,28 +31,46 @@ class FollowLosses(Watcher):
         self._tasks = list(tasks)
         self._recorder = evaluate.recorder
 
+    def on_fit_start(self, run: Run) -> None:
+        """Decide what an earlier version of this package left undecided at a refused step."""
+        if run.progress.unscored is not None:
+            return  # as the next evaluation was broken off as well
+        self._decide(self.mixture.due(run.progress.step), step=run.progress.step)
+
+    def on_scores(self, run: Run) -> None:
+        """Observe the scores, and then the loss of their step if it waited for them."""
+        scores = self._evaluate.last
+        losses = [_validation_loss(scores.get(name)) for name in self._tasks]
+        self.mixture.observe_scores(losses)
+        if (unscored := run.progress.unscored) is not None:
+            loss = math.nan if unscored["loss"] is None else unscored["loss"]
+            self._observe(loss, task=unscored["task"], step=run.progress.step)
+
     def on_step_end(self, run: Run, batch: StepBatch, result: StepResult) -> None:
         """Observe the loss; decide if it is time to."""
-        if self._evaluate.done_at == run.progress.step:
-            scores = self._evaluate.last
-            losses = [_validation_loss(scores.get(name)) for name in self._tasks]
-            self.mixture.observe_scores(losses)
-        if result.refused is not None:  # by every rank: such a loss says nothing
-            return
-        (loss,) = result.turn_losses
-        task = self._tasks.index(batch.task)
-        shares = self.mixture.observe(loss, task=task, done=run.progress.step)
+        if run.progress.unscored is not None:
+            return  # it comes behind the scores, when the run goes on
+        # A refused step's loss says nothing, but the next block may be due at it all the same.
+        loss = math.nan if result.refused is not None else result.turn_losses[0]
+        self._observe(loss, task=batch.task, step=run.progress.step)
+
+    def _observe(self, loss: float, *, task: str, step: int) -> None:
+        shares = self.mixture.observe(loss, task=self._tasks.index(task), done=step)
+        self._decide(shares, step=step)
+
+    def _decide(self, shares: list[float] | None, *, step: int) -> None:
+        """Fix the shares of the next block if they are due, and tell so."""
         if shares is None:
             return
         # The sums are the same everywhere, but an exponential may not be to the last bit.
-        shares = dist.broadcast_object(shares)
+        agreed: list[float] = dist.broadcast_object(shares)
         self._recorder.event(
             "mixture",
-            step=run.progress.step,
+            step=step,
             from_step=self.mixture.decided_steps,
-            shares={name: round(share, 4) for name, share in zip(self._tasks, shares, strict=True)},
+            shares={name: round(share, 4) for name, share in zip(self._tasks, agreed, strict=True)},
         )
-        self.mixture.decide(shares)
+        self.mixture.decide(agreed)
 
 
 def _validation_loss(scores: Scores | None) -> float:

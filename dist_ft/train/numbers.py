@@ -35,8 +35,8 @@ class GuardNumbers(Watcher):
 
     Attributes:
         config: When to go back, and what counts as a leap of the loss.
-        go_back: Brings weights and optimizer back to the newest checkpoint and returns its step,
-            or None if there is none.
+        go_back: Brings weights and optimizer back to the newest checkpoint from before the bad
+            steps and returns its step, or None if there is none.
     """
 
     recorder: Recorder
@@ -97,15 +97,16 @@ class GuardNumbers(Watcher):
         dropped = list(run.progress.dropped)
         if len(dropped) >= self.config.max_roll_backs:
             raise BadNumbersError(
-                f"step {end}: loss or gradient stay bad after {len(dropped)} roll-backs: lower "
-                "optim.lr, look at the rows of the bad_numbers events, or raise "
-                "train.on_bad_numbers.max_roll_backs"
+                f"step {end}: loss or gradient stay bad after {len(dropped)} roll-backs: look at "
+                "the rows of the bad_numbers events; --resume with a larger "
+                "train.on_bad_numbers.max_roll_backs, or start a run with a lower optim.lr"
             )
         start = self.go_back(run)
         if start is None:
             raise BadNumbersError(
                 f"step {end}: loss or gradient were bad {run.progress.refused} times in a row and "
-                "there is no checkpoint to go back to: lower optim.lr, or set checkpoint.every"
+                "there is no checkpoint to go back to: start a run with a lower optim.lr, or set "
+                "checkpoint.every"
             )
         run.progress.dropped = [*dropped, [start, end]]
         run.progress.refused = 0

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+
+def worst_if_nan(score: float) -> float:
+    """Return a score, larger is better, that can be compared: minus infinity in place of NaN.
+
+    No score is larger than NaN, so one that got into a comparison would stay the best for good.
+    """
+    return -math.inf if math.isnan(score) else score
 
 
 @dataclass(frozen=True)

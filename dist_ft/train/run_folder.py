@@ -25,6 +25,7 @@ FREE_ON_RESUME = {
     "kernels",
     "logging",
     "supervision",
+    "train.on_bad_numbers",
     "train.micro_batch_size",
     "train.micro_batch_tokens",
 }

@@ -253,6 +253,30 @@ def test_a_row_is_there_from_the_next_step_on(tmp_path: Path) -> None:
     assert not list((tmp_path / "c").glob("a.2.g.data"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_that_is_not_finite_is_made_anew(
+    dtype: torch.dtype, bad: float, tmp_path: Path
+) -> None:
+    task = CachedTask(np.array([3, 1, 2]))
+    cache = ActivationCache(tmp_path / "c", {"a": task}, 4, dtype, budget_bytes=10**6)
+    cache.open([(2, "f")])
+    keys = _keys([0, 1, 2])
+    hidden = torch.randn(6, 4).to(dtype)
+    spoilt = hidden.clone()
+    spoilt[3, 2] = bad  # of row 1, its only token
+    spoilt[5, 0] = bad  # of row 2, its last one
+    cache.write(2, keys=keys, hidden=spoilt, step=1)
+    assert cache.read(2, keys=keys, step=2).there.tolist() == [True, False, False]
+    cache.write(2, keys=keys, hidden=hidden, step=2)
+    found = cache.read(2, keys=keys, step=3)
+    assert found.there.all()
+    assert torch.equal(found.hidden, hidden)
+    # What was kept stays, even if a later step makes it badly.
+    cache.write(2, keys=keys, hidden=spoilt, step=3)
+    assert torch.equal(cache.read(2, keys=keys, step=4).hidden, hidden)
+
+
 def test_versions_of_a_row_are_kept_apart_and_what_is_too_long_is_not(tmp_path: Path) -> None:
     cache = _cache(tmp_path, a=CachedTask(np.array([4, 2, 2]), variants=2))
     assert cache.open([(1, "f")]) == 2 * 8 * 4 * 4

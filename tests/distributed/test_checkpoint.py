@@ -26,6 +26,7 @@ from dist_ft.train.checkpoint import (
 )
 from dist_ft.train.retention import Retention
 from dist_ft.train.saving import CheckpointWriter, save_checkpoint
+from tests.helpers.manifests import write_as_another_version
 from tests.helpers.phases import (
     ALL,
     bitwise_equal,
@@ -178,6 +179,12 @@ def _damaged(root: Path, damage: str) -> None:
     assert path.name == "step-00000003"
     assert len(passed_over) == 1
     assert passed_over[0].startswith("step-00000006: ")
+    dist.barrier()
+    if dist.get_rank() == 0:
+        write_as_another_version(path)
+    dist.barrier()
+    with pytest.raises(CheckpointError, match="has format version 2, this version of dist_ft"):
+        find_checkpoint(root)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "no manifest"])

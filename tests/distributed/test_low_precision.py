@@ -83,9 +83,16 @@ def _overflow(engine: DeepSpeedEngine, step: int) -> None:
     after = _copied(engine.state())
     assert after.steps == before.steps
     assert after.loss_scale["last_overflow_iter"] == before.loss_scale["cur_iter"]
-    for one, other in zip(before.slices, after.slices, strict=True):
-        assert one.values.keys() == other.values.keys()
-        assert all(torch.equal(v, other.values[k]) for k, v in one.values.items()), one.parameter
+    _same_slices(before, after)
+
+
+def _same_slices(one: EngineState, other: EngineState) -> None:
+    values, others = (
+        {(s.parameter, s.start, k): v for s in state.slices for k, v in s.values.items()}
+        for state in (one, other)
+    )
+    assert values.keys() == others.keys()
+    assert [k for k, v in values.items() if not torch.equal(v, others[k])] == []
 
 
 def _copied(state: EngineState) -> EngineState:
@@ -127,6 +134,30 @@ def _loss_scale_survives(folder: Path) -> None:
 
 def test_the_loss_scale_outlives_phase_changes_and_the_process(tmp_path: Path) -> None:
     run_distributed(_loss_scale_survives, tmp_path)
+
+
+def _reset_and_parked(folder: Path) -> None:
+    share = (dist.get_rank(), dist.get_world_size())
+    other = ("block.2", "head.a", "head.b")
+    options = EngineOptions(precision="bf16", returning="reset")
+    for stage in (2, 3):
+        engine = make_deepspeed(options, zero_stage=stage, switch="rebuild")
+        run(engine, {0: TOP, 3: other}, steps=range(5), micro_batches=2, share=share)
+        engine.set_trainable(TOP)  # it returns and is reset, but has no update
+        engine.set_trainable(other)
+        state = engine.state()
+        assert state.steps["block.3/decay"] == 0
+        saved = save_checkpoint(folder / str(stage), step=5, state=state, trainer={}).path
+        run(engine, {5: TOP}, steps=range(5, 7), micro_batches=2, share=share)
+        resumed = make_deepspeed(options, zero_stage=stage, switch="rebuild")
+        resumed.set_trainable(other)
+        resumed.load_state(CheckpointReader(saved))
+        run(resumed, {5: TOP}, steps=range(5, 7), micro_batches=2, share=share)
+        _same_slices(engine.state(), resumed.state())
+
+
+def test_a_group_that_was_reset_and_parked_comes_back_to_the_bit(tmp_path: Path) -> None:
+    run_distributed(_reset_and_parked, tmp_path)
 
 
 def test_fp16_without_partitions_is_refused() -> None:

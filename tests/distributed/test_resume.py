@@ -1,10 +1,21 @@
 """A run that is stopped and goes on ends exactly where an undisturbed one does."""
 
+import itertools
+import json
+import os
 import random
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from dist_ft.engine.loss_module import LossModule
+from dist_ft.recipe import load_recipe
+from dist_ft.train import build
+from tests.helpers.run_distributed import run_distributed
 from tests.helpers.tiny_run import events, newest_checkpoint, state_hash, train, write_recipe
 
 
@@ -78,3 +89,66 @@ def test_step_events_know_what_trains_after_a_resume(tmp_path: Path) -> None:
     assert all(
         e["trainable_params"] > 0 for e in events(tmp_path / "runs/tiny") if e["event"] == "step"
     )
+
+
+# Run, forward without gradient at which rank 1 is asked to stop (0 is none), and exit code. An
+# evaluation has 17 of them: those of step 4 (twice) and of the last step are broken off.
+RUNS = (
+    ("straight", 0, 0),
+    ("stopped", 20, 75),
+    ("stopped", 1, 75),
+    ("stopped", 20, 75),
+    ("stopped", 0, 0),
+)
+PLATEAU = "freezing={policy: plateau, first: 1, patience: 1}"
+
+
+def _is_stopped_while_it_scores(path: Path) -> None:
+    build.dist.shut_down = lambda: None  # the ranks stay together; this process ends with them
+    forward = LossModule.forward
+    for name, stop_at, exit_code in RUNS:
+        count = itertools.count(1)
+        last = [0]
+
+        def watched(
+            self: LossModule, *args: Any, at: int = stop_at, count: Any = count, last: Any = last
+        ) -> Any:
+            if not torch.is_grad_enabled():
+                last[0] = next(count)
+                if last[0] == at and os.environ["RANK"] == "1":
+                    os.kill(os.getpid(), signal.SIGTERM)
+            return forward(self, *args)
+
+        LossModule.forward = watched  # pyright: ignore[reportAttributeAccessIssue]
+        recipe = load_recipe(path, overrides=[f"name={name}", PLATEAU])
+        resume = (recipe.output_dir / name).exists()
+        dist.barrier()
+        assert build.train(recipe, resume=resume) == exit_code
+        assert last[0] == stop_at or not stop_at  # no other micro-batch was scored
+
+
+def test_a_stop_leaves_an_evaluation_which_is_done_when_the_run_goes_on(tmp_path: Path) -> None:
+    path = write_recipe(
+        tmp_path,
+        train={"max_duration": "6step"},
+        # Its first decision is due at step 4, and takes the scores of that step into account.
+        mixture={"policy": "bandit", "every": 8, "reward": "gain"},
+        evaluation={"every": "2step", "micro_batch_size": 1},
+        checkpoint={"every": "6step", "keep_best": True},
+    )
+    run_distributed(_is_stopped_while_it_scores, path)
+    runs = tmp_path / "runs/straight", tmp_path / "runs/stopped"
+    assert [e["step"] for e in events(runs[1]) if e["event"] == "stop"] == [4, 4, 6]
+    straight, stopped = (
+        {
+            "scores": [
+                (e["step"], e["task"], e["metrics"]) for e in events(run) if e["event"] == "eval"
+            ],
+            "shares": [(e["step"], e["shares"]) for e in events(run) if e["event"] == "mixture"],
+            "trainer": json.loads((newest_checkpoint(run) / "trainer.json").read_text()),
+            "state": state_hash(run),
+        }
+        for run in runs
+    )
+    assert stopped == straight
+    assert straight["trainer"]["progress"]["step"] == 6

@@ -144,13 +144,17 @@ def test_one_row_on_one_rank_is_left_out_and_recorded(tmp_path: Path) -> None:
 def test_three_in_a_row_take_the_run_back_to_its_checkpoint(tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "train": {"max_duration": "12step"},
-        "checkpoint": {"every": "4step", "keep_last": 9},
+        # An interval ends among the bad steps: its weights are in doubt, so it has no checkpoint.
+        "checkpoint": {"every": "2step", "keep_last": 9},
     }
     recipe = write_recipe(tmp_path, **changes)
-    run_distributed(_poisoned_run, recipe, 5, 8, ("freezing={policy: none}",))
+    run_distributed(_poisoned_run, recipe, 5, 11, ("freezing={policy: none}",))
     found = events(tmp_path / "runs/tiny")
-    (back,) = [e for e in found if e["event"] == "roll_back"]
-    assert (back["step"], back["to_step"]) == (8, 4)
+    back = [(e["step"], e["to_step"]) for e in found if e["event"] == "roll_back"]
+    # Without a good step since, the second one goes behind the checkpoint that did not help.
+    assert back == [(8, 4), (11, 2)]
+    saved = [e["step"] for e in found if e["event"] == "checkpoint"]
+    assert saved == [2, 4, 8, 11, 12]
     checkpoints = tmp_path / "runs/tiny/checkpoints"
     at_4, at_8 = (CheckpointReader(checkpoints / f"step-0000000{n}") for n in (4, 8))
     assert at_8.trainer["progress"]["step"] == 8

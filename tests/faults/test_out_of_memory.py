@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -14,11 +17,19 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers.models.bert.modeling_bert import BertLayer
 
+from dist_ft.dist import World
 from dist_ft.engine.base import EngineOptions, Precision, StepResult
 from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
 from dist_ft.engine.loss_module import LossModule
 from dist_ft.launcher.host_memory import memory_limit, oom_kills
-from dist_ft.train.memory import Portion
+from dist_ft.recipe import load_recipe
+from dist_ft.train import evaluate as evaluation
+from dist_ft.train.callbacks import Evaluate
+from dist_ft.train.console import Console
+from dist_ft.train.evaluate import EvalData
+from dist_ft.train.loop import Progress
+from dist_ft.train.memory import FitMemory, Portion, ReplannedError
+from dist_ft.train.recorder import Recorder
 from tests.helpers.phases import (
     ALL,
     bitwise_equal,
@@ -283,6 +294,37 @@ def test_a_row_that_does_not_fit_is_an_error(
     assert outcome.code == 1
     assert "has no memory for a single row" in capfd.readouterr().err
     assert "has no memory for a single row" in outcome.said[0]
+
+
+def test_an_evaluation_without_room_scores_fewer_rows_at_once_and_leaves_training_alone(
+    tmp_path: Path,
+) -> None:
+    console, recorder = Console(main=False, every=1), Recorder(None)
+    task: Any = SimpleNamespace(name="tags", new_metrics=lambda: None)
+    nothing: Any = None
+    run: Any = SimpleNamespace(
+        engine=SimpleNamespace(averaged=contextlib.nullcontext, eval_forward=_no_room),
+        progress=Progress(step=4), beat=lambda _: None, stop_signal=lambda: 0, callbacks=[],
+    )  # fmt: skip
+    said: list[str] = []
+    recipe = load_recipe(write_recipe(tmp_path / "recipe"), overrides=["train.micro_batch_size=4"])
+    for _ in range(4):  # the launcher starts the ranks again
+        memory = FitMemory(tmp_path, Portion(4), 30, recorder, console)
+        rows = memory.resume(recipe).evaluation.micro_batch_size or 8
+        assert memory.now.rows == 4
+        data = [EvalData(task, "validation", nothing, nothing, rows)]
+        evaluate = Evaluate(recorder, console, World(0, 0, 1), data, every=None)
+        with (
+            mock.patch.object(evaluation, "eval_batches", return_value=[SimpleNamespace()]),
+            pytest.raises(RuntimeError) as error,
+            memory.watching(run),
+        ):
+            evaluate.evaluate(run)
+        said.append(str(error.value))
+        assert isinstance(error.value, ReplannedError) == (rows > 1)
+    assert "of 4 rows, 4 in an evaluation instead of 4 rows:" in said[0]
+    assert "of 4 rows, 1 in an evaluation instead of 4 rows, 2 in an evaluation:" in said[2]
+    assert "no memory to score a single row (evaluation of task tags" in said[3]
 
 
 def test_a_portion_is_halved_down_to_a_row_and_a_budget_to_the_longest_row() -> None:

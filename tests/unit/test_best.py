@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dist_ft import dist
 from dist_ft.recipe import load_recipe
 from dist_ft.recipe.errors import RecipeError
 from dist_ft.train import finished
 from dist_ft.train.best import Decision, updated
-from dist_ft.train.checkpoint import CheckpointReader
+from dist_ft.train.callbacks import Evaluate
+from dist_ft.train.checkpoint import CheckpointReader, known_checkpoints
+from dist_ft.train.console import Console
+from dist_ft.train.evaluate import EvalData, Scores
+from dist_ft.train.loop import Best
+from dist_ft.train.recorder import Recorder
+from dist_ft.train.retention import Retention
 from tests.helpers.tiny_run import events, train, write_recipe
 
+NAN = float("nan")
 SCORES = {"a": 0.5, "b": 0.9}
 
 
@@ -38,6 +49,43 @@ def test_the_best_is_the_first_of_the_largest(scores: list[float], min_delta: fl
         assert best["a"]["step"] == scores.index(max(scores))
     assert max(scores) <= best["a"]["score"] + min_delta
     assert best["a"]["stale"] == len(scores) - 1 - best["a"]["step"]
+
+
+def test_a_score_that_is_no_number_is_the_worst(tmp_path: Path) -> None:
+    task = SimpleNamespace(name="a", primary_metric=("mse", False))
+    evaluate = Evaluate(
+        recorder=Recorder(None),
+        console=Console(main=False, every=1),
+        world=dist.World(rank=0, local_rank=0, world_size=1),
+        data=[EvalData(cast("Any", task), "validation", cast("Any", None), cast("Any", None), 1)],
+        every=None,
+        done_at=10,
+    )
+    best: dict[str, Best] = {}
+    for step, mse in ((10, NAN), (20, 0.9), (30, NAN), (40, 0.5)):
+        evaluate.done_at = step
+        evaluate.last = {"a": Scores("a", "validation", {"mse": mse}, 0.0)}
+        scores = evaluate.deciding_scores(step)
+        best = updated(best, scores=scores, step=step, min_delta=0.1)
+        folder = tmp_path / f"step-{step:08d}"
+        folder.mkdir()
+        (folder / "manifest.json").touch()
+        (folder / "trainer.json").write_text(json.dumps({"scores": scores}))
+    assert best == {"a": {"score": -0.5, "step": 40, "stale": 0}}
+    # Of a checkpoint and of a best score that an earlier version has written, too.
+    (tmp_path / "step-00000010" / "trainer.json").write_text('{"scores": {"a": NaN}}')
+    kept = Retention(keep_last=1, keep_best=True).keeps(known_checkpoints(tmp_path), newest=50)
+    assert kept == {40, 50}
+    before: dict[str, Best] = {"a": {"score": NAN, "step": 10, "stale": 3}}
+    assert updated(before, scores={"a": 0.1}, step=20, min_delta=0.1)["a"]["step"] == 20
+
+
+def test_names_that_are_scored_no_more_do_not_keep_a_run_from_ending() -> None:
+    best: dict[str, Best] = {"text": {"score": 0.9, "step": 8, "stale": 0}}
+    for step in (10, 12, 14):  # evaluation.decide_by was changed to mean at a resume
+        best = updated(best, scores={"mean": 0.1}, step=step, min_delta=0.0)
+    assert best == {"mean": {"score": 0.1, "step": 10, "stale": 2}}
+    assert updated(best, scores={}, step=16, min_delta=0.0) == best
 
 
 def test_a_run_that_gets_no_better_ends_and_stays_ended(tmp_path: Path) -> None:

@@ -37,6 +37,13 @@ def test_plateau_freezes_in_the_other_direction() -> None:
     assert policy.phase_at(31).trainable == ORDER.above(2)
 
 
+def test_a_score_that_is_no_number_is_no_improvement() -> None:
+    policy = _plateau()
+    for step, score in ((10, float("nan")), (20, 0.5), (30, float("nan"))):
+        policy.observe_score(step, score)
+    assert (policy.decisions.best, policy.decisions.stalled) == (0.5, 1)
+
+
 def test_decisions_survive_json() -> None:
     one, other = _plateau(), _plateau()
     for step in (10, 20, 30):
