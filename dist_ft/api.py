@@ -54,6 +54,7 @@ class RunHandle:
         task: str | None = None,
         best: bool = False,
         lora: Literal["merged", "adapter"] = "merged",
+        replace: bool = False,
     ) -> list[Path]:
         """Write a plain transformers folder for each task (or one); return the folders.
 
@@ -61,10 +62,11 @@ class RunHandle:
             task: Only this one.
             best: Each task's weights at its best evaluation instead of the newest ones.
             lora: Adapters added to the weights, or alone, for peft.
+            replace: Let an earlier export give way to this one.
         """
         from dist_ft.train import finished
 
-        how = finished.ExportOptions(best=best, lora=lora)
+        how = finished.ExportOptions(best=best, lora=lora, replace=replace)
         return finished.export(self.path, task=task, how=how, extensions=self.extensions)
 
     def report(self, *, beside: Sequence[Path] = ()) -> Path:

@@ -140,12 +140,15 @@ def export(
     task: Annotated[str | None, typer.Option("--task", help="Only this task.")] = None,
     best: BestOption = False,
     lora: LoraOption = "merged",
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Let an earlier export give way to this one.")
+    ] = False,
 ) -> None:
     """Write a plain transformers folder for each task."""
     _require_run(run)
     from dist_ft.train import finished
 
-    how = finished.ExportOptions(best=best, lora=lora)
+    how = finished.ExportOptions(best=best, lora=lora, replace=replace)
     for folder in finished.export(run, task=task, how=how):
         typer.echo(f"exported {folder}")
 

@@ -39,6 +39,8 @@ figcaption a{display:none}}
 def write_report(runs: Sequence[Path]) -> Path:
     """Write the page into the first run's ``report`` folder and return its path.
 
+    A page about several has a folder of its own there, named after the others.
+
     The page needs no other file and no network; each plot is also written beside it as SVG and,
     with the extra ``[report]``, as PNG.
 
@@ -46,7 +48,7 @@ def write_report(runs: Sequence[Path]) -> Path:
         ValueError: If a folder holds no record of a run.
     """
     records = [read_run(path) for path in runs]
-    folder = runs[0] / "report"
+    folder = runs[0] / "-".join(["report", *(path.resolve().name for path in runs[1:])])
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     shared, own = all_plots(records)
     draws = can_draw()

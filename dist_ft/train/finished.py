@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -129,10 +131,12 @@ class ExportOptions:
     Attributes:
         best: Each task's weights at its best evaluation instead of the newest ones.
         lora: Adapters added to the weights, or alone, for peft.
+        replace: A folder that an earlier export made gives way to the new one.
     """
 
     best: bool = False
     lora: Literal["merged", "adapter"] = "merged"
+    replace: bool = False
 
 
 def evaluate(
@@ -228,7 +232,7 @@ def export(
     Labels and weights are those of the run's folder; neither source nor shards are read.
 
     Raises:
-        ValueError: If there is no such task, or an export folder exists already.
+        ValueError: If there is no such task, or an export folder exists that is not to be replaced.
     """
     how = how or ExportOptions()
     recipe, folder, reader = _open_folder(run)
@@ -239,9 +243,9 @@ def export(
         raise ValueError("--lora adapter: the run has no model.lora: leave the option out")
     wanted = names if task is None else [task]
     existing = [folder.export / name for name in wanted if (folder.export / name).exists()]
-    if existing:
+    if existing and not how.replace:
         raise ValueError(
-            f"{', '.join(map(str, existing))} exists already: remove it, or move it away"
+            f"{', '.join(map(str, existing))} exists already: add --replace, or move it away"
         )
     decision = Decision(recipe.evaluation.decide_by, recipe.evaluation.weights)
     tokenizer = load_preprocessor(recipe)
@@ -255,8 +259,25 @@ def export(
         if how.best:
             reader = best_checkpoint(folder.checkpoints, name=decision.name_for(name))
         load_weights(model, reader)
-        folders.append(exporter.write(name, step=reader.trainer["progress"]["step"]))
+        with _out_of_the_way(folder.export / name):
+            folders.append(exporter.write(name, step=reader.trainer["progress"]["step"]))
     return folders
+
+
+@contextmanager
+def _out_of_the_way(folder: Path) -> Iterator[None]:
+    """Move a folder away while another takes its place; put it back if none does."""
+    aside = folder.with_name(f".old-{folder.name}")
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    try:
+        yield
+    except BaseException:
+        if aside.exists():
+            aside.rename(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -318,15 +318,18 @@ def test_several_runs_are_compared(run: Path, tmp_path: Path) -> None:
     recipe = json.loads((other / "recipe.json").read_text())
     recipe["optim"]["lr"] = 0.5
     (other / "recipe.json").write_text(json.dumps(recipe))
-    text = write_report([other, run]).read_text()
+    page = write_report([other, run])
+    folder = page.parent
+    assert folder == other / f"report-{run.name}"  # that of the one run alone stays what it is
+    text = page.read_text()
     reader = _Reader()
     reader.feed(text)
     assert text.index("What differs") < text.index("Scores side by side")
     assert "<td>optim.lr</td><td class='n'>0.5</td><td class='n'>0.001</td>" in text
     assert "<b>" not in text
-    assert "compare-loss-text.svg" in {p.name for p in (other / "report/plots").iterdir()}
+    assert "compare-loss-text.svg" in {p.name for p in (folder / "plots").iterdir()}
     for link in reader.links:
-        assert link.startswith("data:") or (other / "report" / link).is_file(), link
+        assert link.startswith("data:") or (folder / link).is_file(), link
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium in PATH: apt-get install chromium")

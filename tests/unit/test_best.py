@@ -118,6 +118,14 @@ def test_a_run_that_gets_no_better_ends_and_stays_ended(tmp_path: Path) -> None:
     assert saved_weight is not None
     assert torch.equal(weight.view(-1), saved_weight)
 
+    before = {p.name for p in folder.iterdir()}
+    (folder / "mine.txt").touch()
+    with pytest.raises(ValueError, match=r"exists already: add --replace"):
+        finished.export(run, task="text")
+    [again] = finished.export(run, task="text", how=finished.ExportOptions(replace=True))
+    assert {p.name for p in again.iterdir()} == before
+    assert [p.name for p in again.parent.iterdir()] == ["text"]
+
 
 def test_what_cannot_decide_is_refused(tmp_path: Path) -> None:
     path = write_recipe(
