@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from dist_ft.data.files import BadRow
+from dist_ft.data.files import BadRow, refusal
 from dist_ft.data.sources import RawSource
 from dist_ft.wording import counted
 
@@ -49,9 +49,7 @@ class BadRows:
         self._add(number, reason=reason)
 
     def _refuse(self, text: str, *, cause: Exception | None) -> NoReturn:
-        raise ValueError(
-            f"{text}: repair or remove the row, or leave bad rows out ({self._key}: skip)"
-        ) from cause
+        raise ValueError(refusal(text, key=self._key)) from cause
 
     def _add(self, row: str | int, *, reason: str) -> None:
         self.count += 1

@@ -30,6 +30,11 @@ class BadRow(NamedTuple):
         return f"{self.place}: {self.reason}"
 
 
+def refusal(text: str, *, key: str = "on_error") -> str:
+    """Returns the error about a row that can't be used, given the recipe's key that allows it."""
+    return f"{text}: repair or remove the row, or leave bad rows out ({key}: skip)"
+
+
 # Called with a row that can't be read; it raises, or counts and lets reading go on.
 OnBadRow = Callable[[BadRow], None]
 

@@ -11,7 +11,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dist_ft.data.files import FORMATS, SUFFIXES, BadRow, OnBadRow, Row, estimate_rows, read_rows
+from dist_ft.data.files import (
+    FORMATS,
+    SUFFIXES,
+    BadRow,
+    OnBadRow,
+    Row,
+    estimate_rows,
+    read_rows,
+    refusal,
+)
 from dist_ft.data.packaged import PACKAGED, PackagedSet
 from dist_ft.data.places import find_places
 
@@ -138,7 +147,7 @@ def open_source(spec: SourceSpec, *, base_dir: Path) -> RawSource:
 
 
 def _refuse(row: BadRow) -> NoReturn:
-    raise ValueError(f"{row}: repair or remove the row, or leave bad rows out (on_error: skip)")
+    raise ValueError(refusal(str(row)))
 
 
 def _refuse_hub_options(spec: SourceSpec) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import shutil
@@ -112,8 +111,8 @@ class Supervisor:
         """Run until the ranks are done, or have failed once too often; return the exit code."""
         with self._listening():
             last: Failure | None = None
-            restarts = replans = 0
-            for number in itertools.count():
+            number = restarts = replans = 0
+            while True:
                 start = self._start(number)
                 if self._asked:  # nobody runs: what is saved is all there is
                     return PREEMPTED
@@ -132,9 +131,9 @@ class Supervisor:
                 if not goes_on:
                     return FAILED
                 last = failure
+                number += 1
                 if self._settings.place.nodes > 1:
                     time.sleep(_PAUSE_S)
-        raise AssertionError  # attempts can be counted without end
 
     def _run_attempt(
         self, number: int, *, start: StartRank, before: Failure | None

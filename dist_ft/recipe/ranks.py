@@ -25,7 +25,7 @@ def check_ranks(recipe: Recipe, ranks: int) -> None:
             f"train.global_batch_size: {recipe.train.global_batch_size} rows in micro-batches of "
             f"{recipe.train.micro_batch_size} make {micro_batches} micro-batches, which cannot be "
             f"shared equally by {ranks} ranks: start {' or '.join(map(str, fits))} "
-            "ranks or change a batch size"
+            f"{'rank' if fits == [1] else 'ranks'}, or change a batch size"
         )
     if recipe.engine.type == "reference" and ranks > 1:
         raise ValueError(f"engine.type: reference runs on one rank, got {ranks}: use deepspeed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from dist_ft.report.record import read_run
 from dist_ft.report.sections import all_plots, comparison, run_section
 from dist_ft.report.svg import STYLE
 
+_LONGEST_NAME = 200
 _STYLE = """
 :root{color-scheme:light dark;--back:#fff;--ink:#1c1c1c;--soft:#5c5c5c;--line:#8885}
 @media (prefers-color-scheme:dark){:root{--back:#16181c;--ink:#e4e4e4;--soft:#a4a4a4}}
@@ -37,9 +39,7 @@ figcaption a{display:none}}
 
 
 def write_report(runs: Sequence[Path]) -> Path:
-    """Write the page into the first run's ``report`` folder and return its path.
-
-    A page about several has a folder of its own there, named after the others.
+    """Write the page into a folder of the first run, see `report_folder`, and return its path.
 
     The page needs no other file and no network; each plot is also written beside it as SVG and,
     with the extra ``[report]``, as PNG.
@@ -48,7 +48,7 @@ def write_report(runs: Sequence[Path]) -> Path:
         ValueError: If a folder holds no record of a run.
     """
     records = [read_run(path) for path in runs]
-    folder = runs[0] / "-".join(["report", *(path.resolve().name for path in runs[1:])])
+    folder = report_folder(runs)
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     shared, own = all_plots(records)
     draws = can_draw()
@@ -73,3 +73,16 @@ def write_report(runs: Sequence[Path]) -> Path:
     path = folder / "index.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def report_folder(runs: Sequence[Path]) -> Path:
+    """Return where the page of runs goes: ``report`` in the first, with the others' names if any.
+
+    Where those are more than a file system takes, their number and a hash stand for them.
+    """
+    others = [path.resolve() for path in runs[1:]]
+    name = "-".join(["report", *(path.name for path in others)])
+    if len(name.encode()) > _LONGEST_NAME:
+        digest = hashlib.sha256("\n".join(map(str, others)).encode()).hexdigest()
+        name = f"report-{len(others)}-others-{digest[:8]}"
+    return runs[0] / name

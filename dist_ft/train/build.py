@@ -115,7 +115,7 @@ def _train(recipe: Recipe, *, resume: bool, stop: StopRequest, extensions: Exten
             recipe = memory.resume(recipe)
         run = make_run(recipe, parts, folder=folder, world=world, device=device,
                        console=console, recorder=recorder)  # fmt: skip
-        at_end.callback(writer_of(run).close)
+        at_end.callback(checkpoint_of(run).writer.close)
         run.replan = memory.replan
         beat = make_beat(recipe, run, heartbeat)
         beat("start")
@@ -137,9 +137,9 @@ def _train(recipe: Recipe, *, resume: bool, stop: StopRequest, extensions: Exten
         return exit_code
 
 
-def writer_of(run: Run) -> CheckpointWriter:
-    """Return what writes a run's checkpoints: to be closed before another may write its folder."""
-    return next(c for c in run.callbacks if isinstance(c, Checkpoint)).writer
+def checkpoint_of(run: Run) -> Checkpoint:
+    """Return what saves a run; its writer is closed before another may write the run's folder."""
+    return next(c for c in run.callbacks if isinstance(c, Checkpoint))
 
 
 def _record_failure(recorder: Recorder) -> None:

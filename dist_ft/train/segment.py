@@ -12,8 +12,8 @@ import torch
 from dist_ft import dist
 from dist_ft.config import Recipe
 from dist_ft.train.adapt import mean_score
-from dist_ft.train.build import make_run, writer_of
-from dist_ft.train.callbacks import Checkpoint, Evaluate
+from dist_ft.train.build import checkpoint_of, make_run
+from dist_ft.train.callbacks import Evaluate
 from dist_ft.train.console import Console
 from dist_ft.train.environment import environment
 from dist_ft.train.loop import Run, fit
@@ -93,7 +93,7 @@ def train_until(recipe: Recipe, *, step: int, place: Place) -> Segment:
         recorder = Recorder(folder.metrics if place.world.is_main else None)
         at_end.callback(recorder.close)
         run, memory = _make(recipe, place=place, folder=folder, recorder=recorder)
-        at_end.callback(writer_of(run).close)
+        at_end.callback(checkpoint_of(run).writer.close)
         # Only the loop and what happens at its end read this; the learning rates have their own.
         is_last, run.total_steps = step == run.total_steps, step
         _fit(run, memory)
@@ -128,7 +128,7 @@ def _fit(run: Run, memory: FitMemory) -> None:
         with memory.watching(run):
             fit(run)
     except BadNumbersError:  # raised by every rank, after the same step
-        next(c for c in run.callbacks if isinstance(c, Checkpoint)).settle(run)
+        checkpoint_of(run).settle(run)
         run.engine.close()
         raise
 

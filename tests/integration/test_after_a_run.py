@@ -25,6 +25,7 @@ from dist_ft import cli
 from dist_ft.launcher import supervisor
 from dist_ft.recipe import load_recipe
 from dist_ft.report import write_report
+from dist_ft.report.page import report_folder
 from dist_ft.report.raster import png_of
 from dist_ft.report.record import read_run
 from dist_ft.report.svg import Axes, Line, line_plot, ticks
@@ -330,6 +331,16 @@ def test_several_runs_are_compared(run: Path, tmp_path: Path) -> None:
     assert "compare-loss-text.svg" in {p.name for p in (folder / "plots").iterdir()}
     for link in reader.links:
         assert link.startswith("data:") or (folder / link).is_file(), link
+
+
+def test_as_many_runs_are_compared_as_a_pattern_of_the_shell_finds(tmp_path: Path) -> None:
+    runs = [tmp_path / f"sweep-{number}" for number in range(300)]
+    found = [report_folder(these) for these in (runs[:1], runs[:3], runs, runs[:-1])]
+    assert found[0] == runs[0] / "report"
+    assert found[1] == runs[0] / "report-sweep-1-sweep-2"
+    assert len(set(found)) == len(found)
+    for folder in found:  # a name may have 255 bytes
+        folder.mkdir(parents=True)
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium in PATH: apt-get install chromium")

@@ -115,7 +115,7 @@ def test_the_attention_that_is_named_is_the_one_that_runs(
 
 
 def test_post_norms_are_fused_where_the_table_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="Triton is for Linux")
     everywhere = Operation(
         (Implementation("triton", lambda _: True),), TABLE["dropout_residual_norm"].case
     )
