@@ -5,7 +5,8 @@ weights (12 blocks, hidden 768) on real rows without padding, in fp32 and bf16 u
 layers training. MFU (model FLOP/s utilization; Chowdhery et al. 2022, "PaLM", appendix B) is the
 arithmetic of the model's matrix products for useful tokens, 6 for each weight and token and 12 for
 each pair of tokens, channel and block, over what the ranks' cores reach in a square GEMM of the
-same dtype, measured in the same run. The profile is rank 0's.
+same dtype, measured in the same run. What the head's task does not need is not counted: of the last
+block all but keys and values is for the first token of each row. The profile is rank 0's.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from benchmarks.stepping import Stepper, around_collectives, gemm_peak
 from benchmarks.training.own_run import prepare_shards, write_recipe
 from benchmarks.training.workload import MODEL, RANKS, Job, load_tokenizer, write_mixed
 from dist_ft.data.loader import StepBatch
+from dist_ft.engine.heap import keep_freed_memory
 
 MINILM, BERT_BASE = "MiniLM-L6, hidden 384", "BERT-base shape, hidden 768"
 # Shape, precision, rows of a rank in a step.
@@ -44,11 +46,11 @@ SETTINGS = (
     (MINILM, "bf16", 32),
     (MINILM, "bf16", 128),
     (BERT_BASE, "fp32", 32),
+    (BERT_BASE, "fp32", 128),
     (BERT_BASE, "bf16", 32),
     (BERT_BASE, "bf16", 128),
 )
-QUICK = ((MINILM, "bf16", 32), *SETTINGS[3:5])
-MICRO_BATCH = 64
+QUICK = ((MINILM, "bf16", 32), (BERT_BASE, "fp32", 32), (BERT_BASE, "bf16", 32))
 COLUMNS = {
     "shape": "model",
     "precision": "precision",
@@ -79,17 +81,19 @@ def useful_flops(config: Any, lengths: Iterable[int]) -> float:
     """Return the model FLOP of a step's forward and backward over rows of these lengths.
 
     Matrix products of the blocks for each token, of attention for each pair of a row's tokens, and
-    of the pooler for each row; looking up embeddings is none.
+    of the pooler for each row; looking up embeddings is none. The last block has keys and values
+    for each token, and everything else for each row.
     """
     hidden, inner, blocks = (
         config.hidden_size, config.intermediate_size, config.num_hidden_layers,
     )  # fmt: skip
     sizes = list(lengths)
-    weights = blocks * (4 * hidden**2 + 2 * hidden * inner)
-    pairs = sum(n * n for n in sizes)
-    return (
-        6.0 * weights * sum(sizes) + 12.0 * blocks * hidden * pairs + 6.0 * hidden**2 * len(sizes)
-    )
+    tokens, rows, pairs = sum(sizes), len(sizes), sum(n * n for n in sizes)
+    block = 4 * hidden**2 + 2 * hidden * inner
+    whole = (blocks - 1) * (6.0 * block * tokens + 12.0 * hidden * pairs)
+    keys_and_values = 2 * hidden**2
+    last = 6.0 * (keys_and_values * tokens + (block - keys_and_values) * rows)
+    return whole + last + 12.0 * hidden * tokens + 6.0 * hidden**2 * rows
 
 
 def kind_of(name: str, *, in_optimizer: bool) -> str:
@@ -118,6 +122,7 @@ def shares(events: Iterable[tuple[str, bool, float]], *, wall: float) -> dict[st
 
 def measure_rank(recipe: str, folder: str, *, steps: int, precision: str) -> dict[str, Any]:
     """Return rank 0's numbers of a setting; runs on every rank."""
+    keep_freed_memory()  # as `dist-ft train` does
     stepper = Stepper(Path(recipe), folder=Path(folder), steps=steps + 1)
     stepper.train()
     stepper.seconds(stepper.batches[:1])
@@ -155,8 +160,7 @@ def _lengths(batch: StepBatch) -> list[int]:
 
 
 def _profile(stepper: Stepper, batches: Sequence[StepBatch]) -> dict[str, float]:
-    engine: Any = stepper.run.engine._engine  # pyright: ignore - DeepSpeed's, below ours
-    with _marked(engine), profile(activities=[ProfilerActivity.CPU]) as profiled:
+    with _marked(stepper.run.engine), profile(activities=[ProfilerActivity.CPU]) as profiled:
         wall = sum(stepper.seconds(batches))
     events = [e for e in profiled.events() or () if e.cpu_time_total]
     main = max({e.thread for e in events}, key=lambda t: sum(e.thread == t for e in events))
@@ -178,15 +182,15 @@ def _profile(stepper: Stepper, batches: Sequence[StepBatch]) -> dict[str, float]
 
 @contextmanager
 def _marked(engine: Any) -> Iterator[None]:
-    """Mark the optimizer's step and every collective in a profile inside the context."""
-    step = engine.step
+    """Mark what follows the gradients and every collective in a profile inside the context."""
+    update = engine._stepper.update
 
     def marked(*arguments: Any, **options: Any) -> Any:
         with record_function("bench::optimizer"):
-            return step(*arguments, **options)
+            return update(*arguments, **options)
 
     mark = functools.partial(record_function, "bench::communication")
-    with mock.patch.object(engine, "step", marked), around_collectives(mark):
+    with mock.patch.object(engine._stepper, "update", marked), around_collectives(mark):
         yield
 
 
@@ -210,7 +214,7 @@ def run_setting(
         train={
             "max_duration": "100ep",
             "global_batch_size": RANKS * rows,
-            "micro_batch_size": min(rows, MICRO_BATCH),
+            "micro_batch_size": rows,
         },
     )
     prepare_shards(recipe)

@@ -93,6 +93,8 @@ class LayerModes:
             below = self.order[: self.order.index(trunk.group_names[0])]
             frozen = bool(below) and set(below) <= set(self._prefix)
             trunk.still = frozen and not self.prefix_dropout
+            # What is kept of a whole frozen trunk is every token's: computed so in any case.
+            trunk.may_narrow = trunk.group_names[-1] not in self._prefix
         if self.checkpointing == "none":
             return
         below = False

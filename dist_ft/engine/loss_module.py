@@ -108,7 +108,7 @@ class LossModule(nn.Module):
         with ExitStack() as stack:
             if way is not None:
                 # Entered once: two forwards start from the same cached prefix.
-                stack.enter_context(way.running(inputs))
+                stack.enter_context(way.running(inputs, task=task))
             if self.training and extra.noise is not None and task in extra.noisy:
                 stack.enter_context(extra.noise.active(inputs))
             weight = extra.weights.get(task, 1.0) if self.training else 1.0

@@ -78,14 +78,14 @@ class TrunkPass:
     prefix: CachedPrefix | None = None
 
     @contextmanager
-    def running(self, inputs: Mapping[str, Tensor]) -> Iterator[None]:
-        """Let a forward of the model inside the context go this way."""
+    def running(self, inputs: Mapping[str, Tensor], *, task: str) -> Iterator[None]:
+        """Let a forward of a task's model inside the context go this way."""
         if self.prefix is None:
-            self.trunk.prepare(self.rows)
+            self.trunk.prepare(self.rows, task=task)
             yield
             return
         hidden = self._hidden(self.prefix, inputs)
-        self.trunk.prepare(self.rows)
+        self.trunk.prepare(self.rows, task=task)
         with self.trunk.starting_at(self.prefix.boundary, hidden):
             yield
 

@@ -20,6 +20,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from dist_ft.kernels.cpu_attention import attend
+from dist_ft.kernels.first_token_attention import attend_from_first
 
 IMPLEMENTATION = "dist_ft_unpadded"
 
@@ -59,11 +60,15 @@ class RowRuns:
         """Tokens of the longest row."""
         return max(length for _, length in self.runs)
 
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each row, int64 [rows] on the CPU."""
+        return torch.tensor([length for rows, length in self.runs for _ in range(rows)])
+
     def cu_seqlens(self, device: torch.device) -> Tensor:
         """Return the first token of each row, then the number of tokens, int32 [rows + 1]."""
         if device not in self._cu_seqlens:
-            lengths = [length for rows, length in self.runs for _ in range(rows)]
-            ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+            ends = F.pad(self.lengths.cumsum(0), (1, 0)).to(torch.int32)
             self._cu_seqlens[device] = ends.to(device, non_blocking=True)
         return self._cu_seqlens[device]
 
@@ -94,7 +99,8 @@ def unpadded_attention(
     """Return the attention of each row of a flat stream to itself.
 
     The rows are found in ``module.row_source.rows``, which who runs the model has put there, and in
-    ``module.row_source.flash`` whether torch's variable-length flash attention runs them.
+    ``module.row_source.flash`` whether torch's variable-length flash attention runs them. A module
+    of a `last_block` that runs for first tokens only is asked for nothing else.
 
     Args:
         module: the attention module of the model.
@@ -135,6 +141,10 @@ def unpadded_attention(
         return _flash(query, key, value, rows=rows, scaling=scaling, causal=causal), None
     if query.device.type == "cpu" and position_bias is None:
         q, k, v = query[0], key[0], value[0]
+        last: Any = getattr(module, "last_block", None)
+        if last is not None and last.rows is not None and not causal and len(q) == len(k):
+            out = attend_from_first(q, k, v, lengths=rows.lengths, scale=scaling, dropout=dropout)
+            return out[None], None
         out = attend(q, k, v, runs=rows.runs, scale=scaling, dropout=dropout, causal=causal)
         return out[None], None
     options = {"scale": scaling, "dropout_p": dropout, "is_causal": causal}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ class FlatRows:
     places: Tensor
     runs: RowRuns
     _flat: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _firsts: Tensor | None = None
 
     @classmethod
     def of(cls, attention_mask: Tensor, *, device: torch.device | None = None) -> FlatRows:
@@ -42,6 +44,15 @@ class FlatRows:
     def tokens(self) -> int:
         """Tokens of all rows."""
         return len(self.places)
+
+    @property
+    def firsts(self) -> Tensor:
+        """The first token of each row that has any, int64 [rows], on the device of `places`."""
+        if self._firsts is None:
+            ends = zip(accumulate(self.lengths), self.lengths, strict=True)
+            begins = [end - length for end, length in ends if length]
+            self._firsts = torch.tensor(begins).to(self.places.device, non_blocking=True)
+        return self._firsts
 
     def flatten(self, value: Tensor) -> Tensor:
         """Return the tokens of a padded tensor.
@@ -80,3 +91,10 @@ class FlatRows:
             return value[0].unflatten(0, (rows, width))
         padded = value.new_zeros(rows * width, *value.shape[2:])
         return padded.index_copy(0, self.places, value[0]).unflatten(0, (rows, width))
+
+    def pad_firsts(self, value: Tensor) -> Tensor:
+        """Return first tokens [1, rows, ...] as [rows, length, ...], zero on all other places."""
+        rows, width = self.shape
+        padded = value.new_zeros(rows * width, *value.shape[2:])
+        padded = padded.index_copy(0, self.places[self.firsts], value[0])
+        return padded.unflatten(0, (rows, width))

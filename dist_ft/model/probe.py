@@ -128,6 +128,17 @@ def dummy_inputs(model: Any) -> dict[str, Tensor]:
     return {key: v.to(dtype) if v.is_floating_point() else v for key, v in inputs.items()}
 
 
+def rows_of_many_lengths(root: nn.Module) -> dict[str, Tensor]:
+    """Returns four rows for a text model, of three lengths; the tokens are any."""
+    lengths = (9, 5, 5, 2)
+    config: Any = root.config
+    device = next(root.parameters()).device
+    ids = torch.arange(len(lengths) * lengths[0], device=device) % (config.vocab_size - 5) + 3
+    places = torch.arange(lengths[0], device=device)
+    mask = (places[None] < torch.tensor(lengths, device=device)[:, None]).long()
+    return {"input_ids": ids.view(mask.shape), "attention_mask": mask}
+
+
 def _tokens(config: Any, device: torch.device) -> Tensor:
     """Twelve different tokens that are not padding, an end token last (BART pools on it)."""
     text = config.get_text_config()

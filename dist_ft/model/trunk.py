@@ -27,7 +27,9 @@ from torch import Tensor, nn
 from dist_ft.kernels import unpadded_attention
 from dist_ft.model.backbone import MultiTaskModel
 from dist_ft.model.flat_rows import FlatRows
+from dist_ft.model.last_block import LastBlock
 from dist_ft.model.layer_groups import LayerGroup
+from dist_ft.model.probe import rows_of_many_lengths, undisturbed
 from dist_ft.model.relative_positions import handed_on, limit_length, modules_with_bias
 from dist_ft.model.stand_ins import NoEmbedding, Places, SkippedBlock
 
@@ -49,6 +51,8 @@ class Trunk:
         still: whether dropout between the embeddings and the first block is off: they are frozen,
             and what they return is to be the same each time.
         rows: the micro-batch that runs, or ran last: its backward may run blocks again.
+        last: the last block, if it can run for the tokens that heads read only.
+        may_narrow: whether it does.
     """
 
     whole: nn.Module
@@ -62,6 +66,8 @@ class Trunk:
     flash: bool = False
     still: bool = False
     rows: FlatRows | None = None
+    last: LastBlock | None = None
+    may_narrow: bool = True
     captured: dict[int, Tensor] = field(default_factory=dict)
     _capture: frozenset[int] = frozenset()
     _others: tuple[Any, ...] | None = None
@@ -167,7 +173,8 @@ class Trunk:
                 self.captured[index + 1] = self._flattened(hidden)
             if not self.flat or self.rows is None or index + 1 < len(self.blocks):
                 return None
-            padded = self.rows.pad(hidden)
+            is_narrow = self.last is not None and self.last.rows is not None
+            padded = self.rows.pad_firsts(hidden) if is_narrow else self.rows.pad(hidden)
             return padded if self._others is None else (padded, *output[1:])
 
         return after
@@ -176,9 +183,16 @@ class Trunk:
         assert self.rows is not None
         return (hidden if self.flat else self.rows.flatten(hidden))[0].detach()
 
-    def prepare(self, rows: FlatRows | None) -> None:
-        """Say which micro-batch runs next; without one, the model runs as transformers made it."""
+    def prepare(self, rows: FlatRows | None, *, task: str | None = None) -> None:
+        """Say which micro-batch runs next; without one, the model runs as transformers made it.
+
+        Args:
+            rows: its rows.
+            task: whose head runs on it; None where something else looks at hidden states.
+        """
         self.rows = rows
+        if self.last is not None:
+            self.last.prepare(rows if self.flat and self.may_narrow else None, task=task)
         chosen = unpadded_attention.IMPLEMENTATION if self.flat and rows is not None else None
         for config, own in self._attention.values():
             if config._attn_implementation != (chosen or own):
@@ -282,7 +296,7 @@ class Trunk:
             stack.enter_context(_evaluating(self.root))
             stack.callback(self.prepare, None)
             stack.callback(setattr, self, "flat", False)
-            inputs = _check_inputs(self.root)
+            inputs = rows_of_many_lengths(self.root)
             rows = FlatRows.of(inputs["attention_mask"].cpu(), device=inputs["input_ids"].device)
             for what, compare in (("unpadded", self._unpadded), ("boundary", self._from_middle)):
                 if what in problems:
@@ -300,6 +314,22 @@ class Trunk:
                     text = str(error).strip().splitlines() or [type(error).__name__]
                     problems[what] = text[0]
         return problems
+
+    def narrow(self, model: MultiTaskModel) -> list[str]:
+        """Run the last block for first tokens only where a head reads no others.
+
+        The model must be in full precision and not yet partitioned, and run without padding.
+
+        Returns:
+            The tasks whose training runs so.
+        """
+        last = LastBlock.find(self.blocks[-1])
+        if last is None:
+            return []
+        self.last = last
+        with undisturbed(model):
+            inputs = rows_of_many_lengths(self.root)
+            return [t for t in model.tasks if last.admit(model, t, inputs=inputs, trunk=self)]
 
     def _unpadded(self, inputs: Mapping[str, Tensor], rows: FlatRows) -> Tensor:
         self.prepare(rows)
@@ -343,17 +373,6 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for m, training in modes:
             m.training = training
-
-
-def _check_inputs(root: nn.Module) -> dict[str, Tensor]:
-    """Three rows of different lengths; the tokens are any."""
-    lengths = (9, 5, 5, 2)
-    config: Any = root.config
-    device = next(root.parameters()).device
-    ids = torch.arange(len(lengths) * lengths[0], device=device) % (config.vocab_size - 5) + 3
-    places = torch.arange(lengths[0], device=device)
-    mask = (places[None] < torch.tensor(lengths, device=device)[:, None]).long()
-    return {"input_ids": ids.view(mask.shape), "attention_mask": mask}
 
 
 def group_modules(model: nn.Module, parameters: Sequence[str]) -> list[nn.Module]:

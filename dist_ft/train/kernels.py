@@ -22,6 +22,7 @@ from dist_ft.tasks.base import Task
 from dist_ft.tasks.generation import Generation
 
 FLASH, BY_RUN = "flash_varlen", "by_run"
+FIRST_TOKENS = "first_tokens"
 _NORM = "dropout_residual_norm"
 _ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 # Parts of `regularization` whose losses are made of outputs, in more than one forward.
@@ -49,8 +50,10 @@ class Kernels:
         """Let a trunk without padding run the attention that was chosen, and note what will run.
 
         Padded rows are transformers' affair. A bias by position, as T5 has, is beyond flash
-        attention.
+        attention. Under ``last_block`` is noted whether some task's runs for first tokens only.
         """
+        narrow = trunk is not None and trunk.last is not None and trunk.last.tasks
+        self.chosen["last_block"] = FIRST_TOKENS if narrow else REFERENCE
         if trunk is None or not trunk.flat:
             self.chosen["attention"] = REFERENCE
             return

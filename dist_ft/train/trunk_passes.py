@@ -84,6 +84,8 @@ def make_passes(
         say=say,
     )
     trunk.flat = recipe.model.padding != "padded" and unpadded is None
+    if trunk.flat and recipe.kernels != "reference":
+        trunk.narrow(parts.model)
     passes = TrunkPasses(
         trunk=trunk,
         order=tuple(g.name for g in parts.groups if g.kind != "head"),

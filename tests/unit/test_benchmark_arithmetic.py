@@ -72,10 +72,12 @@ def test_the_claims_on_whole_runs_see_speed_and_loss() -> None:
     assert sum("loss" in name and not holds for name, holds in worse.items()) == 3
 
 
-def test_model_arithmetic_counts_weights_and_pairs() -> None:
+def test_model_arithmetic_counts_weights_and_pairs_that_are_needed() -> None:
     config = BertConfig(hidden_size=4, intermediate_size=8, num_hidden_layers=3)
-    weights = 3 * (4 * 16 + 2 * 32)
-    expected = 6 * weights * 5 + 12 * 3 * 4 * (4 + 9) + 6 * 16 * 2
+    weights = 2 * (4 * 16 + 2 * 32)
+    expected = 6 * weights * 5 + 12 * 2 * 4 * (4 + 9) + 6 * 16 * 2
+    # The last block: keys and values of 5 tokens, the rest of 2 rows, who see 2 and 3 tokens.
+    expected += 6 * (2 * 16 * 5 + (2 * 16 + 2 * 32) * 2) + 12 * 4 * 5
     assert step.useful_flops(config, [2, 3]) == expected
 
 

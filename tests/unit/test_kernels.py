@@ -108,10 +108,10 @@ def test_the_attention_that_is_named_is_the_one_that_runs(
     trunk.flat = flat
     kernels = Kernels({"attention": chosen}, {})
     kernels.settle_attention(trunk)
-    assert kernels.chosen == {"attention": runs}
+    assert kernels.chosen == {"attention": runs, "last_block": "reference"}
     assert trunk.flash == (runs == "flash_varlen")
     kernels.settle_attention(None)
-    assert kernels.chosen == {"attention": "reference"}
+    assert kernels.chosen == {"attention": "reference", "last_block": "reference"}
 
 
 def test_post_norms_are_fused_where_the_table_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,164 @@
+"""The last block of an encoder, run for the tokens that a head reads."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dist_ft.kernels.cpu_attention import attend
+from dist_ft.kernels.first_token_attention import attend_from_first
+from dist_ft.kernels.unpadded_attention import RowRuns
+from dist_ft.model.backbone import HeadSpec, MultiTaskModel, build_model
+from dist_ft.model.flat_rows import FlatRows
+from dist_ft.model.layer_groups import find_layer_groups
+from dist_ft.model.trunk import Trunk
+from tests.helpers.tiny_models import tiny_config
+
+CLASSIFIER = "AutoModelForSequenceClassification"
+# Their classifiers read the first token, and their blocks have BERT's form.
+NARROW = ("bert", "roberta", "xlm-roberta", "camembert", "data2vec-text", "electra", "ernie")
+# Pre-norm, another attention, other parts, or the last token read.
+WHOLE = ("distilbert", "modernbert", "mobilebert", "gpt2", "llama", "xlm-roberta-xl")
+
+
+def _trunk(
+    name: str, *, heads: tuple[str, ...] = (CLASSIFIER,)
+) -> tuple[MultiTaskModel, Trunk, list[str]]:
+    config: Any = tiny_config(name)
+    config.pad_token_id = 0
+    specs = [HeadSpec(f"t{i}", kind, {"num_labels": 2}) for i, kind in enumerate(heads)]
+    model = build_model(config, heads=specs, dtype=torch.float32, seed=0)
+    trunk = Trunk.find(model, groups=find_layer_groups(model))
+    assert "unpadded" not in trunk.check()
+    trunk.flat = True
+    return model, trunk, trunk.narrow(model)
+
+
+def _inputs() -> dict[str, Tensor]:
+    mask = (torch.arange(11)[None] < torch.tensor([11, 7, 7, 4, 1, 0])[:, None]).long()
+    ids = torch.randint(3, 60, mask.shape, generator=torch.Generator().manual_seed(2)) * mask
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def _gradients(model: MultiTaskModel, task: str = "t0") -> dict[str, Tensor]:
+    """The gradient of a loss over rows that have tokens, and under ``loss`` the loss."""
+    model.zero_grad(set_to_none=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    logits = model(task, _inputs())["logits"][:5]
+    loss = (logits * torch.linspace(-1, 1, logits.shape[-1])).sin().sum()
+    loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return grads | {"loss": loss.detach()}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_losses_and_gradients_stay(name: str) -> None:
+    model, trunk, tasks = _trunk(name)
+    assert tasks == ["t0"]
+    rows = FlatRows.of(_inputs()["attention_mask"])
+    trunk.prepare(rows)
+    whole = _gradients(model)
+    trunk.prepare(rows, task="t0")
+    seen: list[int] = []
+    assert trunk.last is not None
+    trunk.last.sublayer.register_forward_hook(lambda *call: seen.append(call[2].shape[1]))
+    narrow = _gradients(model)
+    assert seen == [5]  # one token of each row that has any
+    assert narrow.keys() == whole.keys()
+    for key, value in whole.items():
+        torch.testing.assert_close(narrow[key], value, rtol=1e-4, atol=2e-6, msg=key)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_other_blocks_run_whole(name: str) -> None:
+    model, trunk, tasks = _trunk(name)
+    rows = FlatRows.of(_inputs()["attention_mask"])
+    trunk.prepare(rows)
+    whole = _gradients(model)
+    trunk.prepare(rows, task="t0")
+    if not tasks:  # to the bit
+        assert all(torch.equal(v, whole[k]) for k, v in _gradients(model).items())
+    else:  # what is admitted must be right whatever its form
+        for key, value in _gradients(model).items():
+            torch.testing.assert_close(value, whole[key], rtol=1e-4, atol=2e-6, msg=key)
+
+
+def test_only_heads_that_read_first_tokens_are_let_in() -> None:
+    heads = (CLASSIFIER, "AutoModelForTokenClassification", "AutoModelForQuestionAnswering")
+    model, trunk, tasks = _trunk("bert", heads=heads)
+    assert tasks == ["t0"]
+    rows = FlatRows.of(_inputs()["attention_mask"])
+    trunk.prepare(rows)
+    whole = model("t1", _inputs())["logits"]
+    trunk.prepare(rows, task="t1")
+    assert torch.equal(model("t1", _inputs())["logits"], whole)
+
+
+class _Mean(torch.nn.Module):
+    """A pooler that reads all tokens."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states.mean(1)
+
+
+def test_a_head_that_pools_all_tokens_is_found_out() -> None:
+    config: Any = tiny_config("bert")
+    heads = [HeadSpec("t0", CLASSIFIER, {"num_labels": 3})]
+    model = build_model(config, heads=heads, dtype=torch.float32, seed=0)
+    trunk = Trunk.find(model, groups=find_layer_groups(model))
+    trunk.check()
+    trunk.flat = True
+    bert: Any = model.heads["t0"]
+    bert.bert.pooler = _Mean()
+    assert trunk.narrow(model) == []
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model, trunk, _ = _trunk("bert")
+    config: Any = model.backbone.config
+    assert trunk.last is not None
+    assert trunk.last.rows is None
+    assert config._attn_implementation != "dist_ft_unpadded"
+    assert not any(p.grad is not None for p in model.parameters())
+    assert not model.training
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+)
+def test_first_tokens_get_what_they_would_get(lengths: list[int], dtype: torch.dtype) -> None:
+    torch.manual_seed(sum(lengths))
+    leaves = [torch.randn(2, sum(lengths), 4, dtype=dtype) for _ in range(3)]
+    rows = RowRuns.of(lengths)
+    firsts = rows.lengths.cumsum(0) - rows.lengths
+    upper = torch.randn(len(lengths), 2, 4, dtype=dtype)
+    found: list[list[Tensor]] = []
+    for narrow in (False, True):
+        q, k, v = (t.clone().requires_grad_() for t in leaves)
+        out = (
+            attend_from_first(q, k, v, lengths=rows.lengths, scale=0.7)
+            if narrow
+            else attend(q, k, v, runs=rows.runs, scale=0.7)
+        )
+        assert not narrow or out.count_nonzero() <= out[firsts].numel()
+        (out[firsts] * upper).sum().backward()
+        found.append([out[firsts].detach(), *(t.grad for t in (q, k, v) if t.grad is not None)])
+    tolerance = 4e-2 if dtype == torch.bfloat16 else 1e-5
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def test_dropped_probabilities_are_those_of_the_gradient() -> None:
+    q, k, v = (torch.randn(2, 9, 4, dtype=torch.float64).requires_grad_() for _ in range(3))
+
+    def run(*leaves: Tensor) -> Tensor:
+        torch.manual_seed(3)  # the same mask each time
+        return attend_from_first(*leaves, lengths=torch.tensor([4, 2, 3]), dropout=0.4)
+
+    assert torch.autograd.gradcheck(run, (q, k, v))
