@@ -69,10 +69,6 @@ class LastBlock:
             vars(module)["last_block"] = found  # where the attention finds it
         return found
 
-    def prepare(self, rows: FlatRows | None, *, task: str | None) -> None:
-        """Say which micro-batch, without padding, of which task runs next; without either, none."""
-        self.rows = rows if task in self.tasks else None
-
     def _select(self, module: nn.Module, args: Any) -> Any:
         del module
         if self.rows is None:

@@ -69,6 +69,7 @@ class Trunk:
     last: LastBlock | None = None
     may_narrow: bool = True
     captured: dict[int, Tensor] = field(default_factory=dict)
+    _firsts_only: bool = False
     _capture: frozenset[int] = frozenset()
     _others: tuple[Any, ...] | None = None
     _held: list[nn.Module] = field(default_factory=list)
@@ -192,7 +193,8 @@ class Trunk:
         """
         self.rows = rows
         if self.last is not None:
-            self.last.prepare(rows if self.flat and self.may_narrow else None, task=task)
+            self._firsts_only = rows is not None and self.flat and task in self.last.tasks
+            self.last.rows = rows if self._firsts_only and self.may_narrow else None
         chosen = unpadded_attention.IMPLEMENTATION if self.flat and rows is not None else None
         for config, own in self._attention.values():
             if config._attn_implementation != (chosen or own):
@@ -209,7 +211,9 @@ class Trunk:
         assert self.rows is not None
         assert boundary > 0
         given = hidden[None]
-        if not self.flat or boundary == len(self.blocks):
+        if boundary == len(self.blocks) and self._firsts_only:
+            given = self.rows.pad_firsts(given.index_select(1, self.rows.firsts))
+        elif not self.flat or boundary == len(self.blocks):
             given = self.rows.pad(given)
 
         def begin(hidden: Tensor) -> Tensor:
