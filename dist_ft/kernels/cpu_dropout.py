@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _BYTES = 256
+_MASK = torch.int8
 
 
 def dropout(x: Tensor, *, p: float) -> Tensor:
@@ -32,7 +33,7 @@ def dropout(x: Tensor, *, p: float) -> Tensor:
 
     Args:
         x: Any shape, floating-point type and strides; on another device than a CPU torch's
-            own dropout runs.
+            own dropout runs. On the meta device it keeps what it keeps on a CPU.
         p: Probability of an element to be dropped, from torch's generator.
 
     Returns:
@@ -42,7 +43,7 @@ def dropout(x: Tensor, *, p: float) -> Tensor:
         ValueError: `p` is no probability.
     """
     # At 0 and 1 nothing is drawn, and torch's has the right words for what is no probability.
-    if not 0 < p < 1 or x.numel() == 0 or x.device.type != "cpu":
+    if not 0 < p < 1 or x.numel() == 0 or x.device.type not in ("cpu", "meta"):
         return F.dropout(x, p)
     return _Dropout.apply(x, p)
 
@@ -62,7 +63,7 @@ def keep_mask(shape: Sequence[int], *, dropout: float) -> Tensor:
     # A floor: bytes alone would drop too few, and what they drop can't be taken back.
     steps = int(dropout * _BYTES)
     words = torch.empty((count + 7) // 8, dtype=torch.int64).random_(-(2**63), None)
-    kept = words.view(torch.int8)[:count].ge_(steps - _BYTES // 2)
+    kept = words.view(_MASK)[:count].ge_(steps - _BYTES // 2)
     # An element is spared by all places with probability e^-rate.
     rate = -math.log((1 - dropout) / (1 - steps / _BYTES))
     if rate and count:
@@ -76,7 +77,7 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
-        kept = keep_mask(x.shape, dropout=p)
+        kept = keep_mask(x.shape, dropout=p) if not x.is_meta else x.new_empty(x.shape, dtype=_MASK)
         ctx.save_for_backward(kept)
         ctx.scale = 1 / (1 - p)
         return _scaled(x, kept, ctx.scale)

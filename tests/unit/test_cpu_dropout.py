@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dist_ft.kernels import cpu_dropout
 from dist_ft.kernels.cpu_dropout import dropout, keep_mask
@@ -216,3 +217,22 @@ def test_few_values_are_left_to_torch() -> None:
         found = module(x)
         torch.manual_seed(0)
         assert torch.equal(found, expected(x))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputation_draws_the_mask_again(reentrant: bool) -> None:
+    x = torch.randn(30, 40, requires_grad=True)
+
+    def block(value: Tensor) -> Tensor:
+        return dropout(value.sin(), p=0.3)
+
+    def gradient(recompute: bool) -> Tensor:
+        torch.manual_seed(2)
+        out = checkpoint(block, x, use_reentrant=reentrant) if recompute else block(x)
+        torch.rand(7)  # what came after the block
+        out.square().sum().backward()
+        assert x.grad is not None
+        found, x.grad = x.grad, None
+        return found
+
+    assert torch.equal(gradient(recompute=True), gradient(recompute=False))
