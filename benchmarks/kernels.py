@@ -40,7 +40,7 @@ from torch import Tensor
 
 from benchmarks.common import ROOT, Claim, claim, markdown_table, parse_arguments, report, say
 from dist_ft.engine.heap import keep_freed_memory
-from dist_ft.kernels.cases import AttentionCase, Case, NormCase, ScoringCase, inputs
+from dist_ft.kernels.cases import AttentionCase, Case, DropoutCase, NormCase, ScoringCase, inputs
 from dist_ft.kernels.checking import paired_times
 from dist_ft.kernels.ops import TABLE, Place, has_triton
 
@@ -53,6 +53,8 @@ _AT_ONCE = 2
 _LENGTHS = (12, 27, 64, 33, 18, 41, 9, 22)
 # The vocabulary of Llama 3, the hidden size of SmolLM2-135M.
 _CLASSES, _WIDTH = 128_256, 576
+# Tokens and hidden size: a micro-batch of MiniLM, a larger one of BERT.
+_DROPPED = ((770, 384), (3072, 768))
 COLUMNS = {
     "op": "operation",
     "by": "by",
@@ -79,7 +81,7 @@ class Contest:
 
     Attributes:
         op: its name in the table.
-        case: the size.
+        case: the size; an operation has one contest of each.
         libraries: functions of the case's tensors, by name.
     """
 
@@ -116,6 +118,7 @@ def contests(*, device: torch.device, quick: bool) -> list[Contest]:
         Contest("linear_cross_entropy", scoring, {} if quick else _scorers(scoring, device)),
         Contest("attention", attention, {"torch by run": attention.torch_by_run}),
         Contest("dropout_residual_norm", norm, compiled),
+        *(Contest("dropout", DropoutCase(*size, p=0.1, seed=None), {}) for size in _DROPPED),
     ]
 
 
@@ -168,7 +171,7 @@ def measure(contest: Contest, *, device: torch.device, options: Any) -> list[dic
         name = str(dtype).removeprefix("torch.")
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             found = pool.map(
-                lambda by, name=name: _peak_in_child(contest.op, by, dtype=name, options=options),
+                lambda by, name=name: _peak_in_child(contest, by, dtype=name, options=options),
                 runners,
             )
             peaks = dict(zip(runners, found, strict=True))
@@ -196,9 +199,16 @@ def _load_libraries(*, device: torch.device, dtype: torch.dtype) -> None:
     F.cross_entropy((little @ little).float(), torch.arange(64, device=device)).backward()
 
 
-def _peak_in_child(op: str, by: str, *, dtype: str, options: Any) -> float:
+def _peak_in_child(contest: Contest, by: str, *, dtype: str, options: Any) -> float:
     """Return the MiB that a forward and a backward take in a process of their own."""
-    words = ["--peak", op, by, dtype, *(["--quick"] if options.quick else [])]
+    words = [
+        "--peak",
+        contest.op,
+        contest.case.size,
+        by,
+        dtype,
+        *(["--quick"] if options.quick else []),
+    ]
     done = _python("benchmarks.kernels", *words, "--device", options.device)
     return json.loads(done.splitlines()[-1])
 
@@ -270,6 +280,11 @@ def claims_of(
         for r in own
         for what, key, bound in (("peak", "memory_ratio", 0.35), ("time", "time_ratio", 1.1))
     ]  # fmt: skip
+    found += [
+        claim(f"dropout by bytes, {r['size']}, {r['dtype']}: time / eager",
+              value=r["time_ratio"], bound=0.6, direction="at most")
+        for r in rows if r["by"] == "by_byte"
+    ]  # fmt: skip
     for target in TARGETS if compiled else ():
         spills = sum(r["spills"] for r in compiled if r["target"] == target)
         name = f"Triton kernels compiled for {target}: spills"
@@ -289,7 +304,9 @@ def claims_of(
 def _more(parser: argparse.ArgumentParser) -> None:
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=here)
-    parser.add_argument("--peak", nargs=3, metavar=("OP", "BY", "TYPE"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--peak", nargs=4, metavar=("OP", "SIZE", "BY", "TYPE"), help=argparse.SUPPRESS
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -298,9 +315,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device(options.device)
     torch.set_num_threads(1)
     if options.peak:
-        op, by, dtype = options.peak
+        op, size, by, dtype = options.peak
         everything = contests(device=device, quick=options.quick)
-        (contest,) = [c for c in everything if c.op == op]
+        (contest,) = [c for c in everything if (c.op, c.case.size) == (op, size)]
         say(json.dumps(peak_mib(contest, by, device=device, dtype=getattr(torch, dtype))))
         return 0
     if device.type == "cpu":

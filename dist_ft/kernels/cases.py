@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dist_ft.kernels import unpadded_attention
+from dist_ft.kernels import cpu_dropout, unpadded_attention
 from dist_ft.kernels.linear_cross_entropy import (
     IGNORE_INDEX,
     linear_cross_entropy,
@@ -273,6 +273,58 @@ class NormCase:
         kept = keep_mask(self.rows, self.width, p=self.p, seed=seed, device=hidden.device)
         dropped = hidden * kept.to(hidden.dtype) / (1 - self.p)
         return F.layer_norm(dropped + residual, (self.width,), weight, bias, self.eps)
+
+
+@dataclass(frozen=True)
+class DropoutCase:
+    """Dropout alone.
+
+    Attributes:
+        rows: tokens.
+        width: hidden size.
+        p: probability of a value to be dropped.
+        seed: of the mask; None draws another each time and is for timing alone.
+    """
+
+    rows: int
+    width: int
+    p: float
+    seed: int | None = 0
+
+    @property
+    def size(self) -> str:
+        """The size in words."""
+        return f"{self.rows} tokens, hidden {self.width}, dropout {self.p}"
+
+    @property
+    def shapes(self) -> Shapes:
+        """Shape of the hidden states."""
+        return {"hidden": (self.rows, self.width)}
+
+    @property
+    def spread(self) -> float:
+        """Hidden states are of about 1."""
+        return 1.0
+
+    def run(self, implementation: str, *given: Tensor) -> Tensor:
+        """Return [rows, width] by ``by_byte``."""
+        del implementation
+        if self.seed is None:
+            return cpu_dropout.dropout(given[0], p=self.p)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return cpu_dropout.dropout(given[0], p=self.p)
+
+    def eager(self, *given: Tensor) -> Tensor:
+        """Return the same by torch, which draws another mask."""
+        return F.dropout(given[0], self.p)
+
+    def reference(self, *given: Tensor) -> Tensor:
+        """Return the same as `run` with a seed by torch's operations, under the same mask."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed or 0)
+            kept = cpu_dropout.keep_mask((self.rows, self.width), dropout=self.p)
+        return given[0] * kept.to(given[0]) / (1 - self.p)
 
 
 def inputs(case: Case, *, device: torch.device, dtype: torch.dtype) -> list[Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dist_ft.kernels.cases import AttentionCase, Case, NormCase, ScoringCase, inputs
+from dist_ft.kernels.cases import AttentionCase, Case, DropoutCase, NormCase, ScoringCase, inputs
 from dist_ft.kernels.ops import TABLE, Place, has_triton
 from dist_ft.kernels.self_tests import Error, errors
 
@@ -35,6 +35,12 @@ ODD: dict[str, tuple[Case, ...]] = {
         NormCase(1, 16, p=0.0),
         NormCase(9, 1000, p=0.3),
     ),
+    "dropout": (
+        DropoutCase(5, 33, p=0.1),
+        DropoutCase(1, 1, p=0.5),
+        DropoutCase(9, 1000, p=0.9),
+        DropoutCase(4, 7, p=0.0),
+    ),
 }
 # Sizes of fine-tuning that are timed. A CPU is slower, and has less patience to ask for.
 _LENGTHS = (12, 27, 64, 33, 18, 41, 9, 22)
@@ -43,11 +49,13 @@ TIMED: dict[str, dict[str, Case]] = {
         "attention": AttentionCase(_LENGTHS * 16, heads=12, key_heads=12, head_size=64),
         "linear_cross_entropy": ScoringCase(4096, 2048, 128_000),
         "dropout_residual_norm": NormCase(16_384, 768, p=0.1),
+        "dropout": DropoutCase(16_384, 768, p=0.1, seed=None),
     },
     "cpu": {
         "attention": AttentionCase(_LENGTHS * 2, heads=12, key_heads=12, head_size=32),
         "linear_cross_entropy": ScoringCase(256, 256, 8192),
         "dropout_residual_norm": NormCase(1024, 384, p=0.1),
+        "dropout": DropoutCase(1024, 384, p=0.1, seed=None),
     },
 }
 _ROUNDS = 7

@@ -3,8 +3,8 @@
 `scaled_dot_product_attention` draws attention dropout in its plain path only, whose many small
 operations (with their graph, and casts of bf16) cost more than the arithmetic at the lengths of
 fine-tuning; `benchmarks/kernels.py` measures both. The gradient is written out here instead (Dao et
-al. 2022, "FlashAttention", appendix B.2, without tiling), and dropout takes 16 random bits a
-probability where torch draws a whole Bernoulli sample.
+al. 2022, "FlashAttention", appendix B.2, without tiling), and dropout takes a random byte a
+probability where torch draws a whole Bernoulli sample (see `cpu_dropout`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Values of a 16-bit integer: dropout is exact to a part in so many.
-_VALUES = 1 << 16
+from dist_ft.kernels.cpu_dropout import keep_mask
 
 
 def attend(
@@ -46,17 +45,6 @@ def attend(
     """
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     return _Attend.apply(query, key, value, tuple(runs), factor, dropout, causal)
-
-
-def keep_mask(shape: Sequence[int], *, dropout: float) -> Tensor:
-    """Return a boolean tensor that is true with probability 1 - `dropout`, from torch's generator.
-
-    The probability is rounded to a multiple of 2^-16.
-    """
-    size = torch.Size(shape)
-    words = torch.empty((size.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    bits = words.view(torch.int16)[: size.numel()].view(size)
-    return bits >= round(dropout * _VALUES) - _VALUES // 2
 
 
 class _Attend(torch.autograd.Function):

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from dist_ft.kernels import self_tests
-from dist_ft.kernels.cases import AttentionCase, Case, NormCase, ScoringCase
+from dist_ft.kernels.cases import AttentionCase, Case, DropoutCase, NormCase, ScoringCase
 
 REFERENCE = "reference"
 Policy = Literal["auto", "reference", "strict"]
@@ -106,6 +106,10 @@ TABLE: Mapping[str, Operation] = {
     "dropout_residual_norm": Operation(
         (Implementation("triton", lambda p: _on_gpu(p) and has_triton()),),
         NormCase(9, 40, p=0.25),
+    ),
+    "dropout": Operation(
+        (Implementation("by_byte", lambda p: p.device == "cpu"),),
+        DropoutCase(9, 40, p=0.3),
     ),
 }
 

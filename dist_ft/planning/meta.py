@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig
 from dist_ft.config import Recipe, TaskConfig
 from dist_ft.engine.base import DTYPES
 from dist_ft.model.backbone import HeadSpec, MultiTaskModel, build_model
+from dist_ft.model.dropout_modules import find_dropouts, use_byte_dropout
 from dist_ft.model.layer_groups import LayerGroup, find_layer_groups
 from dist_ft.model.lora import LoraSettings, add_lora, fix_base
 from dist_ft.model.probe import AnswersOnMeta
@@ -62,6 +63,8 @@ def read_shape(recipe: Recipe, *, on_gpu: bool) -> ModelShape:
         model = build_model(config, heads=heads, dtype=dtype, seed=recipe.seed)
         if lora is not None:
             add_lora(model, LoraSettings(**lora.model_dump()), seed=recipe.seed)
+    if not on_gpu and recipe.kernels != "reference":
+        use_byte_dropout(find_dropouts(model))  # keeps a fourth of what torch's keeps
     groups = find_layer_groups(model, overrides=recipe.freezing.layer_groups or None)
     if lora is not None:
         groups = fix_base(groups, auto_classes={h.name: h.auto_class for h in heads})

@@ -14,6 +14,7 @@ from dist_ft.engine.loss_module import FusedLoss, InTraining
 from dist_ft.kernels.dropout_norm import WIDEST
 from dist_ft.kernels.ops import REFERENCE, Choice, Place, choose
 from dist_ft.model.backbone import MultiTaskModel
+from dist_ft.model.dropout_modules import find_dropouts, use_byte_dropout
 from dist_ft.model.post_norm import find_post_norms, fuse_post_norms
 from dist_ft.model.relative_positions import modules_with_bias
 from dist_ft.model.scoring_head import ScoringHead
@@ -23,7 +24,7 @@ from dist_ft.tasks.generation import Generation
 
 FLASH, BY_RUN = "flash_varlen", "by_run"
 FIRST_TOKENS = "first_tokens"
-_NORM = "dropout_residual_norm"
+_NORM, _DROPOUT = "dropout_residual_norm", "dropout"
 _ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 # Parts of `regularization` whose losses are made of outputs, in more than one forward.
 _WHOLE_LOGITS = ("r_drop", "adversarial", "cutoff", "mixup")
@@ -96,9 +97,11 @@ def take_kernels(
         if not fused:
             chosen["linear_cross_entropy"] = REFERENCE
     sublayers = find_post_norms(model, widest=WIDEST) if _is_asked(choices[_NORM]) else []
-    if not sublayers:
-        chosen[_NORM] = REFERENCE
-        problems.pop(_NORM, None)  # nobody's
+    dropouts = find_dropouts(model) if _is_asked(choices[_DROPOUT]) else []
+    for op, users in ((_NORM, sublayers), (_DROPOUT, dropouts)):
+        if not users:
+            chosen[op] = REFERENCE
+            problems.pop(op, None)  # nobody's
     for op, problem in problems.items():
         if recipe.kernels == "strict":
             raise ValueError(
@@ -109,6 +112,8 @@ def take_kernels(
         from dist_ft.kernels.triton_dropout_norm import dropout_residual_norm
 
         fuse_post_norms(sublayers, by=dropout_residual_norm)
+    if chosen[_DROPOUT] != REFERENCE:
+        use_byte_dropout(dropouts)
     return Kernels(chosen, fused)
 
 

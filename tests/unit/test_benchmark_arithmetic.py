@@ -192,6 +192,7 @@ def test_kernel_claims_are_about_the_own_ones_and_what_was_not_measured_does_not
         {"by": "eager", "dtype": "float32", "time_ratio": 1.0, "memory_ratio": 1.0},
         {"by": "chunked", "dtype": "float32", "time_ratio": 1.2, "memory_ratio": 0.3},
         {"by": "torch chunked", "dtype": "float32", "time_ratio": 9.0, "memory_ratio": 9.0},
+        {"by": "by_byte", "dtype": "float32", "size": "some", "time_ratio": 0.7},
     ]
     compiled = [{"target": t, "spills": int(t == "cuda:90")} for t in kernels.TARGETS]
     interpreted = [
@@ -199,7 +200,7 @@ def test_kernel_claims_are_about_the_own_ones_and_what_was_not_measured_does_not
         {"dtype": "bfloat16", "state": "not measured", "error": None},
     ]
     found = kernels.claims_of(rows, compiled, interpreted)
-    assert list(held(found).values()) == [True, False, True, False, True, True, False]
+    assert list(held(found).values()) == [True, False, False, True, False, True, True, False]
 
 
 PEAK = """

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_ft.kernels.cpu_attention import attend, keep_mask
+from dist_ft.kernels.cpu_attention import attend
 
 
 def _inputs(tokens: int, *, heads: int, key_heads: int, dtype: torch.dtype) -> list[Tensor]:
@@ -83,11 +83,3 @@ def test_dropout_keeps_the_mean_and_follows_the_seed() -> None:
     assert not torch.equal(found, attend(q, k, ones, runs=[(10, 40)], dropout=0.2))
     assert 0.98 < float(found.mean()) < 1.02  # 64,000 draws of a weight
     assert float(found.std()) > 0.01
-
-
-@pytest.mark.parametrize("dropout", [0.0, 0.1, 0.5, 0.9])
-def test_each_of_four_neighbours_is_kept_as_often(dropout: float) -> None:
-    torch.manual_seed(0)
-    shares = keep_mask((100_000, 4), dropout=dropout).float().mean(0)
-    # Four standard deviations.
-    assert torch.all((shares - (1 - dropout)).abs() <= 4 * (dropout * (1 - dropout) / 1e5) ** 0.5)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_ft.kernels import ops
+from dist_ft.kernels.cases import DropoutCase
 from dist_ft.kernels.ops import TABLE, Choice, Implementation, Operation, Place, choose
 from dist_ft.model.backbone import HeadSpec, build_model
 from dist_ft.model.layer_groups import find_layer_groups
@@ -40,6 +41,7 @@ def test_every_self_test_passes_here(dtype: torch.dtype) -> None:
         "attention": Choice("by_run"),
         "linear_cross_entropy": Choice("chunked"),
         "dropout_residual_norm": Choice("reference"),
+        "dropout": Choice("by_byte"),
     }
 
 
@@ -55,7 +57,8 @@ def test_fp16_has_no_chunked_loss() -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "implementation"), [("attention", "by_run"), ("linear_cross_entropy", "chunked")]
+    ("op", "implementation"),
+    [("attention", "by_run"), ("linear_cross_entropy", "chunked"), ("dropout", "by_byte")],
 )
 def test_a_wrong_implementation_is_not_taken(
     op: str, implementation: str, monkeypatch: pytest.MonkeyPatch
@@ -134,6 +137,22 @@ def test_post_norms_are_fused_where_the_table_says_so(monkeypatch: pytest.Monkey
         _take("bert", [], "strict")
     _take("gpt2", said, "strict")  # it has none
     assert len(said) == 1
+
+
+def test_dropout_modules_are_swapped_where_the_table_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    assert _take("gpt2", said).chosen["dropout"] == "by_byte"
+    assert _take("gpt2", said, "reference").chosen["dropout"] == "reference"
+    assert _take("llama", said).chosen["dropout"] == "reference"  # it has none
+    monkeypatch.setattr(DropoutCase, "run", lambda *given: given[-1] * float("nan"))
+    assert _take("llama", said, "strict").chosen["dropout"] == "reference"
+    assert said == []
+    assert _take("gpt2", said).chosen["dropout"] == "reference"
+    assert "dropout is run by plain torch: by_byte: its self-test failed" in said[0]
+    with pytest.raises(ValueError, match="kernels: strict, but dropout would"):
+        _take("gpt2", [], "strict")
 
 
 def test_generation_computes_its_loss_in_the_head() -> None:

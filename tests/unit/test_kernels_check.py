@@ -10,12 +10,12 @@ from torch import Tensor
 
 from dist_ft import cli
 from dist_ft.kernels import checking
-from dist_ft.kernels.cases import AttentionCase, ScoringCase
+from dist_ft.kernels.cases import AttentionCase, DropoutCase, ScoringCase
 from dist_ft.kernels.checking import check_kernels, paired_times
 from dist_ft.kernels.ops import TABLE
 
 CPU = torch.device("cpu")
-HERE = {("attention", "by_run"), ("linear_cross_entropy", "chunked")}
+HERE = {("attention", "by_run"), ("linear_cross_entropy", "chunked"), ("dropout", "by_byte")}
 
 
 def test_a_cpu_run_says_what_is_right_and_what_was_not_measured(
@@ -36,7 +36,12 @@ def test_a_cpu_run_says_what_is_right_and_what_was_not_measured(
 
 
 @pytest.mark.parametrize(
-    ("case", "op"), [(ScoringCase, "linear_cross_entropy"), (AttentionCase, "attention")]
+    ("case", "op"),
+    [
+        (ScoringCase, "linear_cross_entropy"),
+        (AttentionCase, "attention"),
+        (DropoutCase, "dropout"),
+    ],
 )
 def test_a_wrong_gradient_ends_with_1(
     case: Any, op: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -60,6 +65,7 @@ def test_a_kernel_that_raises_or_gives_no_number_is_wrong(monkeypatch: pytest.Mo
         raise RuntimeError("no kernel image is available")
 
     monkeypatch.setattr(ScoringCase, "run", raises)
+    monkeypatch.setattr(DropoutCase, "run", raises)
     right = AttentionCase.run
     monkeypatch.setattr(
         AttentionCase, "run", lambda self, name, *given: right(self, name, *given) * float("nan")
