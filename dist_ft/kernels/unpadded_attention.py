@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from dist_ft.kernels.cpu_attention import attend
+from dist_ft.kernels.row_groups import RowGroups
 
 IMPLEMENTATION = "dist_ft_unpadded"
 
@@ -54,6 +56,11 @@ class RowRuns:
                 runs.append((1, length))
         return cls(tuple(runs))
 
+    @cached_property
+    def groups(self) -> RowGroups:
+        """The rows, those of near lengths to be taken together."""
+        return RowGroups(tuple(n for rows, n in self.runs for _ in range(rows)))
+
     @property
     def longest(self) -> int:
         """Tokens of the longest row."""
@@ -62,8 +69,7 @@ class RowRuns:
     def cu_seqlens(self, device: torch.device) -> Tensor:
         """Return the first token of each row, then the number of tokens, int32 [rows + 1]."""
         if device not in self._cu_seqlens:
-            lengths = [length for rows, length in self.runs for _ in range(rows)]
-            ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+            ends = torch.tensor([0, *self.groups.lengths]).cumsum(0).to(torch.int32)
             self._cu_seqlens[device] = ends.to(device, non_blocking=True)
         return self._cu_seqlens[device]
 
@@ -135,7 +141,7 @@ def unpadded_attention(
         return _flash(query, key, value, rows=rows, scaling=scaling, causal=causal), None
     if query.device.type == "cpu" and position_bias is None:
         q, k, v = query[0], key[0], value[0]
-        out = attend(q, k, v, runs=rows.runs, scale=scaling, dropout=dropout, causal=causal)
+        out = attend(q, k, v, rows=rows.groups, scale=scaling, dropout=dropout, causal=causal)
         return out[None], None
     options = {"scale": scaling, "dropout_p": dropout, "is_causal": causal}
     return torch_by_run(query, key, value, rows, bias=position_bias, options=options), None
