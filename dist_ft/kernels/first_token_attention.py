@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dist_ft.kernels.cpu_attention import keep_mask
+from dist_ft.kernels.cpu_dropout import keep_mask
 
 
 def attend_from_first(

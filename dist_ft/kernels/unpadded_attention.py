@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from dist_ft.kernels.cpu_attention import attend
 from dist_ft.kernels.first_token_attention import attend_from_first
+from dist_ft.kernels.row_groups import RowGroups
 
 IMPLEMENTATION = "dist_ft_unpadded"
 
@@ -55,6 +57,11 @@ class RowRuns:
                 runs.append((1, length))
         return cls(tuple(runs))
 
+    @cached_property
+    def groups(self) -> RowGroups:
+        """The rows, those of near lengths to be taken together."""
+        return RowGroups(tuple(n for rows, n in self.runs for _ in range(rows)))
+
     @property
     def longest(self) -> int:
         """Tokens of the longest row."""
@@ -63,7 +70,7 @@ class RowRuns:
     @property
     def lengths(self) -> Tensor:
         """Tokens of each row, int64 [rows] on the CPU."""
-        return torch.tensor([length for rows, length in self.runs for _ in range(rows)])
+        return torch.tensor(self.groups.lengths)
 
     def cu_seqlens(self, device: torch.device) -> Tensor:
         """Return the first token of each row, then the number of tokens, int32 [rows + 1]."""
@@ -145,7 +152,7 @@ def unpadded_attention(
         if last is not None and last.rows is not None and not causal and len(q) == len(k):
             out = attend_from_first(q, k, v, lengths=rows.lengths, scale=scaling, dropout=dropout)
             return out[None], None
-        out = attend(q, k, v, runs=rows.runs, scale=scaling, dropout=dropout, causal=causal)
+        out = attend(q, k, v, rows=rows.groups, scale=scaling, dropout=dropout, causal=causal)
         return out[None], None
     options = {"scale": scaling, "dropout_p": dropout, "is_causal": causal}
     return torch_by_run(query, key, value, rows, bias=position_bias, options=options), None

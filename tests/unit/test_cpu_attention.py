@@ -11,7 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dist_ft.kernels import row_groups
 from dist_ft.kernels.cpu_attention import attend
+from dist_ft.kernels.cpu_dropout import keep_mask
+from dist_ft.kernels.row_groups import RowGroups, groups_of
 
 
 def _inputs(tokens: int, *, heads: int, key_heads: int, dtype: torch.dtype) -> list[Tensor]:
@@ -34,8 +37,15 @@ def _row_by_row(inputs: list[Tensor], *, lengths: list[int], scale: float, causa
     return torch.cat(found, dim=1).transpose(0, 1)
 
 
+# Mixed, near and far, in any order; one row; all of one length.
+_LENGTHS = st.one_of(
+    st.lists(st.integers(1, 33), min_size=1, max_size=9),
+    st.integers(1, 17).map(lambda n: [n] * 4),
+)
+
+
 @given(
-    lengths=st.lists(st.integers(1, 7), min_size=1, max_size=6),
+    lengths=_LENGTHS,
     groups=st.sampled_from([(4, 4), (4, 2), (3, 1)]),
     causal=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
@@ -45,10 +55,7 @@ def test_outputs_and_gradients_are_torchs(
 ) -> None:
     heads, key_heads = groups
     inputs = _inputs(sum(lengths), heads=heads, key_heads=key_heads, dtype=dtype)
-    runs = [(1, n) for n in lengths]
-    if len(set(lengths)) == 1:
-        runs = [(len(lengths), lengths[0])]
-    found = attend(*inputs, runs=runs, scale=0.3, causal=causal)
+    found = attend(*inputs, rows=RowGroups(tuple(lengths)), scale=0.3, causal=causal)
     expected = _row_by_row(inputs, lengths=lengths, scale=0.3, causal=causal)
     assert found.dtype == dtype
     upper = torch.randn_like(expected)
@@ -59,13 +66,14 @@ def test_outputs_and_gradients_are_torchs(
         torch.testing.assert_close(one.double(), other.double(), rtol=limit, atol=limit)
 
 
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_the_gradient_is_that_of_what_was_drawn(dropout: float) -> None:
+def test_the_gradient_is_that_of_what_was_drawn(dropout: float, causal: bool) -> None:
     inputs = _inputs(8, heads=2, key_heads=1, dtype=torch.float64)
 
     def seeded(*values: Any) -> Tensor:
         torch.manual_seed(0)
-        return attend(*values, runs=[(2, 3), (1, 2)], dropout=dropout)
+        return attend(*values, rows=RowGroups((3, 2, 3)), dropout=dropout, causal=causal)
 
     assert torch.autograd.gradcheck(seeded, inputs)
 
@@ -76,10 +84,90 @@ def test_dropout_keeps_the_mean_and_follows_the_seed() -> None:
 
     def run() -> Tensor:
         torch.manual_seed(1)
-        return attend(q, k, ones, runs=[(10, 40)], dropout=0.2)
+        return attend(q, k, ones, rows=RowGroups((40,) * 10), dropout=0.2)
 
     found = run()
     assert torch.equal(found, run())
-    assert not torch.equal(found, attend(q, k, ones, runs=[(10, 40)], dropout=0.2))
+    assert not torch.equal(found, attend(q, k, ones, rows=RowGroups((40,) * 10), dropout=0.2))
     assert 0.98 < float(found.mean()) < 1.02  # 64,000 draws of a weight
     assert float(found.std()) > 0.01
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_micro_batch_gives_the_same_bits(dtype: torch.dtype, causal: bool) -> None:
+    lengths = (9, 24, 3, 22, 24, 1, 40, 21)
+    inputs = _inputs(sum(lengths), heads=4, key_heads=2, dtype=dtype)
+
+    def run() -> tuple[Tensor, ...]:
+        torch.manual_seed(3)
+        out = attend(*inputs, rows=RowGroups(lengths), dropout=0.1, causal=causal)
+        return out, *torch.autograd.grad(out, inputs, torch.ones_like(out))
+
+    for one, other in zip(run(), run(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_row_that_is_not_finite_spoils_no_other(bad: float, dropout: float) -> None:
+    lengths = (21, 24, 23)
+    inputs = _inputs(sum(lengths), heads=2, key_heads=1, dtype=torch.float32)
+    layout = RowGroups(lengths).layout(
+        heads=2, key_heads=1, size=8, causal=False, dtype=torch.float32
+    )
+    assert len(layout.groups) == 1
+    spoilt = [t.detach().clone() for t in inputs]
+    for t in spoilt:
+        t[:, :21] = bad
+        t.requires_grad_()
+    found: list[tuple[Tensor, ...]] = []
+    for given_ in (inputs, spoilt):
+        torch.manual_seed(0)
+        out = attend(*given_, rows=RowGroups(lengths), dropout=dropout)
+        found.append((out, *torch.autograd.grad(out, given_, torch.ones_like(out))))
+    for place, (one, other) in enumerate(zip(*found, strict=True)):
+        tokens = 1 if place else 0
+        rest = [t.narrow(tokens, 21, 47) for t in (one, other)]
+        torch.testing.assert_close(rest[0], rest[1], rtol=1e-6, atol=1e-7)
+
+
+@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=8))
+def test_groups_hold_each_row_once_and_cost_the_least(lengths: list[int]) -> None:
+    found = groups_of(lengths, heads=12, size=32)
+    assert sorted(row for rows, _ in found for row in rows.tolist()) == list(range(len(lengths)))
+    assert all(max(lengths[i] for i in rows) <= length for rows, length in found)
+
+    def cost(numbers: list[int]) -> float:
+        return row_groups.group_cost(len(numbers), max(numbers), heads=12, size=32)
+
+    # Every way to cut the sorted lengths.
+    ordered = sorted(lengths)
+    cuts = range(2 ** (len(ordered) - 1))
+    ways = (_cut(ordered, at) for at in cuts)
+    least = min(sum(map(cost, way)) for way in ways)
+    assert sum(cost([lengths[i] for i in rows]) for rows, _ in found) == pytest.approx(least)
+
+
+def _cut(values: list[int], at: int) -> list[list[int]]:
+    """Return the parts of a list that is cut behind each value whose bit is set."""
+    parts: list[list[int]] = [[]]
+    for place, value in enumerate(values):
+        parts[-1].append(value)
+        if at >> place & 1:
+            parts.append([])
+    return [part for part in parts if part]
+
+
+def test_large_groups_are_split_for_the_cache() -> None:
+    found = groups_of([64] * 100, heads=12, size=32)
+    assert len(found) > 1
+    assert max(len(rows) for rows, _ in found) - min(len(rows) for rows, _ in found) <= 1
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1, 0.5, 0.9])
+def test_each_of_four_neighbours_is_kept_as_often(dropout: float) -> None:
+    torch.manual_seed(0)
+    shares = keep_mask((100_000, 4), dropout=dropout).float().mean(0)
+    # Four standard deviations.
+    assert torch.all((shares - (1 - dropout)).abs() <= 4 * (dropout * (1 - dropout) / 1e5) ** 0.5)

@@ -144,7 +144,7 @@ def test_first_tokens_get_what_they_would_get(lengths: list[int], dtype: torch.d
         out = (
             attend_from_first(q, k, v, lengths=rows.lengths, scale=0.7)
             if narrow
-            else attend(q, k, v, runs=rows.runs, scale=0.7)
+            else attend(q, k, v, rows=rows.groups, scale=0.7)
         )
         assert not narrow or out.count_nonzero() <= out[firsts].numel()
         (out[firsts] * upper).sum().backward()
