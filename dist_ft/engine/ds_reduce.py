@@ -19,10 +19,12 @@ def reduce_to_owners(zero: Any) -> None:
     Here half as much is sent, and none of it twice. The other slices of the bucket stay what they
     were, as they do in DeepSpeed with ``reduce_scatter``: nothing reads them.
 
-    Another optimizer, one that takes means or keeps its state elsewhere, and one on a GPU, are
-    left as they are.
+    Another optimizer, one that takes means, keeps its state elsewhere or looks for overflows
+    (fp16), and one on a GPU, are left as they are.
     """
     if type(zero).__name__ != "DeepSpeedZeroOptimizer" or zero.cpu_offload or zero.gradient_average:
+        return
+    if zero.dtype == torch.float16:
         return
     if zero.bit16_groups_flat[0].is_cpu and dist.get_world_size(zero.dp_process_group) > 1:
         zero.gradient_reduction_w_predivide = functools.partial(_reduce, zero)
