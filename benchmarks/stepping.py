@@ -20,7 +20,7 @@ from dist_ft.engine.base import DTYPES, PhaseReport
 
 _COLLECTIVES = (
     "all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter",
-    "reduce_scatter_tensor", "barrier",
+    "reduce_scatter_tensor", "barrier", "isend", "irecv",
 )  # fmt: skip
 # Square matrices; on a CPU with AMX the best of 512 to 4,096 is at 1,024 or 2,048.
 _GEMM_SIZES = (1024, 2048)

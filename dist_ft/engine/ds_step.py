@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_ft.engine.exchange import gather
 from dist_ft.optim.adamw import GroupAdamW
 
 # Groups are stepped and gathered together up to this many elements of a rank's partition: enough to
@@ -102,12 +103,10 @@ class PartitionedStep:
     def _master(self, index: int) -> Tensor:
         return self.zero.single_partition_of_fp32_groups[index]
 
-    def _weights(self, index: int) -> list[Tensor]:
-        """Return the partitions of a group's weights by rank: views of one flat buffer."""
-        return self.zero.parallel_partitioned_bit16_groups[index]
-
     def _own_weights(self, index: int) -> Tensor:
-        return self._weights(index)[dist.get_rank(self._group(index))]
+        """Return this rank's partition of a group's weights: a view of one flat buffer."""
+        rank = dist.get_rank(self._group(index))
+        return self.zero.parallel_partitioned_bit16_groups[index][rank]
 
     def _group(self, index: int) -> Any:
         return self.zero.real_dp_process_group[index]
@@ -123,28 +122,8 @@ class PartitionedStep:
 
     def _gather(self, bundle: Sequence[int]) -> Callable[[], None]:
         """Begin to send this rank's weights and to receive the others'; return what ends it."""
-        process_group = self._group(bundle[0])
-        world_size = dist.get_world_size(process_group)
-        if world_size == 1:
-            return lambda: None
-        own = [self._own_weights(index) for index in bundle]
-        if len(bundle) == 1:
-            gathered, mine = self.zero.bit16_groups_flat[bundle[0]], own[0]
-        else:
-            mine = torch.cat(own)
-            gathered = mine.new_empty(world_size * mine.numel())
-        work = dist.all_gather_into_tensor(gathered, mine, group=process_group, async_op=True)
-        assert work is not None
-
-        def finish() -> None:
-            work.wait()
-            if len(bundle) > 1:
-                sizes = [w.numel() for w in own]
-                for rank, received in enumerate(gathered.chunk(world_size)):
-                    for index, part in zip(bundle, received.split(sizes), strict=True):
-                        self._weights(index)[rank].copy_(part)
-
-        return finish
+        flats = [self.zero.bit16_groups_flat[index] for index in bundle]
+        return gather(flats, group=self._group(bundle[0]))
 
     def _drop_gradients(self) -> None:
         for index in range(len(self.zero.bit16_groups)):

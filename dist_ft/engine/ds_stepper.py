@@ -13,6 +13,7 @@ from torch import Tensor
 from dist_ft.dist import all_reduce_sum
 from dist_ft.engine.base import EngineOptions, gradient_problem, loss_problem
 from dist_ft.engine.ds_config import DeepSpeedOptions, clips_itself
+from dist_ft.engine.ds_reduce import reduce_to_owners
 from dist_ft.engine.ds_step import PartitionedStep, hand_norm, square_sum
 from dist_ft.engine.ds_weights import WeightAccess
 from dist_ft.optim.adamw import GroupAdamW
@@ -53,6 +54,7 @@ class Stepper:
         self._engine, self._inner, self._held = engine, inner, tuple(held)
         self.options, self._ds, self._weights = options, deepspeed_options, weights
         self._step = PartitionedStep.of(engine, inner=inner)
+        reduce_to_owners(engine.optimizer)
 
     def update(
         self,

@@ -14,6 +14,7 @@ from dist_ft.engine.anchors import Anchors
 from dist_ft.engine.averages import WeightAverage
 from dist_ft.engine.ds_groups import GroupStates
 from dist_ft.engine.ds_weights import WeightAccess
+from dist_ft.engine.exchange import gather
 from dist_ft.engine.mixing import MixedGroup, Mixing
 from dist_ft.optim.param_groups import ParamGroup
 
@@ -58,18 +59,13 @@ class WorkingWeights:
             persistent = optimizer.persistent_parameters
             if persistent:
                 persistent[0].all_gather(persistent)
-        elif self.zero_stage in (1, 2) and indices:
-            from deepspeed.runtime.utils import all_gather_dp_groups
-
-            all_gather_dp_groups(
-                groups_flat=[optimizer.bit16_groups_flat[i] for i in indices],
-                partitioned_param_groups=[
-                    optimizer.parallel_partitioned_bit16_groups[i] for i in indices
-                ],
-                dp_process_group=[optimizer.real_dp_process_group[i] for i in indices],
-                start_alignment_factor=optimizer.nccl_start_alignment_factor,
-                allgather_bucket_size=optimizer.allgather_bucket_size,
-            )
+        elif self.zero_stage in (1, 2):
+            pending = [
+                gather([optimizer.bit16_groups_flat[i]], group=optimizer.real_dp_process_group[i])
+                for i in indices
+            ]
+            for finish in pending:
+                finish()
 
 
 def begin_mixing(

@@ -34,7 +34,9 @@ def _count_bytes(stage: int) -> None:
     engine = make_deepspeed(EngineOptions(), zero_stage=stage)
     width = sum(p.numel() for p in TinyModel().parameters())
     sent: list[int] = []
-    for name in ("all_reduce", "reduce_scatter_tensor", "reduce", "reduce_scatter_single"):
+    # In stages 1 and 2 a rank sends the half of the gradients that the other keeps, and then its
+    # half of the weights: together as much as it sends in an all-reduce of the gradients.
+    for name in ("all_reduce", "reduce_scatter_tensor", "reduce", "reduce_scatter_single", "isend"):
         original = getattr(dist, name, None)
         if original is not None:
             setattr(dist, name, _counting(original, name, sent))

@@ -1,0 +1,169 @@
+"""Sums and gathers vectors of which every rank owns a part, by messages from rank to rank.
+
+gloo's collectives copy what they send and receive, and an all-reduce sends to every rank what only
+one of them keeps. Here what is large goes from where it is to where it belongs, and what is small
+goes in one message to each rank. On one host of two cores, bf16, the median of 9, in ms:
+
+============================= ====== ====== ======
+ranks                              2      3      4
+============================= ====== ====== ======
+all-reduce, 16.7M elements      35.5   46.6   63.8
+messages                        15.2   31.3   27.3
+all-gather, 8.4M a rank         43.2   80.5  126.5
+an asynchronous broadcast each  13.8   30.5   50.3
+messages                        13.3   27.8   50.2
+============================= ====== ====== ======
+
+A GPU's weights are gathered by a collective, and its gradients are summed by DeepSpeed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# Elements from which on a vector is sent by itself: to copy it costs more than one more message.
+_LARGE = 1 << 17
+
+Finish = Callable[[], None]
+
+
+def swap(
+    sent: Mapping[int, Sequence[Tensor]], received: Mapping[int, Sequence[Tensor]], *, group: Any
+) -> Finish:
+    """Begin to send vectors to other ranks and to receive theirs.
+
+    Args:
+        sent: Contiguous vectors by the rank of `group` that gets them, not to be written to before
+            the end. Those below `_LARGE` elements are copied now.
+        received: Where to put what each rank sends here: as many vectors of the same lengths and
+            type as that rank names, in its order.
+        group: The process group. All ranks must begin their exchanges in the same order.
+
+    Returns:
+        What waits until everything is sent and received; to be called once.
+
+    Raises:
+        RuntimeError: Now or at the end, if a rank is gone or the group's timeout has passed.
+    """
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    works: list[Any] = []
+    packed: list[tuple[Tensor, list[Tensor]]] = []
+    for distance in range(1, world_size):
+        # Every rank begins with another peer, so that no rank is waited for by all at once.
+        source, target = (rank - distance) % world_size, (rank + distance) % world_size
+        small, large = _by_size(received.get(source, ()))
+        if small:
+            buffer = small[0].new_empty(sum(v.numel() for v in small))
+            packed.append((buffer, small))
+            large.insert(0, buffer)
+        works += [dist.irecv(v, group=group, group_src=source) for v in large]
+        small, large = _by_size(sent.get(target, ()))
+        if small:
+            large.insert(0, torch.cat(small))
+        works += [dist.isend(v, group=group, group_dst=target) for v in large]
+
+    def finish() -> None:
+        for work in works:
+            work.wait()
+        for buffer, vectors in packed:
+            for vector, part in zip(
+                vectors, buffer.split([v.numel() for v in vectors]), strict=True
+            ):
+                vector.copy_(part)
+
+    return finish
+
+
+def _by_size(vectors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    small = [v for v in vectors if 0 < v.numel() < _LARGE]
+    return small, [v for v in vectors if v.numel() >= _LARGE]
+
+
+def gather(vectors: Sequence[Tensor], *, group: Any) -> Finish:
+    """Begin to fill vectors of which each rank has an equal share, in the order of the ranks.
+
+    Args:
+        vectors: Flat, of one type and on one device, filled in place; in each, this rank's share is
+            up to date. Neither to be read nor written before the end.
+        group: The process group. All ranks must begin their exchanges in the same order.
+
+    Returns:
+        What waits until the vectors are whole; to be called once.
+    """
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    if world_size == 1:
+        return lambda: None
+    shares = [v.split(v.numel() // world_size) for v in vectors if v.numel()]
+    if not vectors[0].is_cpu:
+        return _gather_at_once(vectors, shares=shares, group=group)
+    others = [r for r in range(world_size) if r != rank]
+    own = [s[rank] for s in shares]
+    return swap(
+        dict.fromkeys(others, own), {r: [s[r] for s in shares] for r in others}, group=group
+    )
+
+
+def _gather_at_once(
+    vectors: Sequence[Tensor], *, shares: Sequence[Sequence[Tensor]], group: Any
+) -> Finish:
+    """Do as `gather` by one collective."""
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    own = [s[rank] for s in shares]
+    if len(vectors) == 1:
+        whole, mine = vectors[0], own[0]
+    else:
+        mine = torch.cat(own)
+        whole = mine.new_empty(world_size * mine.numel())
+    work: Any = dist.all_gather_into_tensor(whole, mine, group=group, async_op=True)
+
+    def finish() -> None:
+        work.wait()
+        if len(vectors) > 1:
+            sizes = [v.numel() for v in own]
+            for source, received in enumerate(whole.chunk(world_size)):
+                for share, part in zip(shares, received.split(sizes), strict=True):
+                    share[source].copy_(part)
+
+    return finish
+
+
+def sum_at_owners(slices: Sequence[Sequence[Tensor]], *, group: Any) -> None:
+    """Replace the slices that this rank owns by their sums over ranks; leave all others.
+
+    The ranks are added in their order. Below fp32, the sum of more than two is rounded once.
+
+    Args:
+        slices: Contiguous vectors of one type in host memory, by the rank of `group` that owns
+            them; of the same lengths on every rank.
+        group: The process group. All ranks must begin their exchanges in the same order.
+    """
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    others = [r for r in range(world_size) if r != rank]
+    own = slices[rank]
+    received = {r: _like(own) for r in others}
+    swap({r: slices[r] for r in others}, received, group=group)()
+    for index, mine in enumerate(own):
+        _add(mine, [received[r][index] if r != rank else mine for r in range(world_size)])
+
+
+def _like(vectors: Sequence[Tensor]) -> Sequence[Tensor]:
+    if not vectors:
+        return []
+    sizes = [v.numel() for v in vectors]
+    return vectors[0].new_empty(sum(sizes)).split(sizes)
+
+
+def _add(result: Tensor, parts: Sequence[Tensor]) -> None:
+    first, second, *rest = parts
+    if not rest:  # rounded as the sum in fp32 is
+        torch.add(first, second, out=result)
+        return
+    total = torch.add(first.to(torch.promote_types(first.dtype, torch.float32)), second)
+    for part in rest:
+        total.add_(part)
+    result.copy_(total)
