@@ -38,7 +38,7 @@ from dist_ft.engine.ds_detach import (
 )
 from dist_ft.engine.ds_groups import GroupStates, Partitioning
 from dist_ft.engine.ds_loss_scale import read_loss_scale, write_loss_scale
-from dist_ft.engine.ds_setup import set_up_deepspeed
+from dist_ft.engine.ds_setup import check_precision, set_up_deepspeed
 from dist_ft.engine.ds_stepper import Stepper
 from dist_ft.engine.ds_weights import FloatBuffers, WeightAccess, fixed_sizes, group_sizes
 from dist_ft.engine.ds_working import WorkingWeights, begin_mixing, replaced
@@ -79,11 +79,8 @@ class DeepSpeedEngine:
     ) -> None:
         """Take over `module`; the process group must be up. `set_trainable` comes next."""
         set_up_deepspeed()
+        check_precision(options.precision, zero_stage=deepspeed_options.zero_stage)
         exempt_from_collection()
-        if options.precision == "fp16" and deepspeed_options.zero_stage == 0:
-            raise ValueError(
-                "engine.precision: fp16 needs zero_stage 1 or more, got 0: raise it, or use bf16"
-            )
         self._buffers = FloatBuffers(module)
         self.before_change: Callable[[], None] = nothing
         self.module = module.to(DTYPES[options.precision])

@@ -43,6 +43,28 @@ def choose_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+def check_precision(precision: str, *, zero_stage: int) -> None:
+    """Refuse fp16 where DeepSpeed does not run it; DeepSpeed has been set up.
+
+    Raises:
+        ValueError: Without partitions, or on a CPU that has no instructions for it.
+    """
+    if precision != "fp16":
+        return
+    if zero_stage == 0:
+        raise ValueError(
+            "engine.precision: fp16 needs zero_stage 1 or more, got 0: raise it, or use bf16"
+        )
+    import deepspeed
+
+    accelerator: Any = deepspeed.get_accelerator()
+    if not accelerator.is_fp16_supported():
+        raise ValueError(
+            f"engine.precision: fp16 does not run on this {accelerator.device_name()}, which has "
+            "no instructions for it: use bf16 or fp32"
+        )
+
+
 def _import_muon() -> None:
     """Import DeepSpeed's Muon, as every ZeRO optimizer does, without preparing to compile it.
 

@@ -4,12 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
 
 from dist_ft.engine.base import EngineOptions, EngineState, StateSlice
 from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
+from dist_ft.engine.ds_setup import set_up_deepspeed
 from dist_ft.engine.ds_weights import FloatBuffers
 from dist_ft.train.checkpoint import CheckpointReader
 from dist_ft.train.saving import save_checkpoint
@@ -103,7 +105,15 @@ def _copied(state: EngineState) -> EngineState:
     return replace(state, slices=slices)
 
 
+def _say_whether_fp16_runs(answer: bool) -> None:
+    """DeepSpeed asks the CPU for instructions that are quick; torch multiplies without them."""
+    set_up_deepspeed()
+    accelerator: Any = deepspeed.get_accelerator()
+    accelerator.is_fp16_supported = lambda: answer
+
+
 def _loss_scale_survives(folder: Path) -> None:
+    _say_whether_fp16_runs(True)
     share = (dist.get_rank(), dist.get_world_size())
     for stage in (1, 2, 3):
         engine = make_deepspeed(FP16, zero_stage=stage, base=SCALING)
@@ -158,6 +168,16 @@ def _reset_and_parked(folder: Path) -> None:
 
 def test_a_group_that_was_reset_and_parked_comes_back_to_the_bit(tmp_path: Path) -> None:
     run_distributed(_reset_and_parked, tmp_path)
+
+
+def _refused() -> None:
+    _say_whether_fp16_runs(False)
+    with pytest.raises(ValueError, match="fp16 does not run on this cpu"):
+        make_deepspeed(FP16, zero_stage=2)
+
+
+def test_fp16_is_refused_where_it_does_not_run() -> None:
+    run_distributed(_refused)
 
 
 def test_fp16_without_partitions_is_refused() -> None:
