@@ -50,7 +50,7 @@ def attend(
     """
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     layout = rows.layout(
-        heads=query.shape[0], key_heads=key.shape[0], size=query.shape[2], causal=causal,
+        heads=query.shape[0], key_heads=key.shape[0], causal=causal,
         dtype=_wide(query.dtype),
     )  # fmt: skip
     return _Attend.apply(query, key, value, layout, factor, dropout)

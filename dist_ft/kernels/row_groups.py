@@ -2,25 +2,22 @@
 
 An operation of torch costs microseconds before it computes anything, and a micro-batch has about as
 many lengths as rows. Padding a few rows to a common length costs less than operations of their own.
+
+What a row is padded to follows from its own length alone, not from its neighbours': so a row gets
+the same bits in any micro-batch, and what was cached of a frozen prefix equals what is computed.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# What attention costs forward and backward, in nanoseconds, measured in torch 2.13 on one core with
-# AVX-512: a group (some 20 operations), a query of a head, a pair of query and key, and what a pair
-# costs beyond that for each value of a head. Where they are wrong, only time is lost.
-_GROUP, _QUERY, _PAIR, _PAIR_VALUE = 60_000.0, 60.0, 1.2, 0.09
-# Vectors of 16 values: one value short of a full one, all of it is worth to be filled.
+# Rows are padded to a multiple of a vector of fp32 values, the shortest to half of one.
 _VECTOR = 16
 # Scores of a group: a few tensors of as many fp32 values stay in a core's cache.
 _MOST_PAIRS = 1 << 17
@@ -98,24 +95,21 @@ class RowGroups:
     """
 
     lengths: tuple[int, ...]
-    _layouts: dict[tuple[int, int, int, bool, torch.dtype], Layout] = field(default_factory=dict)
+    _layouts: dict[tuple[int, int, bool, torch.dtype], Layout] = field(default_factory=dict)
 
-    def layout(
-        self, *, heads: int, key_heads: int, size: int, causal: bool, dtype: torch.dtype
-    ) -> Layout:
+    def layout(self, *, heads: int, key_heads: int, causal: bool, dtype: torch.dtype) -> Layout:
         """Return the groups, which are the same for all layers of a micro-batch.
 
         Args:
             heads: of the queries.
             key_heads: of keys and values; divides heads.
-            size: values of a head.
             causal: whether a token sees only itself and those before it.
             dtype: of the scores.
         """
-        known = heads, key_heads, size, causal, dtype
+        known = heads, key_heads, causal, dtype
         if known not in self._layouts:
             lengths = np.array(self.lengths)
-            parts = groups_of(lengths, heads=heads, size=size)
+            parts = groups_of(self.lengths, heads=heads)
             begins = lengths.cumsum() - lengths
             queries = _places(parts, lengths, begins, heads=heads)
             keys = queries if key_heads == heads else _places(
@@ -142,47 +136,20 @@ class RowGroups:
         return self._layouts[known]
 
 
-def groups_of(
-    lengths: np.ndarray | Sequence[int], *, heads: int, size: int
-) -> list[tuple[np.ndarray, int]]:
-    """Return the rows of each group and its padded length, at the least cost by the model above.
-
-    Sorted by length, the rows of a group are neighbours: exchanging two of different groups could
-    only lengthen one. So it is a shortest path over the distinct lengths.
-    """
-    lengths = np.asarray(lengths)
-    counts = sorted(Counter(lengths.tolist()).items())
-    before = np.zeros(len(counts) + 1)  # rows shorter than the i-th length
-    before[1:] = np.cumsum([count for _, count in counts])
-    best = np.zeros(len(counts) + 1)
-    first = [0] * (len(counts) + 1)
-    for end, (length, _) in enumerate(counts, 1):
-        costs = best[:end] + group_cost(before[end] - before[:end], length, heads=heads, size=size)
-        first[end] = int(costs.argmin())
-        best[end] = costs[first[end]]
-    order = np.argsort(lengths, kind="stable")
+def groups_of(lengths: Sequence[int], *, heads: int) -> list[tuple[np.ndarray, int]]:
+    """Return the rows of each group, in the order of the stream, and its padded length."""
+    padded = np.array([padded_length(n) for n in lengths])
     found: list[tuple[np.ndarray, int]] = []
-    end = len(counts)
-    while end:
-        begin = first[end]
-        rows = order[int(before[begin]) : int(before[end])]
-        length = _filled(counts[end - 1][0])
+    for length in sorted(set(padded.tolist())):
+        rows = np.flatnonzero(padded == length)
         pieces = min(len(rows), math.ceil(len(rows) * heads * length**2 / _MOST_PAIRS))
         found += [(piece, length) for piece in np.array_split(rows, pieces)]
-        end = begin
     return found
 
 
-def group_cost(rows: Any, longest: int, *, heads: int, size: int) -> Any:
-    """Return about how many nanoseconds a group of so many rows takes, forward and backward."""
-    length = _filled(longest)
-    row = heads * length * (_QUERY + length * (_PAIR + _PAIR_VALUE * size))
-    return _GROUP + rows * row
-
-
-def _filled(length: int) -> int:
-    """Return the length a row is padded to where it is alone."""
-    return length + 1 if length % _VECTOR == _VECTOR - 1 else length
+def padded_length(length: int) -> int:
+    """Return how many tokens a row is padded to."""
+    return _VECTOR // 2 if length <= _VECTOR // 2 else -(-length // _VECTOR) * _VECTOR
 
 
 def _places(

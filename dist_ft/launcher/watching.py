@@ -18,7 +18,10 @@ from dist_ft.heartbeat import (
 
 _STACKS_WAIT_S = 1.0
 # Where a rank is that waits for another one.
-_WAITING = ("distributed_c10d.py", "deepspeed/comm/", "torch/distributed/rendezvous.py")
+_WAITING = (
+    "distributed_c10d.py", "deepspeed/comm/", "torch/distributed/rendezvous.py",
+    "dist_ft/engine/exchange.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

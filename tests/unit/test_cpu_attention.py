@@ -7,14 +7,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dist_ft.kernels import row_groups
 from dist_ft.kernels.cpu_attention import attend
 from dist_ft.kernels.cpu_dropout import keep_mask
-from dist_ft.kernels.row_groups import RowGroups, groups_of
+from dist_ft.kernels.row_groups import RowGroups, groups_of, padded_length
 
 
 def _inputs(tokens: int, *, heads: int, key_heads: int, dtype: torch.dtype) -> list[Tensor]:
@@ -113,9 +112,7 @@ def test_the_same_micro_batch_gives_the_same_bits(dtype: torch.dtype, causal: bo
 def test_a_row_that_is_not_finite_spoils_no_other(bad: float, dropout: float) -> None:
     lengths = (21, 24, 23)
     inputs = _inputs(sum(lengths), heads=2, key_heads=1, dtype=torch.float32)
-    layout = RowGroups(lengths).layout(
-        heads=2, key_heads=1, size=8, causal=False, dtype=torch.float32
-    )
+    layout = RowGroups(lengths).layout(heads=2, key_heads=1, causal=False, dtype=torch.float32)
     assert len(layout.groups) == 1
     spoilt = [t.detach().clone() for t in inputs]
     for t in spoilt:
@@ -132,35 +129,33 @@ def test_a_row_that_is_not_finite_spoils_no_other(bad: float, dropout: float) ->
         torch.testing.assert_close(rest[0], rest[1], rtol=1e-6, atol=1e-7)
 
 
-@given(lengths=st.lists(st.integers(1, 30), min_size=1, max_size=8))
-def test_groups_hold_each_row_once_and_cost_the_least(lengths: list[int]) -> None:
-    found = groups_of(lengths, heads=12, size=32)
+@given(lengths=st.lists(st.integers(1, 70), min_size=1, max_size=8))
+def test_groups_hold_each_row_once_and_pad_by_its_own_length(lengths: list[int]) -> None:
+    found = groups_of(lengths, heads=12)
     assert sorted(row for rows, _ in found for row in rows.tolist()) == list(range(len(lengths)))
-    assert all(max(lengths[i] for i in rows) <= length for rows, length in found)
-
-    def cost(numbers: list[int]) -> float:
-        return row_groups.group_cost(len(numbers), max(numbers), heads=12, size=32)
-
-    # Every way to cut the sorted lengths.
-    ordered = sorted(lengths)
-    cuts = range(2 ** (len(ordered) - 1))
-    ways = (_cut(ordered, at) for at in cuts)
-    least = min(sum(map(cost, way)) for way in ways)
-    assert sum(cost([lengths[i] for i in rows]) for rows, _ in found) == pytest.approx(least)
+    for rows, length in found:
+        assert all(lengths[i] <= length == padded_length(lengths[i]) for i in rows)
 
 
-def _cut(values: list[int], at: int) -> list[list[int]]:
-    """Return the parts of a list that is cut behind each value whose bit is set."""
-    parts: list[list[int]] = [[]]
-    for place, value in enumerate(values):
-        parts[-1].append(value)
-        if at >> place & 1:
-            parts.append([])
-    return [part for part in parts if part]
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=2, max_size=9),
+    size=st.sampled_from([8, 32]),
+)
+def test_a_row_gets_the_same_bits_in_any_micro_batch(lengths: list[int], size: int) -> None:
+    torch.manual_seed(len(lengths))
+    q, k, v = (torch.randn(2, sum(lengths), size) for _ in range(3))
+    together = attend(q, k, v, rows=RowGroups(tuple(lengths)))
+    begin = 0
+    for length in lengths:
+        row = slice(begin, begin + length)
+        alone = attend(q[:, row], k[:, row], v[:, row], rows=RowGroups((length,)))
+        assert torch.equal(alone, together[row])
+        begin += length
 
 
 def test_large_groups_are_split_for_the_cache() -> None:
-    found = groups_of([64] * 100, heads=12, size=32)
+    found = groups_of([64] * 100, heads=12)
     assert len(found) > 1
     assert max(len(rows) for rows, _ in found) - min(len(rows) for rows, _ in found) <= 1
 
