@@ -282,7 +282,7 @@ def claims_of(
     ]  # fmt: skip
     found += [
         claim(f"dropout by bytes, {r['size']}, {r['dtype']}: time / eager",
-              value=r["time_ratio"], bound=0.6, direction="at most")
+              value=r["time_ratio"], bound=0.4, direction="at most")
         for r in rows if r["by"] == "by_byte"
     ]  # fmt: skip
     for target in TARGETS if compiled else ():

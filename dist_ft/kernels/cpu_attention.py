@@ -6,9 +6,9 @@ fine-tuning; `benchmarks/kernels.py` measures both. The gradient is written out 
 al. 2022, "FlashAttention", appendix B.2, without tiling), and dropout takes a random byte a
 probability where torch draws a whole Bernoulli sample (see `cpu_dropout`).
 
-One gather brings the tokens of all rows to groups that are padded to their longest row (see
-`row_groups`), one brings the results back. What lies between runs group by group, so that the
-scores of one stay in the cache.
+One gather brings the tokens of all rows to groups that are padded alike (see `row_groups`), one
+brings the results back. What lies between runs group by group, so that the scores of one stay in
+the cache.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Attention that the first token of each row pays to its row, on a CPU, forward and backward.
 
 It is what `dist_ft.model.last_block` leaves of a block's attention: one query a row. Keys and
-values are gathered once, padded to the longest row; everything else is a product and a sum.
+values stay in the stream, each multiplied by its row's query or added to its row's sum; only the
+scores, one a token and head, are padded for their softmax.
 """
 
 from __future__ import annotations
@@ -55,53 +56,53 @@ class _FromFirst(torch.autograd.Function):
         scale: float,
         dropout: float,
     ) -> Tensor:
-        firsts = lengths.cumsum(0) - lengths
-        steps = torch.arange(int(lengths.max()))
-        outside = steps >= lengths[:, None]
-        index = (firsts[:, None] + steps).masked_fill_(outside, 0).flatten()
         dtype = torch.promote_types(query.dtype, torch.float32)
-        q = query[:, firsts].transpose(0, 1).to(dtype)[:, None] * scale
-        k, v = (_gather(t, index, rows=len(lengths), dtype=dtype) for t in (key, value))
-        scores = (k * q).sum(-1).masked_fill_(outside[..., None], float("-inf"))
-        probabilities = scores.softmax(1)
-        kept = keep_mask(probabilities.shape, dropout=dropout) if dropout else None
+        firsts = lengths.cumsum(0) - lengths
+        row_of = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        q = query[:, firsts].transpose(0, 1).to(dtype) * scale
+        k, v = (t.transpose(0, 1).to(dtype) for t in (key, value))
+        scores = (k * q[row_of]).sum(-1)
+        probabilities = _softmax(scores, row_of, firsts=firsts, longest=int(lengths.max()))
+        kept = keep_mask(scores.shape, dropout=dropout) if dropout else None
         weights = probabilities if kept is None else probabilities * kept / (1.0 - dropout)
-        found = (v * weights[..., None]).sum(1)
         out = query.new_zeros(query.shape[1], query.shape[0], query.shape[2])
-        out[firsts] = found.to(out.dtype)
-        saved = (q, k, v, probabilities, firsts, outside)
+        out[firsts] = _row_sums(v * weights[..., None], row_of, like=q).to(out.dtype)
+        saved = (q, k, v, probabilities, firsts, row_of)
         ctx.save_for_backward(*saved, *(() if kept is None else (kept,)))
-        ctx.about = scale, dropout, query.shape
+        ctx.about = scale, dropout
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, probabilities, firsts, outside, *rest = ctx.saved_tensors
-        scale, dropout, shape = ctx.about
-        upper = gradient[firsts].to(q.dtype)[:, None]
+        q, k, v, probabilities, firsts, row_of, *rest = ctx.saved_tensors
+        scale, dropout = ctx.about
+        upper = gradient[firsts].to(q.dtype)
+        above = upper[row_of]
         kept = rest[0] / (1.0 - dropout) if rest else None
         weights = probabilities if kept is None else probabilities * kept
-        inside = ~outside.flatten()
-        of_value = _flat(upper * weights[..., None], inside, dtype=gradient.dtype)
-        of_weights = (v * upper).sum(-1)
+        of_value = above * weights[..., None]
+        of_weights = (v * above).sum(-1)
         if kept is not None:
             of_weights *= kept
-        of_scores = torch.ops.aten._softmax_backward_data(
-            of_weights, probabilities, 1, probabilities.dtype
-        )
-        of_key = _flat(q * of_scores[..., None], inside, dtype=gradient.dtype)
-        of_query = gradient.new_zeros(shape[1], shape[0], shape[2])
-        of_query[firsts] = ((k * of_scores[..., None]).sum(1) * scale).to(gradient.dtype)
-        found = (t.transpose(0, 1) for t in (of_query, of_key, of_value))
+        weighted = of_weights * probabilities
+        sums = _row_sums(weighted, row_of, like=upper.new_empty(len(firsts), weighted.shape[1]))
+        of_scores = weighted.addcmul_(probabilities, sums[row_of], value=-1.0)[..., None]
+        of_key = q[row_of] * of_scores
+        of_query = torch.zeros_like(gradient)
+        of_query[firsts] = (_row_sums(k * of_scores, row_of, like=q) * scale).to(gradient.dtype)
+        found = (t.to(gradient.dtype).transpose(0, 1) for t in (of_query, of_key, of_value))
         return (*found, None, None, None)
 
 
-def _gather(value: Tensor, index: Tensor, *, rows: int, dtype: torch.dtype) -> Tensor:
-    """Return [heads, tokens, size] as [rows, longest, heads, size]."""
-    return value.transpose(0, 1).index_select(0, index).to(dtype).unflatten(0, (rows, -1))
+def _softmax(scores: Tensor, row_of: Tensor, *, firsts: Tensor, longest: int) -> Tensor:
+    """Return the softmax over the tokens of each row of [tokens, heads]."""
+    places = row_of * longest + torch.arange(len(row_of)) - firsts[row_of]
+    padded = scores.new_full((len(firsts) * longest, scores.shape[1]), float("-inf"))
+    padded[places] = scores
+    return padded.unflatten(0, (-1, longest)).softmax(1).flatten(0, 1)[places]
 
 
-def _flat(padded: Tensor, inside: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """Return what `_gather` padded as [tokens, heads, size]: no token is in two places."""
-    return padded.to(dtype).flatten(0, 1)[inside]
+def _row_sums(values: Tensor, row_of: Tensor, *, like: Tensor) -> Tensor:
+    """Return the sum over the tokens of each row, in the shape of `like`."""
+    return torch.zeros_like(like).index_add_(0, row_of, values)

@@ -98,23 +98,49 @@ def test_only_heads_that_read_first_tokens_are_let_in() -> None:
     assert torch.equal(model("t1", _inputs())["logits"], whole)
 
 
-class _Mean(torch.nn.Module):
-    """A pooler that reads all tokens."""
+class _Pooler(torch.nn.Module):
+    """Reads the first token, and all of them as far as a gate is open."""
+
+    def __init__(self, gate: float, module: str) -> None:
+        super().__init__()
+        self.gate = torch.nn.Parameter(torch.tensor(gate))
+        type(self).__module__ = module
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states.mean(1)
+        return hidden_states[:, 0] + self.gate * hidden_states.mean(1)
 
 
-def test_a_head_that_pools_all_tokens_is_found_out() -> None:
+# The gradient shows an open gate; of a closed one, as it is not from a library that is known.
+@pytest.mark.parametrize(("gate", "module"), [(1.0, "torch.nn.pooler"), (0.0, "mine")])
+def test_a_head_that_reads_or_may_read_all_tokens_is_found_out(gate: float, module: str) -> None:
     config: Any = tiny_config("bert")
     heads = [HeadSpec("t0", CLASSIFIER, {"num_labels": 3})]
     model = build_model(config, heads=heads, dtype=torch.float32, seed=0)
     trunk = Trunk.find(model, groups=find_layer_groups(model))
     trunk.check()
     trunk.flat = True
-    bert: Any = model.heads["t0"]
-    bert.bert.pooler = _Mean()
+    backbone: Any = model.backbone
+    backbone.pooler = _Pooler(gate, module)
     assert trunk.narrow(model) == []
+
+
+def test_a_task_whose_outputs_show_hidden_states_is_not_let_in() -> None:
+    config: Any = tiny_config("bert")
+    config.output_hidden_states = True
+    heads = [HeadSpec("t0", CLASSIFIER, {"num_labels": 3})]
+    model = build_model(config, heads=heads, dtype=torch.float32, seed=0)
+    trunk = Trunk.find(model, groups=find_layer_groups(model))
+    trunk.check()
+    trunk.flat = True
+    assert trunk.narrow(model) == []
+
+
+def test_a_row_that_is_not_finite_spoils_no_other() -> None:
+    q, k, v = (torch.randn(2, 5, 4) for _ in range(3))
+    v[:, 0] = float("nan")
+    out = attend_from_first(q, k, v, lengths=torch.tensor([3, 2]))
+    assert out[0].isnan().all()
+    assert out[3].isfinite().all()
 
 
 def test_the_model_is_left_as_it_was() -> None:
