@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -55,10 +54,8 @@ def initialize(
     for name, parameter in model.named_parameters():
         key = tiny.group_of(name) if one_group_each else "all"
         by_group.setdefault(key, []).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": params, "layer_group": key} for key, params in by_group.items()],
-        lr=tiny.LR,
-        weight_decay=tiny.WEIGHT_DECAY,
+    optimizer = tiny.adamw(
+        [{"params": params, "layer_group": key} for key, params in by_group.items()]
     )
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": tiny.ROWS_PER_RANK,

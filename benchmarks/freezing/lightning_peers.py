@@ -62,7 +62,7 @@ def make_module(*, requires_grad_only: bool) -> Any:
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             wanted = [p for p in self.parameters() if p.requires_grad or not requires_grad_only]
-            return torch.optim.AdamW(wanted, lr=tiny.LR, weight_decay=tiny.WEIGHT_DECAY)
+            return tiny.adamw(wanted)
 
     return Module()
 

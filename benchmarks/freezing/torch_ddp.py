@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
@@ -23,7 +22,7 @@ def run(recorder: Recorder, *, freeze_first: bool) -> None:
     if freeze_first:
         tiny.set_trainable(model, tiny.THAW_AND_FREEZE[0].trainable)
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=tiny.LR, weight_decay=tiny.WEIGHT_DECAY)
+    optimizer = tiny.adamw(model.parameters())
     recorder.snapshots.append(copy_of(dict(model.named_parameters())))
     first = 0
     for span in tiny.THAW_AND_FREEZE:

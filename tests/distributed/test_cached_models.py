@@ -8,21 +8,16 @@ import torch
 from torch import Tensor
 
 from dist_ft import dist
-from dist_ft.engine.base import EngineOptions, PrefixCounts
+from dist_ft.engine.base import PrefixCounts
 from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
-from dist_ft.engine.ds_config import DeepSpeedOptions
-from dist_ft.engine.layer_modes import LayerModes
-from dist_ft.engine.loss_module import LossModule
-from dist_ft.engine.trunk_passes import TrunkPasses
-from dist_ft.freezing.activation_cache import ActivationCache, CachedTask
 from dist_ft.model.backbone import HeadSpec, build_model
 from dist_ft.model.layer_groups import find_layer_groups
 from dist_ft.model.trunk import Trunk
-from dist_ft.optim.param_groups import LearningRates, build_param_groups
 from dist_ft.tasks.base import LossSum
 from tests.helpers.run_distributed import run_distributed
 from tests.helpers.tiny import TinyBatch
 from tests.helpers.tiny_models import tiny_config
+from tests.helpers.trunk_engine import trunk_engine
 
 LENGTHS = np.array([[7, 4, 2], [6, 6, 3]])  # rows of each rank
 FROZEN = {"llama": 2, "gpt2": 2, "t5": 1}  # blocks
@@ -58,31 +53,10 @@ def _engine(name: str, folder: Path | None, *, stage: int) -> tuple[DeepSpeedEng
     trunk = Trunk.find(model, groups=groups)
     assert not trunk.check()
     trunk.flat = True
-    passes = TrunkPasses(
-        trunk=trunk,
-        order=tuple(g.name for g in groups if g.kind != "head"),
-        parameters={g.name: g.parameters for g in groups},
-    )
-    if folder is not None:
-        tasks = {"a": CachedTask(LENGTHS.flatten())}
-        passes.cache = ActivationCache(folder, tasks, trunk.width, torch.float32, 10**6)
-        passes.drop_prefix = True
-    engine = DeepSpeedEngine(
-        LossModule(model, {"a": _loss}),
-        param_groups=build_param_groups(
-            groups,
-            dimensions={n: p.dim() for n, p in model.named_parameters()},
-            rates=LearningRates(1e-2),
-            weight_decay=0.0,
-        ),
-        options=EngineOptions(seed=1),
-        deepspeed_options=DeepSpeedOptions(
-            zero_stage=stage, micro_batch_size=3, gradient_accumulation_steps=1
-        ),
-        modes=LayerModes.of(
-            model, groups=groups, checkpointing="none", prefix_dropout=False, passes=passes
-        ),
-    )
+    engine = trunk_engine(
+        model, groups=groups, trunk=trunk, loss=_loss, stage=stage, rate=1e-2,
+        cache=None if folder is None else (folder, LENGTHS.flatten()),
+    )  # fmt: skip
     first = next(i for i, g in enumerate(groups) if g.kind == "block") + FROZEN[name]
     engine.set_trainable([g.name for g in groups[first:]])
     batch = _batch()

@@ -8,21 +8,14 @@ import torch
 from torch import Tensor
 
 from dist_ft import dist
-from dist_ft.engine.base import EngineOptions
-from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
-from dist_ft.engine.ds_config import DeepSpeedOptions
-from dist_ft.engine.layer_modes import LayerModes
-from dist_ft.engine.loss_module import LossModule
-from dist_ft.engine.trunk_passes import TrunkPasses
-from dist_ft.freezing.activation_cache import ActivationCache, CachedTask
 from dist_ft.model.backbone import HeadSpec, build_model
 from dist_ft.model.layer_groups import find_layer_groups
 from dist_ft.model.trunk import Trunk
-from dist_ft.optim.param_groups import LearningRates, build_param_groups
 from dist_ft.tasks.base import LossSum
 from tests.helpers.run_distributed import run_distributed
 from tests.helpers.tiny import TinyBatch
 from tests.helpers.tiny_models import tiny_config
+from tests.helpers.trunk_engine import trunk_engine
 
 LENGTHS = np.array([[7, 4, 2], [6, 6, 3]])  # rows of each rank
 # Trains all but the embeddings, then the last block and the head, then all again.
@@ -55,30 +48,10 @@ def _trained(*, narrow: bool, stage: int, folder: Path | None = None) -> dict[st
     assert not trunk.check()
     trunk.flat = True
     assert not narrow or trunk.narrow(model) == ["a"]
-    passes = TrunkPasses(
-        trunk=trunk,
-        order=tuple(g.name for g in groups if g.kind != "head"),
-        parameters={g.name: g.parameters for g in groups},
-    )
-    if folder is not None:
-        tasks = {"a": CachedTask(LENGTHS.flatten())}
-        passes.cache = ActivationCache(folder, tasks, trunk.width, torch.float32, 10**6)
-    engine = DeepSpeedEngine(
-        LossModule(model, {"a": _loss}),
-        param_groups=build_param_groups(
-            groups,
-            dimensions={n: p.dim() for n, p in model.named_parameters()},
-            rates=LearningRates(1e-3),
-            weight_decay=0.1,
-        ),
-        options=EngineOptions(seed=1),
-        deepspeed_options=DeepSpeedOptions(
-            zero_stage=stage, micro_batch_size=3, gradient_accumulation_steps=1
-        ),
-        modes=LayerModes.of(
-            model, groups=groups, checkpointing="none", prefix_dropout=False, passes=passes
-        ),
-    )
+    engine = trunk_engine(
+        model, groups=groups, trunk=trunk, loss=_loss, stage=stage, rate=1e-3, weight_decay=0.1,
+        cache=None if folder is None else (folder, LENGTHS.flatten()),
+    )  # fmt: skip
     tokens: list[int] = []
     if narrow:
         assert trunk.last is not None
@@ -96,7 +69,7 @@ def _trained(*, narrow: bool, stage: int, folder: Path | None = None) -> dict[st
     assert set(tokens) <= {3}  # one a row
     weights = engine.full_weights()
     dist.barrier()
-    passes.discard()
+    engine._modes.passes.discard()
     engine.close()
     return weights
 
