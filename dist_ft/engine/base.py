@@ -198,13 +198,16 @@ class Engine(Protocol):
     """Executes steps and phase changes.
 
     Attributes:
-        module: What is trained.
         before_change: Called before anything in `state` changes or moves; who copies the state
             beside the training waits here until it has it.
     """
 
-    module: nn.Module
     before_change: Callable[[], None]
+
+    @property
+    def module(self) -> nn.Module:
+        """What is trained; up to date when this is asked for, not during the steps after."""
+        ...
 
     def train_step(
         self,

@@ -29,19 +29,23 @@ from dist_ft.engine.base import (
     on_device,
 )
 from dist_ft.engine.ds_accumulation import Accumulation, gradient_factor
+from dist_ft.engine.ds_arriving import ArrivingWeights
 from dist_ft.engine.ds_config import DeepSpeedOptions, build_ds_config
 from dist_ft.engine.ds_detach import (
     ModuleSnapshot,
     collect_garbage,
+    destroy_engine,
     exempt_from_collection,
     include_in_collection,
+    start_engine,
 )
-from dist_ft.engine.ds_groups import GroupStates, Partitioning
+from dist_ft.engine.ds_groups import GroupStates, Partitioning, optimizer_group
 from dist_ft.engine.ds_loss_scale import read_loss_scale, write_loss_scale
 from dist_ft.engine.ds_setup import check_precision, set_up_deepspeed
 from dist_ft.engine.ds_stepper import Stepper
-from dist_ft.engine.ds_weights import FloatBuffers, WeightAccess, fixed_sizes, group_sizes
+from dist_ft.engine.ds_weights import FloatBuffers, WeightAccess
 from dist_ft.engine.ds_working import WorkingWeights, begin_mixing, replaced
+from dist_ft.engine.element_counts import element_counts, fixed_sizes, group_sizes, require_grad
 from dist_ft.engine.gradient_probe import GradientProbe, shared_matrices
 from dist_ft.engine.held_rows import HeldRows, held_elements, row_widths
 from dist_ft.engine.layer_modes import LayerModes
@@ -83,7 +87,7 @@ class DeepSpeedEngine:
         exempt_from_collection()
         self._buffers = FloatBuffers(module)
         self.before_change: Callable[[], None] = nothing
-        self.module = module.to(DTYPES[options.precision])
+        self._module = module.to(DTYPES[options.precision])
         self._buffers.restore()
         self.options = options
         self.switch: Switch = switch
@@ -116,6 +120,8 @@ class DeepSpeedEngine:
         self._average = WeightAverage(options.averaging, self._sizes, partitioning)
         self._loss_scale: dict[str, float] = {}  # of the engine that was taken down last
         self._own_time = OwnTime()
+        self._arriving = ArrivingWeights()
+        self._own_time.leave_out(self._arriving, "take")
         self._engine: Any = None
         self._stepper: Any = None
         self._inner: GroupAdamW | None = None
@@ -147,7 +153,14 @@ class DeepSpeedEngine:
         self._modes.apply(wanted, weight=self._weights.whole)
         return self._report(how, seconds=time.monotonic() - began)
 
+    @property
+    def module(self) -> nn.Module:
+        """The model, with the weights that the last step has left."""
+        self._arriving.settle()
+        return self._module
+
     def _have_all_weights(self) -> None:
+        self._arriving.settle()
         self.before_change()
         self._prefix.bring_back()
 
@@ -159,16 +172,12 @@ class DeepSpeedEngine:
         self._set_requires_grad(held)
         self._inner = GroupAdamW(
             [
-                {
-                    "params": [parameters[n] for n in g.parameters],
-                    "lr": g.lr,
-                    "weight_decay": g.weight_decay,
-                    "penalty": g.penalty,
-                    "anchors": self._anchors.get(g.name, []),
-                    "held": held_elements(g, self._states.layouts(g.name), widths=self._row_widths),
-                    # Some of DeepSpeed's wrappers run a step without gradients when built.
-                    "active": False,
-                }
+                optimizer_group(
+                    g,
+                    parameters=parameters,
+                    anchors=self._anchors,
+                    held=held_elements(g, self._states.layouts(g.name), widths=self._row_widths),
+                )
                 for g in groups
             ],
             betas=self.options.betas,
@@ -176,11 +185,7 @@ class DeepSpeedEngine:
         )
         elements = sum(n for g in groups for _, n in self._sizes[g.name])
         config = build_ds_config(self.options, deepspeed=self._ds, trainable_elements=elements)
-        import deepspeed
-
-        self._engine, *_ = deepspeed.initialize(
-            model=self.module, optimizer=self._inner, config=config, dist_init_required=False
-        )
+        self._engine = start_engine(self._module, optimizer=self._inner, config=config)
         write_loss_scale(self._engine, precision=self.options.precision, state=self._loss_scale)
         if self._ds.zero_stage == 3:
             coordinator = self._engine.optimizer.parameter_offload.get_param_coordinator()
@@ -194,7 +199,9 @@ class DeepSpeedEngine:
             options=self.options,
             deepspeed_options=self._ds,
             weights=self._weights,
+            arriving=self._arriving,
         )
+        self._arriving.watch(self._modes.blocks)
         self._held_rows.watch(parameters)
         self._set_requires_grad(wanted)
 
@@ -204,37 +211,30 @@ class DeepSpeedEngine:
             if self._ds.zero_stage == 3:
                 config = build_ds_config(self.options, deepspeed=self._ds, trainable_elements=0)
                 self._weights.partition(config)
-                self._snapshot = ModuleSnapshot(self.module)
+                self._snapshot = ModuleSnapshot(self._module)
             return
         self._states.detach()
+        self._stepper.close()
         self._loss_scale = read_loss_scale(self._engine, precision=self.options.precision)
-        if stage3 := self._ds.zero_stage == 3:
-            self._engine.optimizer._partition_all_parameters()
-            self._engine.empty_partition_cache()
-        self._engine.destroy()
+        destroy_engine(self._engine, zero_stage=self._ds.zero_stage)
         self._engine = self._inner = self._stepper = None
-        self._snapshot.restore(fresh_parameters=not stage3)
+        self._snapshot.restore(fresh_parameters=self._ds.zero_stage < 3)
         self._weights.refresh()
         collect_garbage()
 
-    def _set_requires_grad(self, groups: frozenset[str]) -> None:
+    def _set_requires_grad(self, wanted: frozenset[str]) -> None:
         parameters = self._weights.parameters()
-        for name in self._fixed:
-            parameters[name].requires_grad_(False)
-        for group in self._groups:
-            for name in group.parameters:
-                parameters[name].requires_grad_(group.layer_group in groups)
+        require_grad(parameters, wanted=wanted, groups=self._groups, fixed=self._fixed)
 
     def _report(self, switch: Switch, *, seconds: float) -> PhaseReport:
         """Return what the change did, read from the parameters and the optimizer's tensors."""
-        numel = {n: size for sizes in self._sizes.values() for n, size in sizes}
-        needs_grad = {n for n, p in self._weights.parameters().items() if p.requires_grad}
-        trainable = sum(numel[n] for n in needs_grad)
+        parameters = self._weights.parameters()
+        trainable, frozen = element_counts(parameters, sizes=self._sizes, fixed=self._fixed)
         return PhaseReport(
             switch=switch,
             switch_s=seconds,
             trainable_params=trainable,
-            frozen_params=sum(numel.values()) + sum(self._fixed.values()) - trainable,
+            frozen_params=frozen,
             optimizer_bytes=self._states.optimizer_bytes(),
             parked_bytes=self._states.parked_bytes(),
             gradient_bytes=trainable * DTYPES[self.options.precision].itemsize,
@@ -256,7 +256,7 @@ class DeepSpeedEngine:
     ) -> StepResult:
         """Run one optimizer step; see `Engine.train_step`."""
         engine = self._engine
-        self._modes.enter_train(self.module)
+        self._modes.enter_train(self._module)
         turns = (OwnTurn(task, micro_batches, global_count), *joined)
         tasks = frozenset(turn.task for turn in turns)
         stage3 = self._ds.zero_stage == 3
@@ -266,7 +266,7 @@ class DeepSpeedEngine:
         mixed = self._begin_mixing(step, tasks=tasks)
         accumulation = Accumulation(
             engine, run=self._run, passes=passes, own_time=self._own_time, probe=self._probe,
-            options=self.options, deepspeed_options=self._ds,
+            options=self.options, deepspeed_options=self._ds, gradients=self._stepper.gradients,
         )  # fmt: skip
         with self._probe.watching(self._shared(), turns=len(turns)):
             losses = accumulation.over(step, turns=turns, ways=ways)
@@ -305,12 +305,10 @@ class DeepSpeedEngine:
 
     def _begin_mixing(self, step: int, *, tasks: frozenset[str]) -> list[int]:
         """Mix what mixout applies to in this step; return the held groups' indices."""
-        groups = {
-            i: g
-            for i, g in enumerate(self._states.held)
-            if g.mixout and g.is_active(tasks, trainable=self._trainable)
-        }
+        reached = self._reached(tasks)
+        groups = {i: g for i, g in enumerate(self._states.held) if g.mixout and i in reached}
         if groups:
+            self._arriving.settle()
             self.before_change()
             begin_mixing(
                 self._mixing,
@@ -334,11 +332,17 @@ class DeepSpeedEngine:
     ) -> tuple[Tensor, Any]:
         device = self._engine.device
         inputs, targets = on_device(batch.inputs, device), on_device(batch.targets, device)
-        return self._engine(task, inputs, targets, *(() if way is None else (way,)))
+        # DeepSpeed's forward pass only prepares the backward pass that it would have to see.
+        whole = self._engine if self._stepper.gradients is None else self._engine.module
+        self._arriving.settle_before_forward()
+        found = whole(task, inputs, targets, *(() if way is None else (way,)))
+        self._arriving.settle()
+        return found
 
     @torch.no_grad()
     def eval_forward(self, task: str, micro_batch: MicroBatchLike) -> tuple[Tensor, Any]:
         """Return summed loss and outputs without gradients, dropout off."""
+        self._arriving.settle()
         self._engine.eval()
         self._modes.passes.none()
         return self._run(task, micro_batch)
@@ -356,6 +360,7 @@ class DeepSpeedEngine:
 
     def state(self) -> EngineState:
         """Return this rank's share of weights, masters, moments and step counts, as views."""
+        self._arriving.settle()
         self._prefix.bring_back()
         slices, steps = self._states.export()
         scale = read_loss_scale(self._engine, precision=self.options.precision)
@@ -390,5 +395,5 @@ class DeepSpeedEngine:
         if self._engine is not None:
             self._take_down()
         self._states.clear()
-        free_weights(self.module)
+        free_weights(self._module)
         include_in_collection()

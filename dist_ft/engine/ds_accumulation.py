@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dist_ft.engine.base import EngineOptions, MicroBatchLike, micro_batch_seed, seed_random_numbers
 from dist_ft.engine.ds_config import DeepSpeedOptions, averages
+from dist_ft.engine.ds_gradients import OwnedGradients
 from dist_ft.engine.gradient_probe import GradientProbe
 from dist_ft.engine.out_of_memory import MemoryGuard, OneRow
 from dist_ft.engine.own_time import OwnTime
@@ -37,13 +38,15 @@ class Accumulation:
         probe: GradientProbe,
         options: EngineOptions,
         deepspeed_options: DeepSpeedOptions,
+        gradients: OwnedGradients | None,
     ) -> None:
         """Begin a step; `run` returns loss and outputs of (task, micro-batch, trunk pass)."""
         self._engine, self._run, self._passes = engine, run, passes
         self._own_time, self._probe = own_time, probe
-        self.options, self._ds = options, deepspeed_options
+        self.options, self._ds, self._gradients = options, deepspeed_options, gradients
         self._factor = gradient_factor(deepspeed_options)
         overlaps = bool(engine.zero_optimization() and engine.zero_overlap_comm())
+        self._is_last = False
         self._guard = MemoryGuard(deepspeed_options.zero_stage, overlaps=overlaps)
 
     @property
@@ -61,8 +64,8 @@ class Accumulation:
             seed_random_numbers(seed, engine.device)
             passes = passes_of(self._engine.module, work.task)
             for done in range(1, passes + 1):
-                is_last = position == len(works) - 1 and done == passes
-                engine.set_gradient_accumulation_boundary(is_last)
+                self._is_last = position == len(works) - 1 and done == passes
+                engine.set_gradient_accumulation_boundary(self._is_last)
                 losses[work.turn] += self._guard.run(
                     work.batch,
                     forward=self._share_of_loss(work, way=way, step=step),
@@ -90,6 +93,9 @@ class Accumulation:
         return forward
 
     def _backward(self, share: Tensor) -> None:
+        if self._gradients is not None:
+            self._gradients.backward(share, last=self._is_last)
+            return
         if self._ds.zero_stage == 1 and self._engine.optimizer._backward_active_depth:
             # Left by a backward pass that memory ended; nothing of it was reduced.
             self._engine.optimizer._backward_active_depth = 0

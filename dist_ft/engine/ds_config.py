@@ -59,7 +59,7 @@ def build_ds_config(
         zero["sub_group_size"] = ONE_SUB_GROUP
     else:
         # What DeepSpeed calls so is an all-reduce between two more copies of every gradient; see
-        # `dist_ft.engine.ds_reduce` for what is done on CPUs.
+        # `dist_ft.engine.ds_gradients` for CPUs.
         zero.setdefault("reduce_scatter", False)
         # The loss is a mean over the global batch already: one pass over the gradients less.
         config["gradient_allreduce_op"] = "sum"

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from dist_ft.engine.anchors import Anchors
 from dist_ft.engine.base import Precision, StateSlice, StateSource
 from dist_ft.engine.ds_state import (
     Owner,
@@ -254,3 +255,30 @@ class GroupStates:
             return False
         first, _ = self.sizes[name][0]
         return source.read("master", first, start=0, length=1) is not None
+
+
+def optimizer_group(
+    group: ParamGroup,
+    *,
+    parameters: Mapping[str, nn.Parameter],
+    anchors: Anchors,
+    held: Sequence[Sequence[tuple[int, int]]],
+) -> dict[str, Any]:
+    """Return a parameter group as `GroupAdamW` takes it, before DeepSpeed cuts it.
+
+    Args:
+        group: The group.
+        parameters: By name.
+        anchors: The starting weights by group, where something pulls towards them.
+        held: Runs of elements that never move, in each tensor that is updated.
+    """
+    return {
+        "params": [parameters[n] for n in group.parameters],
+        "lr": group.lr,
+        "weight_decay": group.weight_decay,
+        "penalty": group.penalty,
+        "anchors": anchors.get(group.name, []),
+        "held": held,
+        # Some of DeepSpeed's wrappers run a step without gradients when built.
+        "active": False,
+    }

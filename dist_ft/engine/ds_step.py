@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_ft.engine.ds_arriving import ArrivingWeights
 from dist_ft.engine.exchange import gather
 from dist_ft.optim.adamw import GroupAdamW
 
@@ -35,13 +36,24 @@ class PartitionedStep:
         zero: DeepSpeed's optimizer, whose attributes are not part of its interface; the distributed
             tests compare what comes of them with the reference.
         inner: Updates this rank's fp32 partitions.
+        arriving: Gets the weights that other ranks have updated.
+        layer_groups: The layer group of each parameter group.
     """
 
     zero: Any
     inner: GroupAdamW
+    arriving: ArrivingWeights
+    layer_groups: Sequence[str]
 
     @classmethod
-    def of(cls, ds_engine: Any, *, inner: GroupAdamW) -> PartitionedStep | None:
+    def of(
+        cls,
+        ds_engine: Any,
+        *,
+        inner: GroupAdamW,
+        arriving: ArrivingWeights,
+        layer_groups: Sequence[str],
+    ) -> PartitionedStep | None:
         """Return the step for an engine, or None if DeepSpeed's own must be used.
 
         That is the case in other stages, with an offloaded optimizer, and where a loss scale is to
@@ -50,7 +62,9 @@ class PartitionedStep:
         zero = ds_engine.optimizer
         if type(zero).__name__ != "DeepSpeedZeroOptimizer" or zero.cpu_offload:
             return None
-        return None if zero.dtype == torch.float16 else cls(zero, inner)
+        if zero.dtype == torch.float16:
+            return None
+        return cls(zero, inner, arriving, tuple(layer_groups))
 
     @torch.no_grad()
     def square(self, indices: Sequence[int]) -> Tensor:
@@ -59,19 +73,19 @@ class PartitionedStep:
         Args:
             indices: Parameter groups that have a gradient; that of all others is zero.
         """
-        parts = [square_sum(self.zero.averaged_gradients[i]) for i in indices]
+        averaged = self.zero.averaged_gradients
+        parts = [square_sum(averaged[i]) for i in indices if averaged.get(i) is not None]
         return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
 
     @torch.no_grad()
     def apply(self, indices: Sequence[int], *, factor: float) -> None:
-        """Update the parameter groups `indices` and drop all gradients.
+        """Update the parameter groups `indices`, begin to gather them and drop all gradients.
 
         Args:
             indices: The groups, in order; the same on every rank. Without any, nothing moves.
             factor: What the gradient is multiplied by: below 1 if it is clipped.
         """
-        pending: list[Callable[[], None]] = []
-        for bundle in self._bundles(indices):
+        for bundle in self._bundles(self.arriving.in_order(indices, self.layer_groups)):
             for index in bundle:
                 master = self._master(index)
                 master.grad = self._gradient(index)
@@ -82,9 +96,7 @@ class PartitionedStep:
                 master = self._master(index)
                 master.grad = None
                 self._own_weights(index).copy_(master)
-            pending.append(self._gather(bundle))
-        for finish in pending:
-            finish()
+            self.arriving.add({self.layer_groups[i] for i in bundle}, self._gather(bundle))
         self._drop_gradients()
 
     def _bundles(self, indices: Sequence[int]) -> Iterator[list[int]]:
@@ -113,7 +125,9 @@ class PartitionedStep:
 
     def _gradient(self, index: int) -> Tensor:
         """Return this rank's share of a group's gradient in the type of its master."""
-        pieces: Sequence[Tensor] = self.zero.averaged_gradients[index]
+        pieces: Sequence[Tensor] | None = self.zero.averaged_gradients.get(index)
+        if pieces is None:  # nothing of the group took part in the step
+            return torch.zeros_like(self._master(index))
         flat = torch.empty_like(self._master(index))
         for part, piece in zip(flat.split([p.numel() for p in pieces]), pieces, strict=True):
             part.copy_(piece.reshape(-1))

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from dist_ft.dist import all_reduce_sum
 from dist_ft.engine.base import EngineOptions, gradient_problem, loss_problem
+from dist_ft.engine.ds_arriving import ArrivingWeights
 from dist_ft.engine.ds_config import DeepSpeedOptions, clips_itself
-from dist_ft.engine.ds_reduce import reduce_to_owners
+from dist_ft.engine.ds_gradients import OwnedGradients, check_order
 from dist_ft.engine.ds_step import PartitionedStep, hand_norm, square_sum
 from dist_ft.engine.ds_weights import WeightAccess
 from dist_ft.optim.adamw import GroupAdamW
@@ -49,12 +50,19 @@ class Stepper:
         options: EngineOptions,
         deepspeed_options: DeepSpeedOptions,
         weights: WeightAccess,
+        arriving: ArrivingWeights,
     ) -> None:
         """Take over a fresh engine whose optimizer `inner` has the parameter groups `held`."""
         self._engine, self._inner, self._held = engine, inner, tuple(held)
         self.options, self._ds, self._weights = options, deepspeed_options, weights
-        self._step = PartitionedStep.of(engine, inner=inner)
-        reduce_to_owners(engine.optimizer)
+        names = [g.layer_group for g in held]
+        self._step = PartitionedStep.of(engine, inner=inner, arriving=arriving, layer_groups=names)
+        self.gradients = OwnedGradients.of(engine)
+
+    def close(self) -> None:
+        """Let go of the engine's parameters."""
+        if self.gradients is not None:
+            self.gradients.close()
 
     def update(
         self,
@@ -76,7 +84,11 @@ class Stepper:
             return self._by_deepspeed(
                 shares, reached=reached, learning_rates=learning_rates, loss_limit=loss_limit
             )
-        *sums, square = _totals(shares, self._step.square(reached))
+        order = 0 if self.gradients is None else self.gradients.take_order()
+        *sums, square, orders, squares = all_reduce_sum(
+            [*shares, float(self._step.square(reached)), order, order * order]
+        )
+        check_order(orders, squares)
         norm = math.sqrt(square)
         refused = loss_problem(sum(sums), limit=loss_limit) or gradient_problem(norm)
         self._activate(reached, learning_rates)

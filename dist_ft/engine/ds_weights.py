@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,31 +10,8 @@ from torch import Tensor, nn
 
 from dist_ft.engine.base import StateSlice, StateSource
 from dist_ft.engine.ds_state import read_master
+from dist_ft.engine.element_counts import model_parameters
 from dist_ft.engine.layout import Piece, fair_share
-from dist_ft.optim.param_groups import ParamGroup
-
-
-def model_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters by the model's own names (the loss wrapper's prefix removed)."""
-    return {name.removeprefix("model."): p for name, p in module.named_parameters()}
-
-
-def group_sizes(
-    module: nn.Module, groups: Sequence[ParamGroup]
-) -> dict[str, list[tuple[str, int]]]:
-    """Return name and number of elements of each group's parameters, in the group's order."""
-    numel = {n: int(getattr(p, "ds_numel", p.numel())) for n, p in model_parameters(module).items()}
-    return {g.name: [(n, numel[n]) for n in g.parameters] for g in groups}
-
-
-def fixed_sizes(module: nn.Module, groups: Sequence[ParamGroup]) -> dict[str, int]:
-    """Return the number of elements of each parameter that is in no group."""
-    grouped = {name for group in groups for name in group.parameters}
-    return {
-        name: int(getattr(p, "ds_numel", p.numel()))
-        for name, p in model_parameters(module).items()
-        if name not in grouped
-    }
 
 
 class FloatBuffers:

@@ -132,23 +132,33 @@ def _gather_at_once(
     return finish
 
 
-def sum_at_owners(slices: Sequence[Sequence[Tensor]], *, group: Any) -> None:
-    """Replace the slices that this rank owns by their sums over ranks; leave all others.
+def sum_at_owners(slices: Sequence[Sequence[Tensor]], *, group: Any) -> Finish:
+    """Begin to replace the slices that this rank owns by their sums over ranks.
 
     The ranks are added in their order. Below fp32, the sum of more than two is rounded once.
 
     Args:
         slices: Contiguous vectors of one type in host memory, by the rank of `group` that owns
-            them; of the same lengths on every rank.
+            them; of the same lengths on every rank. Not to be written to before the end. Those of
+            others stay as they are.
         group: The process group. All ranks must begin their exchanges in the same order.
+
+    Returns:
+        What waits until this rank's sums are there; to be called once.
     """
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     others = [r for r in range(world_size) if r != rank]
     own = slices[rank]
     received = {r: _like(own) for r in others}
-    swap({r: slices[r] for r in others}, received, group=group)()
-    for index, mine in enumerate(own):
-        _add(mine, [received[r][index] if r != rank else mine for r in range(world_size)])
+    arrive = swap({r: slices[r] for r in others}, received, group=group)
+
+    def finish() -> None:
+        arrive()
+        for index, mine in enumerate(own):
+            parts = [received[r][index] if r != rank else mine for r in range(world_size)]
+            _add(mine, parts)
+
+    return finish
 
 
 def _like(vectors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -159,7 +169,10 @@ def _like(vectors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _add(result: Tensor, parts: Sequence[Tensor]) -> None:
-    first, second, *rest = parts
+    first, *rest = parts
+    if not rest:
+        return
+    second, *rest = rest
     if not rest:  # rounded as the sum in fp32 is
         torch.add(first, second, out=result)
         return

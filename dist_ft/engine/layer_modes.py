@@ -32,6 +32,7 @@ class LayerModes:
         checkpointing: Recompute the activations of blocks in the backward pass.
         prefix_dropout: Whether a frozen prefix keeps its dropout (as plain fine-tuning does).
         passes: How micro-batches go through the blocks.
+        blocks: The module of each group that is one whole transformer block.
     """
 
     order: tuple[str, ...] = ()
@@ -39,6 +40,7 @@ class LayerModes:
     checkpointing: Checkpointing = "none"
     prefix_dropout: bool = True
     passes: TrunkPasses = field(default_factory=TrunkPasses)
+    blocks: Mapping[str, nn.Module] = field(default_factory=dict)
     _prefix: list[str] = field(default_factory=list)
     _trains: nn.Module | None = None
 
@@ -66,6 +68,7 @@ class LayerModes:
                 gradient_checkpointing_kwargs={"use_reentrant": checkpointing == "reentrant"}
             )
         modules = {g.name: group_modules(model, g.parameters) for g in backbone}
+        whole = [g.name for g in backbone if g.kind == "block" and len(modules[g.name]) == 1]
         if backbone:
             # A dropout beside the embeddings, as GPT-2's, has no parameters to be named by.
             modules[backbone[0].name] += [
@@ -77,6 +80,7 @@ class LayerModes:
             checkpointing=checkpointing,
             prefix_dropout=prefix_dropout,
             passes=passes,
+            blocks={name: modules[name][0] for name in whole},
         )
 
     def apply(self, trainable: frozenset[str], *, weight: Callable[[str], Tensor]) -> None:

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_ft.engine import ds_reduce, ds_stepper, exchange
+from dist_ft.engine import exchange
 from dist_ft.engine.base import EngineOptions
+from dist_ft.engine.ds_gradients import OwnedGradients
 from tests.helpers.phases import ALL, bitwise_equal, make_deepspeed, run
 from tests.helpers.run_distributed import run_distributed
 from tests.helpers.same_order import SameOrder
@@ -40,7 +41,7 @@ def _sums() -> None:
         whole = [torch.cat([_drawn(r, n, dtype=dtype) for n in SIZES]) for r in range(world)]
         mine = whole[rank].clone()
         pieces = mine.split(list(SIZES))
-        exchange.sum_at_owners([pieces[r::world] for r in range(world)], group=None)
+        exchange.sum_at_owners([pieces[r::world] for r in range(world)], group=None)()
         expected = [p.split(list(SIZES)) for p in whole]
         for place, piece in enumerate(pieces):
             of_ranks = [e[place] for e in expected]
@@ -57,7 +58,7 @@ def _owns_nothing() -> None:
     values = torch.full((9,), float(dist.get_rank()))
     owner = dist.get_world_size() - 1
     slices = [[values] if r == owner else [] for r in range(owner + 1)]
-    exchange.sum_at_owners(slices, group=None)
+    exchange.sum_at_owners(slices, group=None)()
     expected = sum(range(owner + 1)) if dist.get_rank() == owner else dist.get_rank()
     assert torch.equal(values, torch.full((9,), float(expected)))
 
@@ -107,37 +108,6 @@ def test_a_gpus_collective_gathers_the_same() -> None:
     run_distributed(_at_once, world_size=3)
 
 
-def _owners(zero: Any, group: int, index: int) -> Tensor:
-    """Return whose partition each element of a parameter lies in, by where it lies in memory."""
-    flat, data = zero.bit16_groups_flat[group], zero.bit16_groups[group][index].data
-    first = (data.data_ptr() - flat.data_ptr()) // flat.element_size()
-    share = flat.numel() // dist.get_world_size()
-    return torch.arange(first, first + data.numel()) // share
-
-
-def _slices_are_the_owners() -> None:
-    cut = 0
-    original = ds_reduce.slices_by_owner
-
-    def checked(zero: Any, bucket: Tensor, *, parameters: Any) -> Any:
-        nonlocal cut
-        owners = torch.cat([_owners(zero, group, index) for group, index, _ in parameters.params])
-        places = torch.arange(bucket.numel())
-        for rank, slices in enumerate(original(zero, places, parameters=parameters)):
-            found = torch.cat([*slices, places[:0]])
-            assert torch.equal(found, places[owners == rank]), rank
-            cut += len(slices)
-        return original(zero, bucket, parameters=parameters)
-
-    share = (dist.get_rank(), dist.get_world_size())
-    with mock.patch.object(ds_reduce, "slices_by_owner", checked):
-        for stage in (1, 2):
-            for base in BASES.values():
-                engine = make_deepspeed(EngineOptions(), zero_stage=stage, base=base)
-                run(engine, {0: ALL}, steps=range(2), micro_batches=share[1], share=share)
-    assert cut > 0
-
-
 # Buckets that gradients do not fit into one by one, that take a few, and that take all.
 BASES: dict[str, Mapping[str, Any]] = {
     "one bucket": {},
@@ -145,11 +115,6 @@ BASES: dict[str, Mapping[str, Any]] = {
     "no gradient fits": {"zero_optimization": {"reduce_bucket_size": 2, "overlap_comm": True}},
     "overlapping": {"zero_optimization": {"reduce_bucket_size": 90, "overlap_comm": True}},
 }
-
-
-@WORLDS
-def test_the_slices_of_a_bucket_go_to_who_holds_their_weights(world_size: int) -> None:
-    run_distributed(_slices_are_the_owners, world_size=world_size)
 
 
 SCHEDULE = {0: ("block.3", "head.a", "head.b"), 2: ALL}
@@ -184,7 +149,7 @@ def _like_all_reduce() -> None:
     bases = [(stage, base) for stage in (1, 2) for base in (*BASES.values(), fp32)]
     for stage, base in (*bases, (2, kept)):  # DeepSpeed has another optimizer for it in stage 1
         weights = _weights(stage, base=base, precision="bf16")
-        with mock.patch.object(ds_stepper, "reduce_to_owners"):
+        with mock.patch.object(OwnedGradients, "of", return_value=None):
             expected = _weights(stage, base=base, precision="bf16")
         if dist.get_rank() == 0:
             assert bitwise_equal(weights, expected), (stage, base)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dist_ft.engine.ds_state import OwnerLayout, owner_layouts
 from dist_ft.engine.ds_step import square_sum
-from dist_ft.engine.ds_weights import group_sizes
+from dist_ft.engine.element_counts import group_sizes
 from dist_ft.optim.adamw import GroupAdamW
 from tests.helpers.phases import Schedule
 from tests.helpers.tiny import TASKS, TinyModel, global_batch, learning_rates, param_groups
