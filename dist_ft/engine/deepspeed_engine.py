@@ -388,9 +388,9 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """Free weights and optimizer state; neither the engine nor its module is of use then.
 
-        Letting go of the object is not enough: DeepSpeed's hooks keep engine and parameters alive
-        through references that no collection sees.
+        To let go of the object is not enough: hooks keep engine and parameters alive unseen.
         """
+        self._arriving.give_up()
         self._have_all_weights()
         if self._engine is not None:
             self._take_down()

@@ -46,6 +46,7 @@ class Accumulation:
         self.options, self._ds, self._gradients = options, deepspeed_options, gradients
         self._factor = gradient_factor(deepspeed_options)
         overlaps = bool(engine.zero_optimization() and engine.zero_overlap_comm())
+        overlaps = overlaps and gradients is None
         self._is_last = False
         self._guard = MemoryGuard(deepspeed_options.zero_stage, overlaps=overlaps)
 

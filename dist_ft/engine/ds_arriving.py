@@ -6,6 +6,8 @@ needs them before the next forward pass, and that needs them block after block.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,7 +53,20 @@ class ArrivingWeights:
     def take(self, count: int) -> None:
         """Wait for the first `count` exchanges."""
         for _ in range(count):
-            self._pending.popleft()[1]()
+            groups, finish = self._pending[0]
+            try:
+                finish()
+            except RuntimeError as error:
+                # Whoever reads weights after this must not find them half written.
+                self._pending[0] = groups, functools.partial(_raise, error)
+                raise
+            self._pending.popleft()
+
+    def give_up(self) -> None:
+        """Wait for what can still arrive; nobody will read the weights any more."""
+        with contextlib.suppress(RuntimeError):
+            self.settle()
+        self._pending.clear()
 
     def settle_before_forward(self) -> None:
         """Wait for all weights but those that blocks wait for themselves."""
@@ -82,3 +97,7 @@ class ArrivingWeights:
         """Wait for all exchanges up to the last one that `concerns` is true of."""
         last = max((i for i, (g, _) in enumerate(self._pending) if concerns(g)), default=-1)
         self.take(last + 1)
+
+
+def _raise(error: RuntimeError) -> None:
+    raise error

@@ -62,7 +62,7 @@ class _Bundle:
     slices: list[list[Tensor]]
     targets: list[tuple[int, int]] = field(default_factory=list)
     numel: int = 0
-    finish: Callable[[], None] | None = None
+    finish: Callable[[], Sequence[Tensor]] | None = None
 
 
 class OwnedGradients:
@@ -100,12 +100,15 @@ class OwnedGradients:
         """Return it for a fresh DeepSpeed engine, or None if DeepSpeed must reduce itself.
 
         That is the case in other stages, on a GPU, with an offloaded optimizer, for the mean of the
-        ranks, and where gradients are looked through for overflows (fp16).
+        ranks, where gradients are looked through for overflows (fp16), and where DeepSpeed's
+        forward pass does something (``torch_autocast``).
         """
         zero = engine.optimizer
         if type(zero).__name__ != "DeepSpeedZeroOptimizer" or zero.cpu_offload:
             return None
         if zero.gradient_average or zero.dtype == torch.float16:
+            return None
+        if engine.torch_autocast_enabled():
             return None
         return cls(engine) if zero.bit16_groups_flat[0].is_cpu else None
 
@@ -186,8 +189,7 @@ class OwnedGradients:
         """Wait for the oldest bundle, and add its sums to this rank's partitions."""
         bundle = self._under_way.popleft()
         assert bundle.finish is not None
-        bundle.finish()
-        for (group, offset), values in zip(bundle.targets, bundle.slices[self._rank], strict=True):
+        for (group, offset), values in zip(bundle.targets, bundle.finish(), strict=True):
             flat = self._partition(group)
             flat[offset : offset + values.numel()].add_(values.to(flat.dtype))
 
@@ -204,6 +206,8 @@ class OwnedGradients:
 def check_order(total: float, squares: float) -> None:
     """Check that the gradients of all ranks came in one order, so that like was added to like.
 
+    Where gradients of different sizes met, gloo has ended a process before this.
+
     Args:
         total: The sum of the ranks' orders.
         squares: The sum of their squares; with the number of ranks, it is the square of `total` if
@@ -216,7 +220,7 @@ def check_order(total: float, squares: float) -> None:
     if world_size * int(squares) != int(total) ** 2:
         raise RuntimeError(
             "the gradients of this step came in different orders on the ranks, so that they were "
-            "not added up parameter by parameter. The weights are still those of the step before. "
+            "not added up parameter by parameter. Nothing was updated. "
             "A module runs its layers in an order that depends on its data: use "
             "engine.zero_stage 0 or 3, which do not depend on it"
         )

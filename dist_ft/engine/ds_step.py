@@ -97,6 +97,8 @@ class PartitionedStep:
                 master.grad = None
                 self._own_weights(index).copy_(master)
             self.arriving.add({self.layer_groups[i] for i in bundle}, self._gather(bundle))
+        if not self.zero.bit16_groups_flat[0].is_cpu:
+            self.arriving.settle()  # a GPU's forward pass would wait within what is measured of it
         self._drop_gradients()
 
     def _bundles(self, indices: Sequence[int]) -> Iterator[list[int]]:

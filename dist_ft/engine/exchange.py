@@ -132,19 +132,19 @@ def _gather_at_once(
     return finish
 
 
-def sum_at_owners(slices: Sequence[Sequence[Tensor]], *, group: Any) -> Finish:
-    """Begin to replace the slices that this rank owns by their sums over ranks.
+def sum_at_owners(slices: Sequence[Sequence[Tensor]], *, group: Any) -> Callable[[], list[Tensor]]:
+    """Begin to add up the slices that this rank owns over all ranks.
 
     The ranks are added in their order. Below fp32, the sum of more than two is rounded once.
 
     Args:
         slices: Contiguous vectors of one type in host memory, by the rank of `group` that owns
-            them; of the same lengths on every rank. Not to be written to before the end. Those of
-            others stay as they are.
+            them; of the same lengths on every rank. Never written to, as gradients may share their
+            memory; nor must the caller before the end.
         group: The process group. All ranks must begin their exchanges in the same order.
 
     Returns:
-        What waits until this rank's sums are there; to be called once.
+        What waits for this rank's slices and returns their sums; to be called once.
     """
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     others = [r for r in range(world_size) if r != rank]
@@ -152,11 +152,12 @@ def sum_at_owners(slices: Sequence[Sequence[Tensor]], *, group: Any) -> Finish:
     received = {r: _like(own) for r in others}
     arrive = swap({r: slices[r] for r in others}, received, group=group)
 
-    def finish() -> None:
+    def finish() -> list[Tensor]:
         arrive()
-        for index, mine in enumerate(own):
-            parts = [received[r][index] if r != rank else mine for r in range(world_size)]
-            _add(mine, parts)
+        return [
+            _sum([received[r][index] if r != rank else mine for r in range(world_size)], mine=rank)
+            for index, mine in enumerate(own)
+        ]
 
     return finish
 
@@ -168,15 +169,15 @@ def _like(vectors: Sequence[Tensor]) -> Sequence[Tensor]:
     return vectors[0].new_empty(sum(sizes)).split(sizes)
 
 
-def _add(result: Tensor, parts: Sequence[Tensor]) -> None:
-    first, *rest = parts
-    if not rest:
-        return
-    second, *rest = rest
+def _sum(parts: Sequence[Tensor], *, mine: int) -> Tensor:
+    """Return the sum of the ranks' parts, in their order, in the memory of another than `mine`."""
+    if len(parts) == 1:
+        return parts[0]
+    result = parts[1 if mine == 0 else 0]
+    first, second, *rest = parts
     if not rest:  # rounded as the sum in fp32 is
-        torch.add(first, second, out=result)
-        return
+        return torch.add(first, second, out=result)
     total = torch.add(first.to(torch.promote_types(first.dtype, torch.float32)), second)
     for part in rest:
         total.add_(part)
-    result.copy_(total)
+    return result.copy_(total)

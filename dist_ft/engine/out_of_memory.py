@@ -7,7 +7,9 @@ step's update together; see `dist_ft.train.memory` for what they do then.
 
 That holds where no collective of a micro-batch can have run before the error. In stage 3 each
 module gathers its weights, and from stage 2 on the backward pass reduces gradients: the error goes
-through, the process ends, and the ranks start again from the last checkpoint.
+through, the process ends, and the ranks start again from the last checkpoint. In stage 1 the last
+backward pass may do so too (on CPUs): what it had sent by then is not sent twice, so that the pass
+of one row ends what it began; see `dist_ft.engine.ds_gradients`.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ class MemoryGuard:
 
     Attributes:
         zero_stage: 0 to 3.
-        overlaps: Whether gradients are reduced while the backward pass runs, in every stage.
+        overlaps: Whether DeepSpeed reduces gradients while the backward pass runs, in every stage.
         lacked: What did not fit, or None.
     """
 

@@ -9,12 +9,15 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_ft import dist
 from dist_ft.engine import ds_gradients, ds_step, exchange
 from dist_ft.engine.base import EngineOptions
 from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
+from dist_ft.engine.ds_arriving import ArrivingWeights
+from dist_ft.engine.ds_config import DeepSpeedOptions, build_ds_config
+from dist_ft.engine.ds_setup import set_up_deepspeed
 from dist_ft.model.backbone import HeadSpec, build_model
 from dist_ft.model.layer_groups import find_layer_groups
 from dist_ft.model.trunk import Trunk
@@ -171,3 +174,60 @@ def _other_orders() -> None:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_gradients_in_another_order_are_an_error_on_every_rank(world_size: int) -> None:
     run_distributed(_other_orders, world_size=world_size)
+
+
+class _Shared(nn.Module):
+    """Two parameters whose gradients autograd leaves as two views of one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = (nn.Parameter(torch.zeros(2, 50_000)) for _ in range(2))
+
+    def forward(self, scale: Tensor) -> Tensor:
+        return ((self.one.view(-1) + self.other.view(-1)) * scale).sum()
+
+
+def _shared_memory() -> None:
+    import deepspeed
+
+    set_up_deepspeed()
+    for stage in (1, 2):
+        model = _Shared()
+        options = DeepSpeedOptions(stage, micro_batch_size=1, gradient_accumulation_steps=1)
+        config = build_ds_config(EngineOptions(), deepspeed=options, trainable_elements=200_000)
+        # A group each, so that every rank owns a part of both.
+        adam = torch.optim.AdamW([{"params": [model.one]}, {"params": [model.other]}])
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=adam, config=config, dist_init_required=False
+        )
+        gradients = ds_gradients.OwnedGradients.of(engine)
+        assert gradients is not None
+        rank, world = dist.rank(), dist.world_size()
+        gradients.backward(model(torch.tensor(float(rank + 1))), last=True)
+        for (found,) in engine.optimizer.averaged_gradients.values():
+            expected = torch.full((100_000 // world,), world * (world + 1) / 2)
+            assert torch.equal(found[: len(expected)], expected), stage
+        gradients.close()
+        engine.destroy()
+
+
+def test_gradients_that_share_memory_are_not_added_into_each_other() -> None:
+    run_distributed(_shared_memory, world_size=2)
+
+
+def test_weights_whose_exchange_failed_stay_out_of_reach() -> None:
+    arriving, waited = ArrivingWeights(), []
+
+    def fails() -> None:
+        raise RuntimeError("a peer is gone")
+
+    arriving.add({"head"}, lambda: waited.append("head"))
+    arriving.add({"block.0"}, fails)
+    arriving.add({"block.1"}, lambda: waited.append("block.1"))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="a peer is gone"):
+            arriving.settle()
+    assert waited == ["head"]
+    arriving.give_up()
+    arriving.settle()
+    assert waited == ["head"]
