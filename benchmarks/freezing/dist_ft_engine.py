@@ -95,7 +95,7 @@ def run(
     for span in schedule:
         engine.set_trainable(span.trainable)
         if not recorder.snapshots:
-            recorder.snapshots.append(full_weights(model, zero_stage=zero_stage))
+            recorder.snapshots.append(full_weights(engine.module, zero_stage=zero_stage))
         for step in range(first, first + span.steps):
             engine.train_step(
                 step,
@@ -105,7 +105,7 @@ def run(
                 learning_rates=dict.fromkeys(tiny.groups(tasks), tiny.LR),
             )
         first += span.steps
-        recorder.snapshots.append(full_weights(model, zero_stage=zero_stage))
+        recorder.snapshots.append(full_weights(engine.module, zero_stage=zero_stage))
 
 
 def block_draws() -> list[int]:

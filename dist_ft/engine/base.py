@@ -206,7 +206,7 @@ class Engine(Protocol):
 
     @property
     def module(self) -> nn.Module:
-        """What is trained; up to date when this is asked for, not during the steps after."""
+        """What is trained. Ask for it after each step: weights may come in until then."""
         ...
 
     def train_step(

@@ -69,8 +69,8 @@ class OwnedGradients:
     """Runs the passes of one engine and reduces what they leave into this rank's partitions.
 
     In stage 2 that happens in every pass, in stage 1 in the last one of a step. What is reduced
-    lies in DeepSpeed's ``averaged_gradients`` until the optimizer's step: one flat tensor for each
-    parameter group that had a gradient, of the length of a partition.
+    lies in DeepSpeed's ``averaged_gradients`` until the optimizer's step: for each parameter group
+    that had a gradient, flat tensors of this rank's part of each parameter, and padding.
     """
 
     def __init__(self, engine: Any) -> None:
@@ -88,6 +88,8 @@ class OwnedGradients:
             parameter.register_post_accumulate_grad_hook(functools.partial(self._arrived, place))
             for parameter, place in zip(self._parameters, self._places, strict=True)
         ]
+        self._lengths = self._lengths_of_pieces()
+        self._flats: dict[int, Tensor] = {}
         self._bundle = self._empty()
         self._under_way: deque[_Bundle] = deque()
         self._begun: Counter[int] = Counter()
@@ -144,6 +146,17 @@ class OwnedGradients:
         order, self._order = self._order, 0
         return order
 
+    def _lengths_of_pieces(self) -> list[list[int]]:
+        """Return the lengths of this rank's part of each parameter, and of padding, by group."""
+        lengths: list[list[int]] = [[] for _ in self._zero.bit16_groups_flat]
+        for place in self._places:
+            own = [s for s in place.slices if s.owner == self._rank]
+            lengths[place.group] += [s.end - s.start for s in own]
+        for of_group, flat in zip(lengths, self._zero.bit16_groups_flat, strict=True):
+            if padding := flat.numel() // self._world - sum(of_group):
+                of_group.append(padding)
+        return lengths
+
     def _empty(self) -> _Bundle:
         return _Bundle([[] for _ in range(self._world)])
 
@@ -196,11 +209,12 @@ class OwnedGradients:
     def _partition(self, group: int) -> Tensor:
         averaged = self._zero.averaged_gradients
         if averaged.get(group) is None:
-            numel = self._zero.bit16_groups_flat[group].numel() // self._world
-            dtype = self._zero.gradient_accumulation_dtype
-            averaged[group] = [torch.zeros(numel, dtype=dtype)]
-        (flat,) = averaged[group]
-        return flat
+            lengths = self._lengths[group]
+            flat = torch.zeros(sum(lengths), dtype=self._zero.gradient_accumulation_dtype)
+            # In pieces, as DeepSpeed's: the norm is added up piece by piece.
+            averaged[group] = flat.split(lengths)
+            self._flats[group] = flat
+        return self._flats[group]
 
 
 def check_order(total: float, squares: float) -> None:

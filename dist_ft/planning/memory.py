@@ -146,7 +146,8 @@ def gradient_bytes(
     Args:
         shape: The model.
         trainable: Layer groups that train.
-        held: Layer groups that the engine holds; those that don't train have zeros there.
+        held: Layer groups that the engine holds; those that don't train have zeros there (on a GPU;
+            a CPU has none for them).
         setting: How it is executed. Stage 1 keeps whole gradients while it accumulates.
     """
     whole = shape.numel_of(trainable)
