@@ -17,6 +17,7 @@ from dist_ft.engine.base import EngineOptions
 from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
 from dist_ft.engine.ds_arriving import ArrivingWeights
 from dist_ft.engine.ds_config import DeepSpeedOptions, build_ds_config
+from dist_ft.engine.ds_detach import start_engine
 from dist_ft.engine.ds_setup import set_up_deepspeed
 from dist_ft.model.backbone import HeadSpec, build_model
 from dist_ft.model.layer_groups import find_layer_groups
@@ -188,8 +189,6 @@ class _Shared(nn.Module):
 
 
 def _shared_memory() -> None:
-    import deepspeed
-
     set_up_deepspeed()
     for stage in (1, 2):
         model = _Shared()
@@ -197,9 +196,7 @@ def _shared_memory() -> None:
         config = build_ds_config(EngineOptions(), deepspeed=options, trainable_elements=200_000)
         # A group each, so that every rank owns a part of both.
         adam = torch.optim.AdamW([{"params": [model.one]}, {"params": [model.other]}])
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=adam, config=config, dist_init_required=False
-        )
+        engine = start_engine(model, optimizer=adam, config=config)
         gradients = ds_gradients.OwnedGradients.of(engine)
         assert gradients is not None
         rank, world = dist.rank(), dist.world_size()

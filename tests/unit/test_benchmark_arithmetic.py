@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
@@ -128,8 +129,13 @@ def test_time_to_quality_asks_more_of_the_default_than_of_the_tuned_peer() -> No
     rows = time_to_quality.rows_of("trec", found, rows=100)
     assert {c.bound: c.holds for c in time_to_quality.claims_of(rows)} == {6.0: False, 3.0: True}
     size = time_to_quality.FULL
-    starts = [int(s.removesuffix("step")) for s in time_to_quality.gradual(size)["at"]]
-    assert 0 < starts[0] < starts[1] < size.steps
+    schedule = time_to_quality.gradual(size)
+    starts = [0, *(int(s.removesuffix("step")) for s in schedule["at"]), size.steps]
+    assert starts == sorted(set(starts))
+    lengths = [end - start for start, end in itertools.pairwise(starts)]
+    thawed = [i * schedule["groups_per_phase"] for i in range(len(lengths))]
+    frozen = sum((time_to_quality.BLOCKS - t) * n for t, n in zip(thawed, lengths, strict=True))
+    assert round(frozen / size.steps) == time_to_quality.FROZEN
 
 
 def test_the_extrapolation_covers_the_clusters_and_a_frozen_half_sends_less() -> None:
