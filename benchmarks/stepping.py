@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.training.own_run import open_run
-from dist_ft import messages
 from dist_ft.data.loader import StepBatch
 from dist_ft.engine import exchange
 from dist_ft.engine.base import DTYPES, PhaseReport
@@ -110,8 +109,6 @@ def around_collectives(make: Callable[[], AbstractContextManager[Any]]) -> Itera
 
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(exchange, "swap", swapped))
-        small = inside(messages.from_every_rank)
-        stack.enter_context(mock.patch.object(messages, "from_every_rank", small))
         for name in _COLLECTIVES:
             stack.enter_context(mock.patch.object(dist, name, inside(getattr(dist, name))))
         yield

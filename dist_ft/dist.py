@@ -15,8 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
-from dist_ft import messages
-
 T = TypeVar("T")
 
 
@@ -137,7 +135,9 @@ def all_reduce_sum(values: list[float]) -> list[float]:
     """Return the sums over ranks, in float64, the same on every rank."""
     if not is_distributed():
         return values
-    return messages.sum_of(torch.tensor(values, dtype=torch.float64)).tolist()
+    tensor = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
 
 
 def sum_over_ranks(tensor: Tensor) -> None:
@@ -150,7 +150,9 @@ def all_reduce_max(values: list[int]) -> list[int]:
     """Return the largest of each integer over ranks, the same on every rank."""
     if not is_distributed():
         return values
-    return messages.largest_of(torch.tensor(values, dtype=torch.int64)).tolist()
+    tensor = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
 
 
 def all_gather_object(value: Any) -> list[Any]:

@@ -37,11 +37,10 @@ from dist_ft.engine.ds_detach import (
     destroy_engine,
     exempt_from_collection,
     include_in_collection,
-    start_engine,
 )
 from dist_ft.engine.ds_groups import GroupStates, Partitioning, optimizer_group
 from dist_ft.engine.ds_loss_scale import read_loss_scale, write_loss_scale
-from dist_ft.engine.ds_setup import check_precision, set_up_deepspeed
+from dist_ft.engine.ds_setup import check_precision, set_up_deepspeed, start_engine
 from dist_ft.engine.ds_stepper import Stepper
 from dist_ft.engine.ds_weights import FloatBuffers, WeightAccess
 from dist_ft.engine.ds_working import WorkingWeights, begin_mixing, replaced

@@ -45,8 +45,8 @@ class Accumulation:
         self._own_time, self._probe = own_time, probe
         self.options, self._ds, self._gradients = options, deepspeed_options, gradients
         self._factor = gradient_factor(deepspeed_options)
-        overlaps = bool(engine.zero_optimization() and engine.zero_overlap_comm())
-        overlaps = overlaps and gradients is None
+        by_deepspeed = gradients is None and engine.zero_optimization()
+        overlaps = bool(by_deepspeed and engine.zero_overlap_comm())
         self._is_last = False
         self._guard = MemoryGuard(deepspeed_options.zero_stage, overlaps=overlaps)
 

@@ -89,16 +89,6 @@ def include_in_collection() -> None:
     atexit.unregister(gc.unfreeze)
 
 
-def start_engine(module: nn.Module, *, optimizer: Any, config: dict[str, Any]) -> Any:
-    """Return a DeepSpeed engine for what requires a gradient in `module`."""
-    import deepspeed
-
-    engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=config, dist_init_required=False
-    )
-    return engine
-
-
 def destroy_engine(engine: Any, *, zero_stage: int) -> None:
     """Take a DeepSpeed engine down; in stage 3, its parameters stay partitioned."""
     if zero_stage == 3:

@@ -3,8 +3,8 @@
 DeepSpeed copies every gradient into a bucket, all-reduces whole buckets when they are full while
 the backward pass waits, and copies this rank's share out again. Here a gradient is sent from where
 autograd has left it to the rank that holds its masters, while the backward pass goes on to the
-layers below; and the forward and backward passes run without DeepSpeed's own hooks, which take
-longer than the arithmetic of a step in which only a head trains. The partitions stay DeepSpeed's.
+layers below; and the forward and backward passes run without DeepSpeed's own hooks. The partitions
+stay DeepSpeed's.
 """
 
 from __future__ import annotations
@@ -62,7 +62,6 @@ class _Bundle:
     slices: list[list[Tensor]]
     targets: list[tuple[int, int]] = field(default_factory=list)
     numel: int = 0
-    finish: Callable[[], Sequence[Tensor]] | None = None
 
 
 class OwnedGradients:
@@ -91,7 +90,7 @@ class OwnedGradients:
         self._lengths = self._lengths_of_pieces()
         self._flats: dict[int, Tensor] = {}
         self._bundle = self._empty()
-        self._under_way: deque[_Bundle] = deque()
+        self._under_way: deque[tuple[_Bundle, Callable[[], list[Tensor]]]] = deque()
         self._begun: Counter[int] = Counter()
         self._skipped: Counter[int] = Counter()
         self._open = False
@@ -193,16 +192,15 @@ class OwnedGradients:
         if not self._bundle.numel:
             return
         bundle, self._bundle = self._bundle, self._empty()
-        bundle.finish = sum_at_owners(bundle.slices, group=self._group)
-        self._under_way.append(bundle)
-        while sum(b.numel for b in self._under_way) > _UNDER_WAY and len(self._under_way) > 1:
+        finish = sum_at_owners(bundle.slices, group=self._group)
+        self._under_way.append((bundle, finish))
+        while sum(b.numel for b, _ in self._under_way) > _UNDER_WAY and len(self._under_way) > 1:
             self._take()
 
     def _take(self) -> None:
         """Wait for the oldest bundle, and add its sums to this rank's partitions."""
-        bundle = self._under_way.popleft()
-        assert bundle.finish is not None
-        for (group, offset), values in zip(bundle.targets, bundle.finish(), strict=True):
+        bundle, finish = self._under_way.popleft()
+        for (group, offset), values in zip(bundle.targets, finish(), strict=True):
             flat = self._partition(group)
             flat[offset : offset + values.numel()].add_(values.to(flat.dtype))
 
@@ -236,7 +234,7 @@ def check_order(total: float, squares: float) -> None:
             "the gradients of this step came in different orders on the ranks, so that they were "
             "not added up parameter by parameter. Nothing was updated. "
             "A module runs its layers in an order that depends on its data: use "
-            "engine.zero_stage 0 or 3, which do not depend on it"
+            "engine.zero_stage 0, which adds gradients up in the order of the parameters"
         )
 
 

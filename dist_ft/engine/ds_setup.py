@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 
 def set_up_deepspeed() -> None:
@@ -63,6 +64,16 @@ def check_precision(precision: str, *, zero_stage: int) -> None:
             f"engine.precision: fp16 does not run on this {accelerator.device_name()}, which has "
             "no instructions for it: use bf16 or fp32"
         )
+
+
+def start_engine(module: nn.Module, *, optimizer: Any, config: dict[str, Any]) -> Any:
+    """Return a DeepSpeed engine for what requires a gradient in `module`."""
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=config, dist_init_required=False
+    )
+    return engine
 
 
 def _import_muon() -> None:

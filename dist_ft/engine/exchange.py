@@ -2,17 +2,7 @@
 
 gloo's collectives copy what they send and receive, and an all-reduce sends to every rank what only
 one of them keeps. Here what is large goes from where it is to where it belongs, and what is small
-goes in one message to each rank. On one host of two cores, bf16, the median of 9, in ms:
-
-============================= ====== ====== ======
-ranks                              2      3      4
-============================= ====== ====== ======
-all-reduce, 16.7M elements      35.5   46.6   63.8
-messages                        15.2   31.3   27.3
-all-gather, 8.4M a rank         43.2   80.5  126.5
-an asynchronous broadcast each  13.8   30.5   50.3
-messages                        13.3   27.8   50.2
-============================= ====== ====== ======
+goes in one message to each rank.
 
 A GPU's weights are gathered by a collective, and its gradients are summed by DeepSpeed.
 """

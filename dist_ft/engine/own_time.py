@@ -13,9 +13,9 @@ import torch
 class OwnTime:
     """Adds up forward passes until `take`; on a GPU by events, without waiting for it.
 
-    In stages 0 to 2 a forward pass talks to nobody. In stage 3 it gathers weights; of that the wait
-    is left out where the host does it (on CPUs). A GPU's stream waits itself: there the ranks of
-    stage 3 look alike.
+    In stages 0 to 2 a GPU's forward pass talks to nobody. In stage 3 it gathers weights, and on
+    CPUs those of the last step may still arrive. The wait is left out where the host does it (on
+    CPUs). A GPU's stream waits itself: there the ranks of stage 3 look alike.
     """
 
     def __init__(self) -> None:

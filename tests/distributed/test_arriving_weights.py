@@ -17,8 +17,7 @@ from dist_ft.engine.base import EngineOptions
 from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
 from dist_ft.engine.ds_arriving import ArrivingWeights
 from dist_ft.engine.ds_config import DeepSpeedOptions, build_ds_config
-from dist_ft.engine.ds_detach import start_engine
-from dist_ft.engine.ds_setup import set_up_deepspeed
+from dist_ft.engine.ds_setup import set_up_deepspeed, start_engine
 from dist_ft.model.backbone import HeadSpec, build_model
 from dist_ft.model.layer_groups import find_layer_groups
 from dist_ft.model.trunk import Trunk

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch.distributed
 
-from dist_ft import messages
 from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
 from dist_ft.engine.ds_gradients import OwnedGradients
 from dist_ft.optim.adamw import GroupAdamW
@@ -26,7 +26,7 @@ CAN_CUT = why_not(slurm=False)
 PLACES = [
     (DeepSpeedEngine, "_run", 30),
     (OwnedGradients, "backward", 30),
-    (messages, "from_every_rank", 60),
+    (torch.distributed, "all_reduce", 60),
     (GroupAdamW, "step", 100),
     (loop, "enter_phase", 2),
     (saving, "write_rank_file", 3),

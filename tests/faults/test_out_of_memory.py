@@ -358,7 +358,7 @@ def _text(path: Path) -> str:
 LIMIT = 2**30
 
 
-@pytest.mark.skipif(_memory_cgroup() is None, reason="memory cgroups can't be made here (no root)")
+@pytest.mark.skipif(_memory_cgroup() is None, reason="no memory cgroup may be divided here")
 def test_a_rank_killed_for_want_of_host_memory_is_told_so(oracle: Path) -> None:
     above = _memory_cgroup()
     assert above is not None

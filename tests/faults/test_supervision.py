@@ -12,8 +12,9 @@ from typing import Any
 
 import psutil
 import pytest
+import torch.distributed
 
-from dist_ft import cli, messages
+from dist_ft import cli
 from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
 from dist_ft.engine.ds_gradients import OwnedGradients
 from dist_ft.optim.adamw import GroupAdamW
@@ -50,7 +51,7 @@ PLACES: list[tuple[str, Callable[[], None]]] = [
     ("phase change", lambda: die_before(loop, "enter_phase", call=1)),
     ("step", lambda: die_before(OwnedGradients, "backward", call=7)),
     # In the agreement, in the step, or in looking whether all have written.
-    ("", lambda: die_before(messages, "from_every_rank", call=12)),
+    ("", lambda: die_before(torch.distributed, "all_reduce", call=12)),
     # Once a step here: groups as small as these are updated together.
     ("step", lambda: die_before(GroupAdamW, "step", call=6)),
 ]
