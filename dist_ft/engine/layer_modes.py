@@ -12,7 +12,7 @@ from dist_ft.engine.trunk_passes import TrunkPasses
 from dist_ft.freezing.schedule import frozen_prefix
 from dist_ft.model.backbone import MultiTaskModel
 from dist_ft.model.layer_groups import LayerGroup
-from dist_ft.model.trunk import group_modules
+from dist_ft.model.stacks import group_modules
 
 Checkpointing = Literal["none", "reentrant", "non_reentrant"]
 

@@ -92,9 +92,15 @@ class FlatRows:
         padded = value.new_zeros(rows * width, *value.shape[2:])
         return padded.index_copy(0, self.places, value[0]).unflatten(0, (rows, width))
 
-    def pad_firsts(self, value: Tensor) -> Tensor:
-        """Return first tokens [1, rows, ...] as [rows, length, ...], zero on all other places."""
-        rows, width = self.shape
-        padded = value.new_zeros(rows * width, *value.shape[2:])
-        padded = padded.index_copy(0, self.places[self.firsts], value[0])
-        return padded.unflatten(0, (rows, width))
+    def pick_firsts(self, value: Tensor) -> Tensor:
+        """Return the first tokens of [1, tokens, ...] as [1, rows that have any, ...]."""
+        return value.index_select(1, self.firsts)
+
+    def by_row(self, firsts: Tensor) -> Tensor:
+        """Return first tokens [1, rows that have any, ...] as [rows, 1, ...]; others get zeros."""
+        rows = self.shape[0]
+        if firsts.shape[1] < rows:
+            filled = torch.tensor(self.lengths, device=firsts.device).nonzero().squeeze(1)
+            empty = firsts.new_zeros(1, rows, *firsts.shape[2:])
+            firsts = empty.index_copy(1, filled, firsts)
+        return firsts[0].unsqueeze(1)

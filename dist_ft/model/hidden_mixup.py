@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dist_ft.model.backbone import MultiTaskModel
 from dist_ft.model.layer_groups import LayerGroup
-from dist_ft.model.trunk import group_modules
+from dist_ft.model.stacks import group_modules
 from dist_ft.model.word_embeddings import tokens_of
 
 

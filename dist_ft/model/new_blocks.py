@@ -9,7 +9,7 @@ import torch
 
 from dist_ft.model.backbone import MultiTaskModel
 from dist_ft.model.layer_groups import LayerGroup
-from dist_ft.model.trunk import group_modules
+from dist_ft.model.stacks import group_modules
 
 
 @torch.no_grad()

@@ -124,3 +124,20 @@ def _named_stacks(found: Sequence[tuple[tuple[str, ...], ...]]) -> list[Stack]:
         root = ".".join(mine[: shared + 1]) if len(found) > 1 else "backbone"
         stacks.append(Stack(prefix=prefix, root=f"{root}.", blocks=blocks))
     return stacks
+
+
+def group_modules(model: nn.Module, parameters: Sequence[str]) -> list[nn.Module]:
+    """Return the largest modules all of whose parameters are among `parameters`."""
+    names = set(parameters)
+    found: list[nn.Module] = []
+
+    def visit(module: nn.Module, prefix: str) -> None:
+        own = [n for n, _ in module.named_parameters(prefix=prefix)]
+        if own and names.issuperset(own):
+            found.append(module)
+            return
+        for child_name, child in module.named_children():
+            visit(child, f"{prefix}.{child_name}" if prefix else child_name)
+
+    visit(model, "")
+    return found

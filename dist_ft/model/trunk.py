@@ -16,7 +16,7 @@ architecture that it is right.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,10 +27,12 @@ from torch import Tensor, nn
 from dist_ft.kernels import unpadded_attention
 from dist_ft.model.backbone import MultiTaskModel
 from dist_ft.model.flat_rows import FlatRows
+from dist_ft.model.head_inputs import Form, laid_out, pad_outputs, reads_only
 from dist_ft.model.last_block import LastBlock
 from dist_ft.model.layer_groups import LayerGroup
 from dist_ft.model.probe import rows_of_many_lengths, undisturbed
 from dist_ft.model.relative_positions import handed_on, limit_length, modules_with_bias
+from dist_ft.model.stacks import group_modules
 from dist_ft.model.stand_ins import NoEmbedding, Places, SkippedBlock
 
 
@@ -51,6 +53,7 @@ class Trunk:
         still: whether dropout between the embeddings and the first block is off: they are frozen,
             and what they return is to be the same each time.
         rows: the micro-batch that runs, or ran last: its backward may run blocks again.
+        forms: what the heads of tasks get of the last block's output, if not all of it.
         last: the last block, if it can run for the tokens that heads read only.
         may_narrow: whether it does.
     """
@@ -66,10 +69,11 @@ class Trunk:
     flash: bool = False
     still: bool = False
     rows: FlatRows | None = None
+    forms: dict[str, Form] = field(default_factory=dict)
     last: LastBlock | None = None
     may_narrow: bool = True
     captured: dict[int, Tensor] = field(default_factory=dict)
-    _firsts_only: bool = False
+    _form: Form = "padded"
     _capture: frozenset[int] = frozenset()
     _others: tuple[Any, ...] | None = None
     _held: list[nn.Module] = field(default_factory=list)
@@ -175,8 +179,8 @@ class Trunk:
             if not self.flat or self.rows is None or index + 1 < len(self.blocks):
                 return None
             is_narrow = self.last is not None and self.last.rows is not None
-            padded = self.rows.pad_firsts(hidden) if is_narrow else self.rows.pad(hidden)
-            return padded if self._others is None else (padded, *output[1:])
+            given = laid_out(hidden, self.rows, form=self._form, is_narrow=is_narrow)
+            return given if self._others is None else (given, *output[1:])
 
         return after
 
@@ -192,9 +196,10 @@ class Trunk:
             task: whose head runs on it; None where something else looks at hidden states.
         """
         self.rows = rows
+        forms = self.forms if rows is not None and self.flat else {}
+        self._form = forms.get(task or "", "padded")
         if self.last is not None:
-            self._firsts_only = rows is not None and self.flat and task in self.last.tasks
-            self.last.rows = rows if self._firsts_only and self.may_narrow else None
+            self.last.rows = rows if self._form == "firsts" and self.may_narrow else None
         chosen = unpadded_attention.IMPLEMENTATION if self.flat and rows is not None else None
         for config, own in self._attention.values():
             if config._attn_implementation != (chosen or own):
@@ -211,9 +216,9 @@ class Trunk:
         assert self.rows is not None
         assert boundary > 0
         given = hidden[None]
-        if boundary == len(self.blocks) and self._firsts_only:
-            given = self.rows.pad_firsts(given.index_select(1, self.rows.firsts))
-        elif not self.flat or boundary == len(self.blocks):
+        if boundary == len(self.blocks):
+            given = laid_out(given, self.rows, form=self._form)
+        elif not self.flat:
             given = self.rows.pad(given)
 
         def begin(hidden: Tensor) -> Tensor:
@@ -319,21 +324,30 @@ class Trunk:
                     problems[what] = text[0]
         return problems
 
-    def narrow(self, model: MultiTaskModel) -> list[str]:
-        """Run the last block for first tokens only where a head reads no others.
+    def fit_to_heads(self, model: MultiTaskModel, *, per_token: Collection[str] = ()) -> None:
+        """Give heads no more of the last block's output than they read, and compute no more.
 
         The model must be in full precision and not yet partitioned, and run without padding.
 
-        Returns:
-            The tasks whose training runs so.
+        Args:
+            model: the model.
+            per_token: tasks whose losses look at nothing but the model's outputs.
         """
-        last = LastBlock.find(self.blocks[-1])
-        if last is None:
-            return []
-        self.last = last
+        self.last = LastBlock.find(self.blocks[-1])
+        model.register_forward_hook(self._pad_outputs)
         with undisturbed(model):
             inputs = rows_of_many_lengths(self.root)
-            return [t for t in model.tasks if last.admit(model, t, inputs=inputs, trunk=self)]
+            for task in model.tasks:
+                forms: tuple[Form, ...] = ("firsts", "tokens") if task in per_token else ("firsts",)
+                for form in forms:
+                    if reads_only(form, model, task, inputs=inputs, trunk=self):
+                        self.forms[task] = form
+                        break
+
+    def _pad_outputs(self, module: nn.Module, args: Any, outputs: Any) -> None:
+        del module, args
+        if self._form == "tokens" and self.rows is not None:
+            pad_outputs(outputs, self.rows)
 
     def _unpadded(self, inputs: Mapping[str, Tensor], rows: FlatRows) -> Tensor:
         self.prepare(rows)
@@ -377,20 +391,3 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for m, training in modes:
             m.training = training
-
-
-def group_modules(model: nn.Module, parameters: Sequence[str]) -> list[nn.Module]:
-    """Return the largest modules all of whose parameters are among `parameters`."""
-    names = set(parameters)
-    found: list[nn.Module] = []
-
-    def visit(module: nn.Module, prefix: str) -> None:
-        own = [n for n, _ in module.named_parameters(prefix=prefix)]
-        if own and names.issuperset(own):
-            found.append(module)
-            return
-        for child_name, child in module.named_children():
-            visit(child, f"{prefix}.{child_name}" if prefix else child_name)
-
-    visit(model, "")
-    return found

@@ -53,7 +53,7 @@ class Kernels:
         Padded rows are transformers' affair. A bias by position, as T5 has, is beyond flash
         attention. Under ``last_block`` is noted whether some task's runs for first tokens only.
         """
-        narrow = trunk is not None and trunk.last is not None and trunk.last.tasks
+        narrow = trunk is not None and trunk.last is not None and "firsts" in trunk.forms.values()
         self.chosen["last_block"] = FIRST_TOKENS if narrow else REFERENCE
         if trunk is None or not trunk.flat:
             self.chosen["attention"] = REFERENCE

@@ -34,6 +34,9 @@ from dist_ft.train.run_folder import RunFolder
 DECISION = "cache.json"
 # How often a row must come, on average, while some prefix is frozen, to be worth keeping.
 _LEAST_VISITS = 1.25
+# Types of tasks whose losses read logits of tokens that nothing else is made from; a generating
+# head may compute its loss itself, from hidden states among their padding.
+_PER_TOKEN = ("token_classification", "question_answering")
 # Settings by which transformers' models limit how far a token sees.
 _WINDOWS = ("sliding_window", "local_attention", "attention_window", "attention_chunk_size")
 
@@ -85,7 +88,8 @@ def make_passes(
     )
     trunk.flat = recipe.model.padding != "padded" and unpadded is None
     if trunk.flat and recipe.kernels != "reference":
-        trunk.narrow(parts.model)
+        per_token = {t.name for t in recipe.tasks if t.type in _PER_TOKEN}
+        trunk.fit_to_heads(parts.model, per_token=per_token)
     passes = TrunkPasses(
         trunk=trunk,
         order=tuple(g.name for g in parts.groups if g.kind != "head"),

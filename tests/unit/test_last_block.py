@@ -18,6 +18,10 @@ from dist_ft.model.trunk import Trunk
 from tests.helpers.tiny_models import tiny_config
 
 CLASSIFIER = "AutoModelForSequenceClassification"
+LABELLER = "AutoModelForTokenClassification"
+ANSWERER = "AutoModelForQuestionAnswering"
+# What their last projections are called.
+HEADS = ("classifier", "qa_outputs")
 # Their classifiers read the first token, and their blocks have BERT's form.
 NARROW = ("bert", "roberta", "xlm-roberta", "camembert", "data2vec-text", "electra", "ernie")
 # Pre-norm, another attention, other parts, or the last token read.
@@ -25,7 +29,7 @@ WHOLE = ("distilbert", "modernbert", "mobilebert", "gpt2", "llama", "xlm-roberta
 
 
 def _trunk(
-    name: str, *, heads: tuple[str, ...] = (CLASSIFIER,)
+    name: str, *, heads: tuple[str, ...] = (CLASSIFIER,), per_token: tuple[str, ...] = ()
 ) -> tuple[MultiTaskModel, Trunk, list[str]]:
     config: Any = tiny_config(name)
     config.pad_token_id = 0
@@ -34,7 +38,8 @@ def _trunk(
     trunk = Trunk.find(model, groups=find_layer_groups(model))
     assert "unpadded" not in trunk.check()
     trunk.flat = True
-    return model, trunk, trunk.narrow(model)
+    trunk.fit_to_heads(model, per_token=per_token)
+    return model, trunk, list(trunk.forms)
 
 
 def _inputs() -> dict[str, Tensor]:
@@ -88,7 +93,7 @@ def test_other_blocks_run_whole(name: str) -> None:
 
 
 def test_only_heads_that_read_first_tokens_are_let_in() -> None:
-    heads = (CLASSIFIER, "AutoModelForTokenClassification", "AutoModelForQuestionAnswering")
+    heads = (CLASSIFIER, LABELLER, ANSWERER)
     model, trunk, tasks = _trunk("bert", heads=heads)
     assert tasks == ["t0"]
     rows = FlatRows.of(_inputs()["attention_mask"])
@@ -96,6 +101,65 @@ def test_only_heads_that_read_first_tokens_are_let_in() -> None:
     whole = model("t1", _inputs())["logits"]
     trunk.prepare(rows, task="t1")
     assert torch.equal(model("t1", _inputs())["logits"], whole)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "electra", "modernbert"])
+def test_heads_that_treat_each_token_for_itself_get_no_padding(name: str) -> None:
+    model, trunk, _ = _trunk(name, heads=(LABELLER, ANSWERER), per_token=("t0", "t1"))
+    assert trunk.forms == {"t0": "tokens", "t1": "tokens"}
+    rows = FlatRows.of(_inputs()["attention_mask"])
+    mask = _inputs()["attention_mask"]
+    for task, output in (("t0", "logits"), ("t1", "start_logits")):
+        entered: list[int] = []
+        head = next(m for n, m in model.heads[task].named_modules() if n in HEADS)
+        handle = head.register_forward_pre_hook(
+            lambda *call, entered=entered: entered.append(call[1][0].numel())
+        )
+        found: list[dict[str, Tensor]] = []
+        for named in (None, task):
+            trunk.prepare(rows, task=named)
+            model.zero_grad(set_to_none=True)
+            logits = model(task, _inputs())[output][mask.bool()]
+            ramp = torch.linspace(-1, 1, len(logits)).view(-1, *[1] * (logits.dim() - 1))
+            (logits * ramp).sin().sum().backward()
+            grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+            found.append(grads | {"logits": logits.detach()})
+        handle.remove()
+        assert entered[1] * mask.numel() == entered[0] * int(mask.sum())
+        assert found[0].keys() == found[1].keys()
+        for key, value in found[0].items():
+            torch.testing.assert_close(found[1][key], value, rtol=1e-4, atol=2e-6, msg=key)
+
+
+def test_after_a_step_the_model_is_as_transformers_made_it() -> None:
+    model, trunk, _ = _trunk("bert", heads=(LABELLER,), per_token=("t0",))
+    plain = model("t0", _inputs())["logits"]
+    trunk.prepare(FlatRows.of(_inputs()["attention_mask"]), task="t0")
+    assert not torch.equal(model("t0", _inputs())["logits"][0], plain[1])
+    trunk.prepare(None)
+    assert torch.equal(model("t0", _inputs())["logits"], plain)
+
+
+class _Neighbours(torch.nn.Linear):
+    """Reads each token together with the next one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + super().forward(input.roll(-1, dims=1))
+
+
+_Neighbours.__module__ = "torch.nn.neighbours"
+
+
+def test_a_head_that_reads_neighbours_gets_padded_rows() -> None:
+    config: Any = tiny_config("bert")
+    heads = [HeadSpec("t0", LABELLER, {"num_labels": 3})]
+    model = build_model(config, heads=heads, dtype=torch.float32, seed=0)
+    trunk = Trunk.find(model, groups=find_layer_groups(model))
+    trunk.check()
+    trunk.flat = True
+    model.heads["t0"].classifier = _Neighbours(config.hidden_size, 3)
+    trunk.fit_to_heads(model, per_token=("t0",))
+    assert not trunk.forms
 
 
 class _Pooler(torch.nn.Module):
@@ -121,7 +185,8 @@ def test_a_head_that_reads_or_may_read_all_tokens_is_found_out(gate: float, modu
     trunk.flat = True
     backbone: Any = model.backbone
     backbone.pooler = _Pooler(gate, module)
-    assert trunk.narrow(model) == []
+    trunk.fit_to_heads(model)
+    assert not trunk.forms
 
 
 def test_a_task_whose_outputs_show_hidden_states_is_not_let_in() -> None:
@@ -132,7 +197,8 @@ def test_a_task_whose_outputs_show_hidden_states_is_not_let_in() -> None:
     trunk = Trunk.find(model, groups=find_layer_groups(model))
     trunk.check()
     trunk.flat = True
-    assert trunk.narrow(model) == []
+    trunk.fit_to_heads(model)
+    assert not trunk.forms
 
 
 def test_a_row_that_is_not_finite_spoils_no_other() -> None:
