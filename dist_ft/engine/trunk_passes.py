@@ -21,7 +21,7 @@ from dist_ft.freezing.schedule import frozen_prefix
 from dist_ft.model.trunk import Trunk
 
 # Part of every fingerprint: raise it when the same weights would give other hidden states.
-_VERSION = 3
+_VERSION = 4
 
 
 def _keep_to_oneself(decision: CacheDecision) -> None:

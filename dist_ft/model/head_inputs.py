@@ -108,11 +108,14 @@ def _logits_of_own_tokens(
             raise ValueError("there is not one for each token")
         if form == "firsts" and logits.dim() != 2:
             raise ValueError("there is not one for each row")
-        seen = logits if form == "firsts" else logits[:, 0]
-        weights = torch.linspace(-1, 1, seen.numel(), device=seen.device)
-        (gradient,) = torch.autograd.grad((seen.flatten() * weights).sum(), hidden)
-    if not gradient[:, 0].any(-1).all() or gradient[:, 1:].any():
-        raise ValueError("they come from other tokens, too")
+        for place in (0,) if form == "firsts" else (0, 1):
+            seen = logits if form == "firsts" else logits[:, place]
+            weights = torch.linspace(-1, 1, seen.numel(), device=seen.device)
+            loss = (seen.flatten() * weights).sum()
+            (gradient,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+            others = torch.arange(gradient.shape[1], device=seen.device) != place
+            if not gradient[:, place].any(-1).all() or gradient[:, others].any():
+                raise ValueError("they come from other tokens, too")
     return logits.detach()
 
 

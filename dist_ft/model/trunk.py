@@ -112,7 +112,7 @@ class Trunk:
         for index, block in enumerate(self.blocks):
             for module in modules_with_bias(block):
                 limit_length(module, self._longest)
-            block.register_forward_pre_hook(self._before, with_kwargs=True)
+            block.register_forward_pre_hook(self._before_block(index), with_kwargs=True)
             block.register_forward_hook(self._after_block(index))
             for module in block.modules():
                 vars(module)["row_source"] = self
@@ -158,13 +158,19 @@ class Trunk:
             m.training = True
         self._held = []
 
-    def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        del module
-        self._release()
-        if not self.flat or self.rows is None:
-            return None
-        known = self.rows.flatten_known
-        return known(args), {name: known(value) for name, value in kwargs.items()}
+    def _before_block(self, index: int) -> Any:
+        def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            del module
+            self._release()
+            if not self.flat or self.rows is None:
+                return None
+            known = self.rows.flatten_known
+            # Flat hidden states of a few rows may be as long as all rows are wide.
+            flat = (args[0] if args else kwargs.get("hidden_states")) if index else None
+            new = {k: v if v is flat else known(v) for k, v in kwargs.items()}
+            return tuple(v if v is flat else known(v) for v in args), new
+
+        return before
 
     def _after_block(self, index: int) -> Any:
         def after(module: nn.Module, args: Any, output: Any) -> Any:

@@ -23,6 +23,8 @@ from dist_ft.freezing.activation_cache import ActivationCache, CachedTask
 from dist_ft.freezing.policies import ScheduledPolicy
 from dist_ft.freezing.schedule import frozen_prefix
 from dist_ft.model.trunk import Trunk
+from dist_ft.tasks.question_answering import QuestionAnswering
+from dist_ft.tasks.token_classification import TokenClassification
 from dist_ft.train.data import PreparedTask
 from dist_ft.train.kernels import attention_dropout
 from dist_ft.train.parts import Parts
@@ -34,9 +36,9 @@ from dist_ft.train.run_folder import RunFolder
 DECISION = "cache.json"
 # How often a row must come, on average, while some prefix is frozen, to be worth keeping.
 _LEAST_VISITS = 1.25
-# Types of tasks whose losses read logits of tokens that nothing else is made from; a generating
-# head may compute its loss itself, from hidden states among their padding.
-_PER_TOKEN = ("token_classification", "question_answering")
+# Tasks whose losses read no logits of padding; one derived from them may. A generating head may
+# compute its loss itself, from hidden states among their padding.
+_PER_TOKEN = (TokenClassification, QuestionAnswering)
 # Settings by which transformers' models limit how far a token sees.
 _WINDOWS = ("sliding_window", "local_attention", "attention_window", "attention_chunk_size")
 
@@ -88,7 +90,7 @@ def make_passes(
     )
     trunk.flat = recipe.model.padding != "padded" and unpadded is None
     if trunk.flat and recipe.kernels != "reference":
-        per_token = {t.name for t in recipe.tasks if t.type in _PER_TOKEN}
+        per_token = {t.task.name for t in parts.tasks if type(t.task) in _PER_TOKEN}
         trunk.fit_to_heads(parts.model, per_token=per_token)
     passes = TrunkPasses(
         trunk=trunk,

@@ -103,6 +103,23 @@ def test_losses_and_gradients_do_not_change(name: str) -> None:
         _same(frozen, _gradients(model, inputs, above))
 
 
+@pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert", "gpt2", "llama", "t5"])
+def test_rows_as_long_together_as_the_batch_is_wide_stay_what_they_are(name: str) -> None:
+    """Of a batch whose longest row is kept already, only the others go through the prefix."""
+    model, groups = _model(name)
+    trunk = Trunk.find(model, groups=groups)
+    trunk.check()
+    mask = (torch.arange(8)[None] < torch.tensor([[5], [3]])).long()
+    ids = torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(2)) * mask
+    rows, inputs = FlatRows.of(mask), {"input_ids": ids, "attention_mask": mask}
+    boundary = min(2, len(trunk.blocks))
+    found: list[Tensor] = []
+    for flat in (False, True):
+        trunk.flat = flat
+        found.append(trunk.prefix(inputs, rows=rows, boundaries=[boundary])[boundary])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
 def _block(groups: list[LayerGroup], index: int) -> LayerGroup:
     """The block, or what comes after the first stack if it has no more."""
     first = next(i for i, g in enumerate(groups) if g.kind == "block")
