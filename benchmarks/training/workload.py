@@ -26,7 +26,7 @@ RANKS = 2
 MICRO_BATCH = 32
 GLOBAL_BATCH = RANKS * MICRO_BATCH
 WEIGHT_DECAY = 0.01
-# Where the text of a packaged set is.
+# The sets of the mixed workload, and where their texts are.
 TEXTS = {
     "package:trec": "question",
     "package:movie_sentiment": "text",
@@ -123,7 +123,7 @@ class Clock:
 
 def unique_texts(path: str, *, base: Path) -> dict[str, str]:
     """Return the label of each distinct text of a packaged set (its name, if it has none)."""
-    column = TEXTS[path]
+    column = TEXTS.get(path, "text")
     found: dict[str, str] = {}
     for row in open_source(SourceSpec(path), base_dir=base).rows():
         text = row[column] if isinstance(row[column], str) else " ".join(row[column])

@@ -269,6 +269,8 @@ def _hub_source(spec: SourceSpec) -> RawSource:
                 revision=spec.revision,
                 streaming=True,
             )
+            # Images and sounds as they are stored: an object made of one differs each time.
+            stream = stream.decode(False)
             decode = label_decoder(stream.features or {})
             yield from (decode(row) for row in stream)
         except (OSError, ValueError, RuntimeError) as error:

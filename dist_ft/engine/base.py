@@ -237,8 +237,13 @@ class Engine(Protocol):
         """
         ...
 
-    def set_trainable(self, groups: Iterable[str]) -> PhaseReport:
-        """Train exactly these layer groups from the next step on."""
+    def set_trainable(self, groups: Iterable[str], *, loads: bool = False) -> PhaseReport:
+        """Train exactly these layer groups from the next step on.
+
+        Args:
+            groups: The layer groups.
+            loads: Whether `load_state` comes next: nothing is then made of the present weights.
+        """
         ...
 
     def eval_forward(self, task: str, micro_batch: MicroBatchLike) -> tuple[Tensor, Any]:

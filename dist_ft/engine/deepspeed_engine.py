@@ -131,7 +131,7 @@ class DeepSpeedEngine:
         """Tell an in-place engine which layer groups can ever train; the others get no state."""
         self._universe = frozenset(groups)
 
-    def set_trainable(self, groups: Iterable[str]) -> PhaseReport:
+    def set_trainable(self, groups: Iterable[str], *, loads: bool = False) -> PhaseReport:
         """Train exactly these layer groups from the next step on; see `Engine.set_trainable`."""
         self._have_all_weights()
         began = time.monotonic()
@@ -149,7 +149,7 @@ class DeepSpeedEngine:
         self._states.settle(wanted)
         self._trainable = wanted
         self._average.park(wanted)
-        self._modes.apply(wanted, weight=self._weights.whole)
+        self._modes.apply(wanted, weight=self._weights.whole, are_final=not loads)
         return self._report(how, seconds=time.monotonic() - began)
 
     @property

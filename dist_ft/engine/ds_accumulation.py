@@ -82,6 +82,8 @@ class Accumulation:
         def forward(batch: MicroBatchLike) -> Tensor:
             own, share = way, work.share
             if isinstance(batch, OneRow):
+                # What an objective remembers of the whole micro-batch is not this row's.
+                passes_of(self._engine.module, work.task)
                 share = batch.loss_weight
                 (own,) = self._passes.of_step(
                     step, task=work.task, micro_batches=[batch], device=self._engine.device,

@@ -55,6 +55,8 @@ def build_ds_config(
         "stage": deepspeed.zero_stage,
         "round_robin_gradients": False,
     }
+    # Where a partition's elements lie must follow from the sizes; it is DeepSpeed's default, too.
+    zero.pop("parameter_alignment", None)
     if deepspeed.zero_stage == 3:
         zero["sub_group_size"] = ONE_SUB_GROUP
     else:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import xxhash
 from torch import Tensor, nn
 
 from dist_ft.engine.exchange import sum_at_owners
@@ -94,7 +95,7 @@ class OwnedGradients:
         self._begun: Counter[int] = Counter()
         self._skipped: Counter[int] = Counter()
         self._open = False
-        self._order = 0
+        self._order = xxhash.xxh3_64()
 
     @classmethod
     def of(cls, engine: Any) -> OwnedGradients | None:
@@ -139,11 +140,13 @@ class OwnedGradients:
                 self._take()
             self._begun.clear()
             self._open = False
+            if last:  # until their step, only DeepSpeed keeps them
+                self._flats.clear()
 
     def take_order(self) -> int:
         """Return a number below 2**20 for the order in which gradients came since the last call."""
-        order, self._order = self._order, 0
-        return order
+        order, self._order = self._order, xxhash.xxh3_64()
+        return order.intdigest() % _ORDERS
 
     def _lengths_of_pieces(self) -> list[list[int]]:
         """Return the lengths of this rank's part of each parameter, and of padding, by group."""
@@ -178,7 +181,8 @@ class OwnedGradients:
         assert gradient is not None
         parameter.grad = None  # from here on the bundle keeps it, until it is sent
         self._begun[place.number] += 1
-        self._order = (self._order * 31 + place.number + 1) % _ORDERS
+        # A digest: blocks of 16 weights, in any order, give the same polynomial modulo 2**20.
+        self._order.update(place.number.to_bytes(4, "little"))
         flat = gradient.reshape(-1).to(self._zero.communication_data_type)
         for part in place.slices:
             self._bundle.slices[part.owner].append(flat[part.start : part.end])

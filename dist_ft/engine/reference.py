@@ -216,7 +216,7 @@ class ReferenceEngine:
         limit = self.options.max_grad_norm or float("inf")
         return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
 
-    def set_trainable(self, groups: Iterable[str]) -> PhaseReport:
+    def set_trainable(self, groups: Iterable[str], *, loads: bool = False) -> PhaseReport:
         """Train exactly these layer groups from the next step on; see `Engine.set_trainable`."""
         self.before_change()
         began = time.monotonic()
@@ -233,7 +233,7 @@ class ReferenceEngine:
                     self._optimizer.state.pop(parameter, None)
         self._trainable = wanted
         self._held_rows.watch(self._parameters)
-        self._modes.apply(wanted, weight=self._parameters.__getitem__)
+        self._modes.apply(wanted, weight=self._parameters.__getitem__, are_final=not loads)
         return self._report(time.monotonic() - began)
 
     def _report(self, seconds: float) -> PhaseReport:

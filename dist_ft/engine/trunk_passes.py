@@ -60,16 +60,28 @@ class TrunkPasses:
     boundary: int = 0
     cached_bytes: int = 0
     _kept: tuple[int, ...] = ()
+    _next_step: int = 0
     _ahead: dict[tuple[int, int], list[FoundRows | None]] = field(default_factory=dict)
 
-    def enter_phase(self, trainable: frozenset[str], *, weight: Callable[[str], Tensor]) -> None:
+    def enter_phase(
+        self,
+        trainable: frozenset[str],
+        *,
+        weight: Callable[[str], Tensor],
+        are_final: bool = True,
+    ) -> None:
         """Find where the trunk begins in a phase, and open the cache for it.
 
         Args:
             trainable: layer groups that train.
             weight: returns a whole parameter by name; called on every rank in the same order.
+            are_final: whether these weights will be trained, and not others that are loaded next:
+                by these, all that is kept of those would be deleted.
         """
         if self.trunk is None or self.cache is None:
+            return
+        if not are_final:
+            self.boundary, self.cached_bytes, self._kept = 0, 0, ()
             return
         boundary = self._boundary_of(trainable)
         self.boundary = boundary if self._pays(boundary) else 0
@@ -77,7 +89,9 @@ class TrunkPasses:
         kept = dict.fromkeys(b for b in (self.boundary, *later) if 0 < b <= self.boundary)
         self._kept = tuple(b for b in kept if self._pays(b))
         prints = self._fingerprints(max(self._kept, default=0), weight=weight)
-        self.cached_bytes = self.cache.open([(b, prints[b]) for b in self._kept])
+        self.cached_bytes = self.cache.open(
+            [(b, prints[b]) for b in self._kept], step=self._next_step
+        )
 
     def _pays(self, boundary: int) -> bool:
         return self.decision is None or self.decision.pays(boundary)
@@ -147,6 +161,7 @@ class TrunkPasses:
         self, step: int, *, turns: Sequence[Turn], device: torch.device, in_step: bool
     ) -> list[TrunkPass | None]:
         """Return the pass of each micro-batch of a step's turns, in their order; see `of_step`."""
+        self._next_step = step + 1
         if any(self._starts_above(turn.task) for turn in turns):
             self._count_step(step)
         ways = [
@@ -161,7 +176,7 @@ class TrunkPasses:
                 turn=place,
             )
         ]
-        for old in [key for key in self._ahead if key[0] <= step]:
+        for old in [key for key in tuple(self._ahead) if key[0] <= step]:  # a thread adds to it
             del self._ahead[old]
         return ways
 
@@ -256,6 +271,11 @@ class TrunkPasses:
         if self.trunk is None or not self.boundary:
             return []
         return self.trunk.left_out(self.boundary)
+
+    def saved(self, step: int) -> None:
+        """Hear that a checkpoint of a step is there."""
+        if self.cache is not None:
+            self.cache.saved_step = step
 
     def discard(self) -> None:
         """Delete what is cached: the run is over."""

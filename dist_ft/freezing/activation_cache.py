@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,8 @@ class ActivationCache:
         budget_bytes: the most bytes of all stores together. Boundaries come in the order in which
             they are needed; of the first that does not fit, the lower rows are kept.
         damaged: rows found whose bytes were not those that were written.
+        saved_step: step of the newest checkpoint. A run that is killed goes on from there: until
+            then, files of a phase that is over stay, if all that is wanted has room beside them.
     """
 
     folder: Path
@@ -68,32 +70,60 @@ class ActivationCache:
     dtype: torch.dtype
     budget_bytes: int
     damaged: int = 0
+    saved_step: int = -1
+    _past: dict[str, tuple[int, int]] = field(default_factory=dict)
     _stores: dict[tuple[str, int], RowStore] = field(default_factory=dict)
 
-    def open(self, boundaries: Sequence[tuple[int, str]]) -> int:
+    def open(self, boundaries: Sequence[tuple[int, str]], *, step: int = -1) -> int:
         """Keep these boundaries and forget all others; return the bytes that they may take.
 
         Args:
             boundaries: each boundary with a fingerprint of the weights below it, in the order in
                 which they are needed. What was kept under another fingerprint is deleted.
+            step: the step that comes next; without it, nothing stays that is not wanted.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            log.warning("%s can't be made (%s): nothing is kept", self.folder, error)
         wanted = {
             (task, boundary): ".".join((task, str(boundary), fingerprint, about.data)).strip(".")
             for boundary, fingerprint in boundaries
             for task, about in self.tasks.items()
         }
-        for path in self.folder.iterdir():
-            if path.name.rpartition(".")[0] not in wanted.values():
-                path.unlink(missing_ok=True)  # another rank may have been quicker
-        left = self.budget_bytes
+        self._leave_behind(wanted, step=step)
+        self._delete_all_but({*wanted.values(), *self._past})
+        left = self.budget_bytes - sum(nbytes for _, nbytes in self._past.values())
+        room = left
         # Opened anew even if known: with less to keep there may be room for more of its rows.
         stores: dict[tuple[str, int], RowStore] = {}
         for key, name in wanted.items():
             stores[key] = self._make(name, task=key[0], budget=left)
             left -= stores[key].nbytes
         self._stores = stores
-        return self.budget_bytes - left
+        return room - left
+
+    def _leave_behind(self, wanted: Mapping[tuple[str, int], str], *, step: int) -> None:
+        """Choose which files that are not wanted any more stay, in case the run is killed soon."""
+        self._past |= {store.name: (step, store.nbytes) for store in self._stores.values()}
+        kept = {n: (end, b) for n, (end, b) in self._past.items() if end > self.saved_step}
+        self._past = {n: about for n, about in kept.items() if n not in wanted.values()}
+        whole = sum(
+            RowStore(name, t.room.astype(np.int64), t.variants, self.width, self.dtype).whole_nbytes
+            for (task, _), name in wanted.items()
+            for t in [self.tasks[task]]
+        )
+        if whole + sum(nbytes for _, nbytes in self._past.values()) > self.budget_bytes:
+            self._past = {}
+
+    def _delete_all_but(self, names: Collection[str]) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            for path in self.folder.iterdir():
+                # Another rank may have been quicker; what it has open has another name on NFS, and
+                # can't be deleted. What is left is only found again if it is right.
+                if path.name.rpartition(".")[0] not in names:
+                    with contextlib.suppress(OSError):
+                        path.unlink()
 
     def _make(self, name: str, *, task: str, budget: int) -> RowStore:
         about = self.tasks[task]

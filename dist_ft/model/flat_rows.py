@@ -81,8 +81,9 @@ class FlatRows:
         return self._flat[id(value)][1]
 
     def _per_token(self, value: Tensor) -> bool:
+        # A position bias [1, heads, length, length] is none, however many heads there are.
         rows, width = self.shape
-        return value.dim() >= 2 and value.shape[1] == width and value.shape[0] in (1, rows)
+        return value.dim() in (2, 3) and value.shape[1] == width and value.shape[0] in (1, rows)
 
     def pad(self, value: Tensor) -> Tensor:
         """Return [1, tokens, ...] as [rows, length, ...], zero on the padding."""

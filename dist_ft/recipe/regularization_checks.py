@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from dist_ft.config import Recipe, TaskConfig, TextClassificationConfig
+from dist_ft.config_data import BanditMixtureConfig
 from dist_ft.config_regularization import FixedBalancing, FreeLBConfig, SmartConfig
 from dist_ft.recipe.errors import Finding, closest, show_value
 from dist_ft.recipe.model_folder import count_blocks
@@ -44,6 +45,14 @@ def _check_balancing(recipe: Recipe) -> Iterator[Finding]:
         yield from _check_names(recipe, paths)
     elif len(recipe.tasks) == 1:
         text = f"weighs tasks against each other, got one task and {config.policy}: remove it"
+        yield Finding(("balancing", "policy"), text)
+    mixture = recipe.mixture
+    rewards = isinstance(mixture, BanditMixtureConfig) and mixture.reward == "loss"
+    if rewards and not isinstance(config, FixedBalancing):
+        text = (
+            f"{config.policy} changes the losses that mixture.policy: bandit follows: use "
+            "mixture.reward: gain or another policy"
+        )
         yield Finding(("balancing", "policy"), text)
     if config.policy == "gradnorm" and recipe.engine.precision == "fp16":
         text = (

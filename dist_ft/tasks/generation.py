@@ -175,8 +175,8 @@ class Generation:
         """Checks that the settings and the tokenizer fit.
 
         Raises:
-            ValueError: the model has fewer positions, or the tokenizer has no end token or, if it
-                is needed, no chat template.
+            ValueError: the model has fewer positions, response and separator leave no room for a
+                prompt, or the tokenizer has no end token or, if it is needed, no chat template.
             RuntimeError: the package of a metric is not installed.
         """
         check_max_length(self.max_length, task=self.name, tokenizer=tokenizer)
@@ -185,6 +185,14 @@ class Generation:
         if self.generates:
             text_metrics.check_installed(task=self.name)
         end_token(tokenizer, task=self.name)
+        if self.style == "causal" and not self._is_chat:
+            separator = len(tokenizer(self.separator, add_special_tokens=False)["input_ids"])
+            if self.max_target_length + separator >= self.max_length:
+                raise ValueError(
+                    f"tasks.{self.name}.max_target_length: {self.max_target_length} and the "
+                    f"{separator} tokens of the separator leave no room for the prompt in "
+                    f"max_length {self.max_length}; lower it or raise max_length"
+                )
 
     def encode(self, rows: list[Row], *, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
         """Returns one feature per raw row.
@@ -288,7 +296,7 @@ class Generation:
         tokens = tokenizer(prompt, verbose=False)["input_ids"]
         if tokens and tokens[-1] == tokenizer.eos_token_id and len(tokens) > 1:
             tokens = tokens[:-1]  # some tokenizers end every text
-        room = self.max_length - len(target) - len(separator)
+        room = max(0, self.max_length - len(target) - len(separator))
         lost += max(0, len(tokens) - room)
         context = [*tokens[:room], *separator]
         labels = [IGNORE_INDEX] * len(context) + target

@@ -169,12 +169,14 @@ class QuestionAnswering(NoGeneration):
             return_offsets_mapping=True,
         )
         features = []
-        for index, number in enumerate(encoding["overflow_to_sample_mapping"]):
+        numbers = encoding["overflow_to_sample_mapping"]
+        for index, number in enumerate(numbers):
             window = _window(encoding, index, cls_token_id=tokenizer.cls_token_id)
+            outer = (number not in numbers[:index][-1:], number not in numbers[index + 1 :][:1])
             features.append(
                 {
                     **window,
-                    **_target(window, answers[number]),
+                    **_target(window, answers[number], outer=outer),
                     "example_id": str(rows[number].get(self.id, "")),
                     "context": rows[number][self.context],
                     "answers": json.dumps([text for text, _ in answers[number]]),
@@ -318,19 +320,35 @@ def _window(encoding: BatchEncoding, index: int, *, cls_token_id: Any) -> dict[s
     }
 
 
-def _target(window: Mapping[str, Any], answers: Sequence[tuple[str, int]]) -> dict[str, int]:
-    """Start and end token of the first answer; the null position if it is not in the window."""
+def _target(
+    window: Mapping[str, Any], answers: Sequence[tuple[str, int]], *, outer: tuple[bool, bool]
+) -> dict[str, int]:
+    """Start and end token of the first answer; the null position if it is not in the window.
+
+    Tokenizers leave out white space, and some of them accents: an answer that begins or ends with
+    those has fewer characters in tokens than in the context.
+
+    Args:
+        window: the window.
+        answers: (text, first character) of each answer.
+        outer: whether the window is the first of its context, and whether it is the last.
+    """
     null = window["null_position"]
     missing = {"start_position": null, "end_position": null}
     if not answers:
         return missing
     text, begin = answers[0]
-    end = begin + len(text)
+    end = begin + len(text.rstrip())
+    begin += len(text) - len(text.lstrip())
+    inside = [i for i, start in enumerate(window["offset_start"]) if start >= 0]
     spans = enumerate(zip(window["offset_start"], window["offset_end"], strict=True))
     covering = [i for i, (start, stop) in spans if start >= 0 and start < end and stop > begin]
     if not covering:
         return missing
     first, last = covering[0], covering[-1]
-    if window["offset_start"][first] > begin or window["offset_end"][last] < end:
+    at_edge = first == inside[0] and not outer[0], last == inside[-1] and not outer[1]
+    if at_edge[0] and window["offset_start"][first] > begin:
         return missing  # cut by the window's edge
+    if at_edge[1] and window["offset_end"][last] < end:
+        return missing
     return {"start_position": first, "end_position": last}

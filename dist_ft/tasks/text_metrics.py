@@ -7,6 +7,7 @@ is scored by sums.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,9 @@ from dist_ft.tasks.metrics import exact_match
 
 NAMES = ("rouge_l", "rouge_1", "rouge_2", "bleu", "exact_match")
 _ROUGE = {"rouge_l": "rougeL", "rouge_1": "rouge1", "rouge_2": "rouge2"}
+# Han and kana, written without spaces.
+_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_TOKEN = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 
 
 def check_installed(*, task: str) -> None:
@@ -34,12 +38,22 @@ def check_installed(*, task: str) -> None:
         ) from error
 
 
+class _Words:
+    """Splits a text for ROUGE: as rouge-score does where it is English, which drops all else."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """Returns words, and single characters of what is written without spaces."""
+        return _TOKEN.findall(text.lower())
+
+
 @functools.cache
-def _scorers() -> tuple[Any, Any]:
+def _scorers() -> tuple[Any, Any, Any]:
+    """ROUGE, and BLEU for texts with spaces and for Chinese and Japanese ones."""
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu.metrics.bleu import BLEU
 
-    return RougeScorer(list(_ROUGE.values())), BLEU(effective_order=True)
+    rouge = RougeScorer(list(_ROUGE.values()), tokenizer=_Words())
+    return rouge, BLEU(effective_order=True), BLEU(effective_order=True, tokenize="zh")
 
 
 def statistics(text: str, reference: str) -> dict[str, Any]:
@@ -49,8 +63,9 @@ def statistics(text: str, reference: str) -> dict[str, Any]:
         text: generated.
         reference: what it should be.
     """
-    rouge, bleu = _scorers()
+    rouge, spaced, unspaced = _scorers()
     found = rouge.score(reference, text)
+    bleu = unspaced if re.search(f"[{_UNSPACED}]", reference) else spaced
     grams = bleu.sentence_score(text, [reference])
     return {
         **{name: found[key].fmeasure for name, key in _ROUGE.items()},

@@ -98,9 +98,10 @@ def make_augmenter(
         task: The task, knowing its labels.
         dataset: Its training data, where mentions of entities are taken from.
     """
+    fields = _fields(config, task=task)
     return Augmenter(
-        [make_transform(t, config=config, dataset=dataset) for t in transforms],
-        fields=_fields(config, task=task),
+        [make_transform(t, config=config, fields=fields, dataset=dataset) for t in transforms],
+        fields=fields,
         segmentation=config.segmentation,
     )
 
@@ -115,7 +116,13 @@ def _fields(config: TaskConfig, *, task: Task) -> Fields:
         return TextFields(tuple(c for c in (config.text, config.text_pair) if c is not None))
     if config.type == "token_classification":
         is_bio = isinstance(task, TokenClassification) and task.is_bio
-        return TaggedFields(config.tokens, config.tags, outside="O" if is_bio else None)
+        labels = task.labels if isinstance(task, TokenClassification) else None
+        return TaggedFields(
+            config.tokens,
+            config.tags,
+            outside="O" if is_bio else None,
+            labels=None if labels is None else tuple(labels),
+        )
     if config.type == "question_answering":
         return ContextFields(config.question, config.context, config.answers)
     if config.type == "generation":
@@ -126,13 +133,14 @@ def _fields(config: TaskConfig, *, task: Task) -> Fields:
 
 
 def make_transform(
-    transform: TransformConfig, *, config: TaskConfig, dataset: ShardedDataset
+    transform: TransformConfig, *, config: TaskConfig, fields: Fields, dataset: ShardedDataset
 ) -> Transform:
     """Return a transform of the recipe.
 
     Args:
         transform: The transform in the recipe.
         config: The task that it belongs to.
+        fields: What of a row may be changed.
         dataset: The task's training data, where mentions of entities are taken from.
     """
     chance = transform.probability
@@ -145,8 +153,10 @@ def make_transform(
     if not isinstance(transform, MentionReplacementConfig):
         return _noise(transform, chance=chance)
     assert config.type == "token_classification", "load_recipe refuses it for other tasks"
+    assert isinstance(fields, TaggedFields)
     table = collect_mentions(
-        (row[config.tokens], [str(tag) for tag in row[config.tags]]) for row in raw_rows(dataset)
+        (row[config.tokens], [str(fields.named(tag)) for tag in row[config.tags]])
+        for row in raw_rows(dataset)
     )
     return MentionReplacement(table, transform.share, chance)
 

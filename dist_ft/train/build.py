@@ -242,6 +242,7 @@ def make_run(
     run.callbacks = _callbacks(recipe, parts, folder, world, console, recorder)
     steps = next(c for c in run.callbacks if isinstance(c, LogSteps))
     steps.about = {**_about(parts, world), "kernels": kernels.chosen}
+    next(c for c in run.callbacks if isinstance(c, Checkpoint)).on_saved = passes.saved
     guard = next(c for c in run.callbacks if isinstance(c, GuardNumbers))
     run.loss_limit = lambda task: guard.loss_limit(run, task)
     if balancer is not None:

@@ -164,6 +164,7 @@ class Checkpoint(Watcher):
         scores: Returns the latest scores, larger is better, if they are of this step.
         saved_at: Step of the newest checkpoint.
         is_due: Save at the end of this step in any case.
+        on_saved: Hears the step of a checkpoint that is there.
     """
 
     recorder: Recorder
@@ -176,6 +177,7 @@ class Checkpoint(Watcher):
     scores: Callable[[int], dict[str, float]]
     saved_at: int = -1
     is_due: bool = False
+    on_saved: Callable[[int], None] | None = None
     _owes_regular: bool = False
 
     def on_fit_start(self, run: Run) -> None:
@@ -268,6 +270,8 @@ class Checkpoint(Watcher):
                 "training goes on, earlier checkpoints are intact"
             )
             return
+        if self.on_saved is not None:
+            self.on_saved(saved.step)
         self.recorder.event(
             "checkpoint", step=saved.step, path=saved.path.name, bytes=saved.bytes, **stall
         )

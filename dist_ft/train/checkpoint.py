@@ -215,6 +215,8 @@ def verify_checkpoint(folder: Path) -> str | None:
         )
     except (AttributeError, KeyError, TypeError) as error:
         return f"its manifest is damaged ({type(error).__name__}: {error})"
+    except OSError as error:  # of a disk that fails: an older checkpoint may be whole
+        return f"it cannot be read ({error})"
 
 
 def _manifest_damage(manifest: dict[str, Any], folder: Path) -> str | None:

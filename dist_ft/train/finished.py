@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
@@ -191,7 +192,9 @@ def compare(run: Path, against: Path, *, extensions: Extensions = NO_EXTENSIONS)
             source = data.dataset.take(np.arange(len(data.dataset)), columns={"source_row"})[
                 "source_row"
             ]
-            of_run[data.task.name] = (metrics, list(source), records)
+            # Numbers alone are those of any set of as many rows.
+            about = json.dumps(data.dataset.manifest.source, sort_keys=True)
+            of_run[data.task.name] = (metrics, (about, list(source)), records)
         collected.append(of_run)
     ours, theirs = collected
     found: Differences = {}

@@ -68,7 +68,7 @@ def _load(run: Run, reader: CheckpointReader) -> None:
     run.policy.load_state_dict(reader.trainer["policy"])
     if run.balancer is not None and reader.trainer.get("balancing") is not None:
         run.balancer.load_state_dict(reader.trainer["balancing"])
-    run.engine.set_trainable(reader.trainer["trainable"])
+    run.engine.set_trainable(reader.trainer["trainable"], loads=True)
     run.engine.load_state(reader)
 
 

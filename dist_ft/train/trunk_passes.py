@@ -25,6 +25,7 @@ from dist_ft.freezing.schedule import frozen_prefix
 from dist_ft.model.trunk import Trunk
 from dist_ft.tasks.question_answering import QuestionAnswering
 from dist_ft.tasks.token_classification import TokenClassification
+from dist_ft.train.augmentation import make_augmenter
 from dist_ft.train.data import PreparedTask
 from dist_ft.train.kernels import attention_dropout
 from dist_ft.train.parts import Parts
@@ -305,6 +306,10 @@ def _cached_task(config: TaskConfig, prepared: PreparedTask, recipe: Recipe) -> 
     if config.augmentation:
         # Changed words may have more tokens. What needs more room than this is computed each time.
         room = np.maximum(lengths, np.minimum(config.max_length, lengths + lengths // 2 + 8))
-        transforms = [t.model_dump(mode="json") for t in config.augmentation]
-        about += [json.dumps(transforms, sort_keys=True), str(recipe.seed), str(variants)]
+        # With what is in their word lists, which may be other words under the same path.
+        augmenter = make_augmenter(
+            config.augmentation, config=config, task=prepared.task, dataset=data
+        )
+        transforms = json.dumps(augmenter.describe(), sort_keys=True)
+        about += [transforms, str(recipe.seed), str(variants)]
     return CachedTask(room, variants, xxhash.xxh3_64_hexdigest("|".join(about).encode()))

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import resource
+import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,14 @@ import torch
 import yaml
 
 from dist_ft.engine.cache_probe import CacheDecision, CacheProbe
+from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
 from dist_ft.freezing.activation_cache import ActivationCache, CachedTask
 from dist_ft.freezing.row_store import RowKeys
 from dist_ft.recipe import load_recipe
 from dist_ft.train import build
 from tests.faults.test_disk_full import limit_files
 from tests.helpers.run_distributed import run_distributed
+from tests.helpers.supervised import before, supervise
 from tests.helpers.tiny_run import state_hash, terminate_at, train, train_in_turn, write_recipe
 
 UNCACHED = ["cache.policy=off", "freezing.prefix_dropout=false"]
@@ -98,7 +101,7 @@ def test_a_stopped_run_goes_on_with_what_is_kept_and_with_other_ranks(tmp_path: 
     train(recipe, ["name=straight", "cache.policy=on", noise])
     train(recipe, ["name=stopped", "cache.policy=on", noise], stop_at=21, exit_code=75)
     folder = tmp_path / "runs/stopped"
-    kept = sorted(p.name for p in (folder / "cache" / platform.node()).glob("*.data"))
+    kept = sorted(p.name for p in (folder / "cache" / platform.node()).glob("*.2.*.data"))
     assert len(kept) == 3  # a boundary of three tasks
     _damage(folder / "cache" / platform.node() / kept[0])
     train(recipe, ["name=stopped", "cache.policy=on", noise], resume=True)
@@ -110,6 +113,72 @@ def test_a_stopped_run_goes_on_with_what_is_kept_and_with_other_ranks(tmp_path: 
           exit_code=75)  # fmt: skip
     train(recipe, ["name=elastic", "cache.policy=on", noise], resume=True)
     assert _largest_difference(tmp_path / "runs/elastic", tmp_path / "runs/straight") <= 1e-5
+
+
+def test_what_is_kept_of_a_prefix_that_trained_before_is_there_when_the_run_goes_on(
+    tmp_path: Path,
+) -> None:
+    """The pre-trained weights that a resumed run begins with are not those that were kept."""
+    # Everything trains in the first ten steps; then two blocks are frozen, and what is below them.
+    frozen = "freezing={policy: bottom_up, groups_per_phase: 3, every: 10step, max_depth: 2}"
+    settings = ["cache.policy=on", "freezing.prefix_dropout=false", frozen]
+    recipe = _recipe(tmp_path)
+    train(recipe, ["name=straight", *settings])
+    train(recipe, ["name=stopped", *settings], stop_at=29, exit_code=75)
+    train(recipe, ["name=stopped", *settings], resume=True)
+    folder = tmp_path / "runs/stopped"
+    straight = {e["step"]: e for e in _events(tmp_path / "runs/straight", "step")}
+    shares = {e["step"]: e.get("prefix_hit_share") for e in _events(folder, "step")}
+    assert shares == {step: e.get("prefix_hit_share") for step, e in straight.items()}
+    assert max(share or 0.0 for share in shares.values()) == 1.0
+    assert state_hash(folder) == state_hash(tmp_path / "runs/straight")
+
+
+def test_a_run_killed_soon_after_a_phase_began_repeats_the_phase_before_to_the_bit(
+    tmp_path: Path,
+) -> None:
+    recipe = _recipe(tmp_path)
+    assert supervise(recipe, ["name=straight", "cache.policy=on"]).code == 0
+    begins = _events(tmp_path / "runs/straight", "phase")[-1]["step"]
+    saved = begins - 3
+    settings = ["cache.policy=on", f"checkpoint.every={saved}step"]
+
+    def kill(attempt: int, rank: int) -> None:
+        def die(call: int) -> None:
+            if attempt == 0 and rank == 1 and call == begins + 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        before(DeepSpeedEngine, "train_step", die)
+
+    assert supervise(recipe, ["name=killed", *settings], fault=kill).code == 0
+    assert [e["step"] for e in _events(tmp_path / "runs/killed", "resume")] == [saved]
+    found = [
+        {e["step"]: e.get("prefix_hit_share") for e in _events(tmp_path / f"runs/{name}", "step")}
+        for name in ("straight", "killed")
+    ]
+    assert found[0] == found[1]  # nothing that had been kept was computed again
+    assert state_hash(tmp_path / "runs/killed") == state_hash(tmp_path / "runs/straight")
+
+
+def test_files_of_a_phase_that_is_over_stay_until_a_checkpoint_and_within_the_budget(
+    tmp_path: Path,
+) -> None:
+    room = np.full(4, 2)
+    about = {"tasks": {"a": CachedTask(room)}, "width": 4, "dtype": torch.float32}
+    one = 4 * 2 * 4 * 4
+
+    def left(budget: int, saved: int) -> list[str]:
+        folder = tmp_path / f"{budget}-{saved}"
+        cache = ActivationCache(folder, budget_bytes=budget, **about)
+        cache.open([(3, "f"), (2, "f")])
+        cache.saved_step = saved
+        cache.open([(2, "f")], step=5)
+        return sorted(p.stem for p in folder.glob("*.data"))
+
+    assert left(3 * one, saved=4) == ["a.2.f", "a.3.f"]
+    assert left(3 * one, saved=5) == ["a.2.f"]
+    assert left(2 * one, saved=4) == ["a.2.f", "a.3.f"]
+    assert left(2 * one - 1, saved=4) == ["a.2.f"]
 
 
 def _damage(path: Path) -> None:

@@ -159,10 +159,21 @@ class _Shuffled(TinyModel):
             self.blocks = kept
 
 
+class _ShuffledInSixteens(_Shuffled):
+    """The same with as many weights in a block as BERT's have."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        width = self.embeddings.embedding_dim
+        self.blocks = torch.nn.ModuleList(
+            nn.Sequential(*(nn.Linear(width, width) for _ in range(8))) for _ in self.blocks
+        )
+
+
 def _other_orders() -> None:
     rank, world = dist.rank(), dist.world_size()
-    for stage in (1, 2):
-        with mock.patch("tests.helpers.phases.TinyModel", _Shuffled):
+    for stage, model in ((1, _Shuffled), (2, _Shuffled), (2, _ShuffledInSixteens)):
+        with mock.patch("tests.helpers.phases.TinyModel", model):
             engine = make_deepspeed(EngineOptions(), zero_stage=stage)
             engine.set_trainable(ALL)
             before = {n: w.clone() for n, w in engine.full_weights().items()}

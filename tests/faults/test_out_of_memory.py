@@ -247,6 +247,30 @@ def test_a_run_goes_on_in_smaller_micro_batches_also_when_it_is_resumed(oracle: 
     assert largest_difference(*ends) <= 1e-5
 
 
+@pytest.mark.parametrize(
+    ("objective", "where"),
+    [
+        ("adversarial: {type: freelb}", "forward"),
+        ("mixup: {blocks: [1]}, tasks: [text]", "backward"),
+    ],
+)
+def test_what_an_objective_remembers_of_all_rows_is_not_one_rows(
+    oracle: Path, objective: str, where: str
+) -> None:
+    def fault(attempt: int, rank: int) -> None:
+        del attempt
+        if rank == 1:
+            _small_device(rows=2, where=where, first_step=3)
+
+    # In stage 1 the ranks stay in step wherever memory ends.
+    name = objective.partition(":")[0]
+    settings = [f"name={name}", UNFROZEN, f"regularization={{{objective}}}", "engine.zero_stage=1"]
+    done = supervise(oracle, [*settings, "train.max_duration=6step"], fault=fault)
+    assert (done.code, done.said) == (0, [])
+    found = [e for e in events(oracle.parent / "runs" / name) if e["event"] == "out_of_memory"]
+    assert {(e["step"], *e["ranks"]) for e in found} == {(3, 1)}
+
+
 SIZES = ("2 rows instead of 4", "1 row instead of 2")
 
 

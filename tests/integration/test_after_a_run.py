@@ -567,3 +567,21 @@ def test_runs_are_compared_on_the_same_rows(run: Path, capsys: pytest.CaptureFix
     assert len(rows) > 10
     assert all(row.count("+0.0000") == 3 for row in rows)
     assert "accuracy" in table
+
+
+def test_runs_on_other_rows_with_the_same_numbers_are_not_compared(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, eval_data = [0], finished.eval_data
+
+    def other_source(*args: Any, **kwargs: Any) -> Any:
+        made[0] += 1
+        for data in eval_data(*args, **kwargs):
+            if made[0] == 2:
+                source = {"validation": {"sha256": "of another file"}}
+                data.dataset.manifest = dataclasses.replace(data.dataset.manifest, source=source)
+            yield data
+
+    monkeypatch.setattr(finished, "eval_data", other_source)
+    with pytest.raises(ValueError, match="has other validation rows"):
+        finished.compare(run, run)

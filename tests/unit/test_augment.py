@@ -104,6 +104,19 @@ def test_odd_labels_are_left_alone(sample: dict[str, Any], reason: str) -> None:
     assert changes.skipped == reason
 
 
+def test_numbers_in_the_place_of_labels_stand_for_them() -> None:
+    fields = TaggedFields(labels=("O", "B-PER", "I-PER"))
+    sample = {"tokens": ["ann", "lee", "ran"], "tags": [1, 2, 0]}
+    augmenter = Augmenter([Casing(share=1.0, styles=("upper",))], fields=fields)
+    after, changes = augmenter.apply(sample, seed=0, epoch=0, row=0)
+    assert changes.skipped is None
+    assert after["tokens"][:2] == ["ann", "lee"]  # an entity stays as it is
+    assert after["tokens"][2] != "ran"
+    assert after["tags"] == ["B-PER", "I-PER", "O"]
+    numbers = TaggedFields(labels=("0", "1"))
+    assert numbers.named(1) == 1  # a label of its own
+
+
 def test_mentions_are_replaced_with_their_labels() -> None:
     rows = [(["Ann", "saw", "New", "York"], ["B-PER", "O", "B-LOC", "I-LOC"]), (["Ann"], ["B-PER"])]
     table = collect_mentions(rows)

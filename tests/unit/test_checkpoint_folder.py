@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,3 +65,24 @@ def test_a_rank_file_that_was_cut_makes_no_checkpoint(tmp_path: Path) -> None:
     found = commit(aside, final, step=1, trainer={}, files=[entry])
     assert f"rank-00000.safetensors has {size - 1} bytes, expected {size}" in str(found)
     assert not final.exists()
+
+
+def test_a_checkpoint_on_a_disk_that_fails_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = EngineState([StateSlice("p", 0, {"weight": torch.ones(3)})], {}, ())
+    older, newer = (
+        save_checkpoint(tmp_path, step=step, state=state, trainer={}).path for step in (1, 2)
+    )
+    fingerprint = checkpoint._fingerprint
+
+    def fail(path: Path) -> Any:
+        if path.parent == newer:
+            raise OSError(errno.EIO, "Input/output error")
+        return fingerprint(path)
+
+    monkeypatch.setattr(checkpoint, "_fingerprint", fail)
+    found, passed_over = find_checkpoint(tmp_path)
+    assert found == older
+    assert len(passed_over) == 1
+    assert "it cannot be read" in passed_over[0]

@@ -3,6 +3,7 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from dist_ft.data.files import BadRow
 from dist_ft.data.packaged import PACKAGED
 from dist_ft.data.sources import SourceSpec, label_decoder, open_source
+from dist_ft.tasks.image_classification import ImageClassification
 
 ROWS = [{"text": f"text {i}, ünï", "label": i % 3, "score": i / 2} for i in range(2500)]
 
@@ -216,6 +218,29 @@ def test_absent_hub_data_set_is_explained(tmp_path: Path) -> None:
     source = open_source(SourceSpec("no-such-owner/no-such-set"), base_dir=tmp_path)
     with pytest.raises(ValueError, match="matches no file and can't be read as a hub data set"):
         list(source.rows())
+
+
+def test_images_of_the_hub_are_read_as_they_are_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [np.full((4, 4, 3), 40 * i, np.uint8) for i in range(3)]
+    columns = {"image": images, "label": [0, 1, 0]}
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
+    stored = datasets.Dataset.from_dict(columns, features=features)
+
+    def load(*_: Any, streaming: bool, **__: Any) -> Any:
+        assert streaming
+        return stored.to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    source = open_source(SourceSpec("owner/images"), base_dir=tmp_path)
+    task = ImageClassification(name="t", labels=("a", "b"))
+    keys = [[task.split_key(row) for row in source.rows()] for _ in range(2)]
+    assert keys[0] == keys[1]  # and not where an object lay in memory
+    assert len(set(keys[0])) == 3
+    assert [row["label"] for row in source.rows()] == ["a", "b", "a"]
 
 
 def test_class_numbers_become_names() -> None:

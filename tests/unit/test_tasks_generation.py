@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 
 from dist_ft.data.loader import MicroBatch
@@ -171,6 +173,23 @@ def test_metrics_of_texts_need_generation() -> None:
 def test_impossible_settings_are_errors(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Generation(name="gen", **settings)
+
+
+def test_a_separator_that_leaves_no_room_for_the_prompt_is_an_error() -> None:
+    task = Generation(name="gen", max_length=12, max_target_length=10, separator="the cat sat")
+    with pytest.raises(ValueError, match=r"max_target_length: 10 and the \d+ tokens of the sep"):
+        task.check_tokenizer(TOKENIZER)
+
+
+@given(st.integers(0, 30), st.integers(0, 30), st.integers(6, 12))
+def test_no_row_is_longer_than_allowed(prompt: int, response: int, longest: int) -> None:
+    task = Generation(name="gen", max_length=longest + 2, max_target_length=longest, separator="\n")
+    rows = numbered([{"prompt": "the cat " * prompt, "response": "sat on " * response}])
+    separator = len(TOKENIZER("\n", add_special_tokens=False)["input_ids"])
+    assume(longest + separator < task.max_length)
+    (feature,) = task.encode(rows, tokenizer=TOKENIZER)
+    assert len(feature["input_ids"]) == len(feature["labels"]) <= task.max_length
+    assert feature["truncated_tokens"] >= 0
 
 
 def test_tokenizer_without_end_token_is_an_error() -> None:

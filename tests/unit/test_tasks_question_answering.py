@@ -1,4 +1,5 @@
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import normalizers
 
 from dist_ft.data.loader import MicroBatch
 from dist_ft.tasks.answer_spans import best_span, first_sentence, score_answers
@@ -279,3 +281,30 @@ def test_bad_rows_are_errors(change: dict[str, Any], message: str) -> None:
 def test_impossible_settings_are_errors(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         QuestionAnswering(name="qa", **settings)
+
+
+@pytest.mark.parametrize(
+    ("answer", "in_tokens"), [("Paris ", "Paris"), (" Paris", "Paris"), ("\n Paris\n", "Paris")]
+)
+def test_white_space_around_an_answer_is_not_missed(answer: str, in_tokens: str) -> None:
+    before, after = ("" if answer[i].isspace() else " " for i in (0, -1))
+    context = f"in{before}{answer}{after}when"
+    (feature,) = features(row("where?", context, answer))
+    assert text_at(feature, feature["start_position"], feature["end_position"]) == in_tokens
+
+
+def test_an_accent_that_the_tokenizer_drops_does_not_cut_the_answer_off() -> None:
+    tokenizer = wordpiece()
+    backend: Any = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.BertNormalizer(strip_accents=True)
+    answer = unicodedata.normalize("NFD", "program\u0301")
+    for context in (f"the {answer} did it", f"the {answer}"):
+        raw = numbered([row("what?", context, answer)])
+        (feature,) = TASK.encode(raw, tokenizer=tokenizer)
+        assert feature["start_position"] != feature["null_position"]
+        assert text_at(feature, feature["start_position"], feature["end_position"]) == "program"
+
+
+def test_an_answer_of_nothing_but_white_space_is_none() -> None:
+    (feature,) = features(row("where?", "in  when", "  "))
+    assert feature["start_position"] == feature["end_position"] == feature["null_position"]

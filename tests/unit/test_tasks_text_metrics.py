@@ -32,3 +32,15 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "sacrebleu.metrics.bleu", None)
     with pytest.raises(RuntimeError, match=r"tasks\.x\.max_new_tokens: .*dist-ft\[metrics\]"):
         module.check_installed(task="x")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["мама мыла раму сегодня утром", "今天天气很好我们去公园", "über Nacht fiel später Schnee"],
+)
+def test_a_text_in_any_script_is_the_same_as_itself(text: str) -> None:
+    found = text_metrics.scores([text_metrics.statistics(text, text)])
+    assert found == pytest.approx(dict.fromkeys(text_metrics.NAMES, 1.0))
+    other = text_metrics.scores([text_metrics.statistics(text[: len(text) // 2], text)])
+    assert all(0 < other[name] < 1 for name in ("rouge_l", "rouge_1", "rouge_2"))
+    assert other["bleu"] < 1

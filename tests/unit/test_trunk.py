@@ -120,6 +120,22 @@ def test_rows_as_long_together_as_the_batch_is_wide_stay_what_they_are(name: str
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", T5)
+def test_a_position_bias_of_as_many_heads_as_rows_are_long_stays_what_it_is(name: str) -> None:
+    model, groups = _model(name)
+    trunk = Trunk.find(model, groups=groups)
+    trunk.check()
+    heads = trunk.blocks[0].layer[0].SelfAttention.n_heads  # pyright: ignore
+    mask = (torch.arange(heads)[None] < torch.tensor([[heads], [1], [heads]])).long()
+    ids = torch.randint(3, 60, mask.shape, generator=torch.Generator().manual_seed(2)) * mask
+    rows, inputs = FlatRows.of(mask), {"input_ids": ids, "attention_mask": mask}
+    found: list[Tensor] = []
+    for flat in (False, True):
+        trunk.flat = flat
+        found.append(trunk.prefix(inputs, rows=rows, boundaries=[2])[2])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
 def _block(groups: list[LayerGroup], index: int) -> LayerGroup:
     """The block, or what comes after the first stack if it has no more."""
     first = next(i for i, g in enumerate(groups) if g.kind == "block")

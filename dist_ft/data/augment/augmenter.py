@@ -174,7 +174,9 @@ class Augmenter:
 
 
 def _described(part: Any) -> dict[str, Any]:
-    content = {f.name: _json(getattr(part, f.name)) for f in dataclasses.fields(part)}
+    # What is not compared, the labels, belongs to the task, whose own are looked at.
+    fields = [f for f in dataclasses.fields(part) if f.compare]
+    content = {f.name: _json(getattr(part, f.name)) for f in fields}
     return {"type": type(part).__name__, **content}
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from dist_ft.data.augment.pieces import Line, Piece, Segmenter, kind_of, split_text
@@ -77,11 +77,13 @@ class TaggedFields:
         tokens: column of the words.
         tags: column of their labels.
         outside: the label of words in no entity; None if the labels mark no entities.
+        labels: what numbers in the place of labels stand for; None if there are none.
     """
 
     tokens: str = "tokens"
     tags: str = "tags"
     outside: str | None = "O"
+    labels: tuple[str, ...] | None = field(default=None, compare=False)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -97,6 +99,7 @@ class TaggedFields:
             raise SkippedSampleError("words_and_labels_differ_in_number")
         if not tokens or not all(isinstance(token, str) for token in tokens):
             raise SkippedSampleError("no_words")
+        tags = [self.named(tag) for tag in tags]
         if self.outside is not None and not is_valid(tags, outside=self.outside):
             raise SkippedSampleError("invalid_bio")
         pieces = [
@@ -111,6 +114,12 @@ class TaggedFields:
             for number, (token, tag) in enumerate(zip(tokens, tags, strict=True))
         ]
         return [Line(self.tokens, pieces, tagged=True, outside=self.outside)]
+
+    def named(self, tag: Any) -> Any:
+        """Returns the label that a number stands for; any other tag as it is."""
+        known = self.labels or ()
+        is_number = isinstance(tag, int) and not any(label.isdecimal() for label in known)
+        return known[tag] if is_number and 0 <= tag < len(known) else tag
 
     def rebuilt(self, sample: Sample, lines: Sequence[Line]) -> dict[str, Any]:
         """Returns the sample with the line's words and labels."""
