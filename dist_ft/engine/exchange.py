@@ -9,6 +9,7 @@ A GPU's weights are gathered by a collective, and its gradients are summed by De
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ def swap(
     Raises:
         RuntimeError: Now or at the end, if a rank is gone or the group's timeout has passed.
     """
+    _end_abandoned()
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     works: list[Any] = []
     packed: list[tuple[Tensor, list[Tensor]]] = []
@@ -57,16 +59,42 @@ def swap(
             large.insert(0, torch.cat(small))
         works += [dist.isend(v, group=group, group_dst=target) for v in large]
 
-    def finish() -> None:
-        for work in works:
+    return _Begun(works, packed)
+
+
+class _Begun:
+    """Messages under way; called once, it waits for them."""
+
+    def __init__(
+        self, works: Sequence[Any], packed: Sequence[tuple[Tensor, Sequence[Tensor]]]
+    ) -> None:
+        self._works, self._packed = works, packed
+
+    def __call__(self) -> None:
+        for work in self._works:
             work.wait()
-        for buffer, vectors in packed:
-            for vector, part in zip(
-                vectors, buffer.split([v.numel() for v in vectors]), strict=True
-            ):
+        self._works = ()
+        for buffer, vectors in self._packed:
+            sizes = [v.numel() for v in vectors]
+            for vector, part in zip(vectors, buffer.split(sizes), strict=True):
                 vector.copy_(part)
 
-    return finish
+    def __del__(self) -> None:
+        # gloo never gets past a message whose buffer is gone, and neither do its later ones: of an
+        # engine that was let go without `close`, for example.
+        if self._works:
+            _ABANDONED.append(self._works)
+
+
+# Messages that nobody waits for; kept until others of the same ranks begin.
+_ABANDONED: list[Sequence[Any]] = []
+
+
+def _end_abandoned() -> None:
+    while _ABANDONED:
+        for work in _ABANDONED.pop():
+            with contextlib.suppress(RuntimeError):  # of a group that is gone
+                work.wait()
 
 
 def _by_size(vectors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -190,8 +190,7 @@ class Generation:
             if self.max_target_length + separator >= self.max_length:
                 raise ValueError(
                     f"tasks.{self.name}.max_target_length: {self.max_target_length} and the "
-                    f"{separator} tokens of the separator leave no room for the prompt in "
-                    f"max_length {self.max_length}; lower it or raise max_length"
+                    f"separator's {separator} tokens leave no room in max_length {self.max_length}"
                 )
 
     def encode(self, rows: list[Row], *, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
@@ -294,10 +293,9 @@ class Generation:
         target, lost = self._target(response, tokenizer=tokenizer)
         separator = tokenizer(self.separator, add_special_tokens=False)["input_ids"]
         tokens = tokenizer(prompt, verbose=False)["input_ids"]
-        if tokens and tokens[-1] == tokenizer.eos_token_id and len(tokens) > 1:
-            tokens = tokens[:-1]  # some tokenizers end every text
-        room = max(0, self.max_length - len(target) - len(separator))
-        lost += max(0, len(tokens) - room)
+        if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:  # some end every text
+            tokens = tokens[:-1]
+        lost += max(0, len(tokens) - (room := self.max_length - len(target) - len(separator)))
         context = [*tokens[:room], *separator]
         labels = [IGNORE_INDEX] * len(context) + target
         return {

@@ -157,3 +157,23 @@ def _like_all_reduce() -> None:
 
 def test_on_two_ranks_the_bits_are_those_of_an_all_reduce() -> None:
     run_distributed(_like_all_reduce)
+
+
+def _abandoned() -> None:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    group = dist.distributed_c10d._get_default_group()
+    for number in range(10):
+        vector = torch.full((world * 50_000,), float(rank))
+        begun = exchange.gather([vector], group=group)
+        del begun, vector
+        value = torch.full((100_000,), float(number if rank == 0 else -1))
+        dist.broadcast(value, src=0)
+        assert (value == number).all()
+        vector = torch.full((world * 4,), float(rank))
+        exchange.gather([vector], group=group)()
+        assert vector.tolist() == [float(r) for r in range(world) for _ in range(4)]
+
+
+@pytest.mark.timeout(60)
+def test_an_exchange_that_nobody_waits_for_holds_up_no_other() -> None:
+    run_distributed(_abandoned)
