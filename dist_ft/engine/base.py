@@ -242,7 +242,8 @@ class Engine(Protocol):
 
         Args:
             groups: The layer groups.
-            loads: Whether `load_state` comes next: nothing is then made of the present weights.
+            loads: Whether `load_state` comes next, which sets the phase's modes: for the present
+                weights, the cache would delete what it keeps of those that are loaded.
         """
         ...
 

@@ -149,7 +149,8 @@ class DeepSpeedEngine:
         self._states.settle(wanted)
         self._trainable = wanted
         self._average.park(wanted)
-        self._modes.apply(wanted, weight=self._weights.whole, are_final=not loads)
+        if not loads:
+            self._modes.apply(wanted, weight=self._weights.whole)
         return self._report(how, seconds=time.monotonic() - began)
 
     @property

@@ -83,22 +83,15 @@ class LayerModes:
             blocks={name: modules[name][0] for name in whole},
         )
 
-    def apply(
-        self,
-        trainable: frozenset[str],
-        *,
-        weight: Callable[[str], Tensor],
-        are_final: bool = True,
-    ) -> None:
+    def apply(self, trainable: frozenset[str], *, weight: Callable[[str], Tensor]) -> None:
         """Set the modes of a phase in which the layer groups `trainable` train.
 
         Args:
             trainable: The layer groups.
             weight: Returns a whole parameter by name; every rank calls it for the same ones.
-            are_final: Whether these are the weights that will be trained.
         """
         self._trains = None
-        self.passes.enter_phase(trainable, weight=weight, are_final=are_final)
+        self.passes.enter_phase(trainable, weight=weight)
         self._prefix = frozen_prefix(self.order, trainable)
         if (trunk := self.passes.trunk) is not None:
             below = self.order[: self.order.index(trunk.group_names[0])]

@@ -233,7 +233,8 @@ class ReferenceEngine:
                     self._optimizer.state.pop(parameter, None)
         self._trainable = wanted
         self._held_rows.watch(self._parameters)
-        self._modes.apply(wanted, weight=self._parameters.__getitem__, are_final=not loads)
+        if not loads:
+            self._modes.apply(wanted, weight=self._parameters.__getitem__)
         return self._report(time.monotonic() - began)
 
     def _report(self, seconds: float) -> PhaseReport:

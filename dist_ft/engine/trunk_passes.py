@@ -63,25 +63,14 @@ class TrunkPasses:
     _next_step: int = 0
     _ahead: dict[tuple[int, int], list[FoundRows | None]] = field(default_factory=dict)
 
-    def enter_phase(
-        self,
-        trainable: frozenset[str],
-        *,
-        weight: Callable[[str], Tensor],
-        are_final: bool = True,
-    ) -> None:
+    def enter_phase(self, trainable: frozenset[str], *, weight: Callable[[str], Tensor]) -> None:
         """Find where the trunk begins in a phase, and open the cache for it.
 
         Args:
             trainable: layer groups that train.
             weight: returns a whole parameter by name; called on every rank in the same order.
-            are_final: whether these weights will be trained, and not others that are loaded next:
-                by these, all that is kept of those would be deleted.
         """
         if self.trunk is None or self.cache is None:
-            return
-        if not are_final:
-            self.boundary, self.cached_bytes, self._kept = 0, 0, ()
             return
         boundary = self._boundary_of(trainable)
         self.boundary = boundary if self._pays(boundary) else 0

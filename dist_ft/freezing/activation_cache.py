@@ -60,8 +60,8 @@ class ActivationCache:
         budget_bytes: the most bytes of all stores together. Boundaries come in the order in which
             they are needed; of the first that does not fit, the lower rows are kept.
         damaged: rows found whose bytes were not those that were written.
-        saved_step: step of the newest checkpoint. A run that is killed goes on from there: until
-            then, files of a phase that is over stay, if all that is wanted has room beside them.
+        saved_step: step of the newest checkpoint. A run that is killed goes on from there: files of
+            a phase that ended after it stay, if all that is wanted has room beside them.
     """
 
     folder: Path
@@ -108,16 +108,14 @@ class ActivationCache:
         self._past |= {store.name: (step, store.nbytes) for store in self._stores.values()}
         kept = {n: (end, b) for n, (end, b) in self._past.items() if end > self.saved_step}
         self._past = {n: about for n, about in kept.items() if n not in wanted.values()}
-        whole = sum(
-            RowStore(name, t.room.astype(np.int64), t.variants, self.width, self.dtype).whole_nbytes
-            for (task, _), name in wanted.items()
-            for t in [self.tasks[task]]
-        )
-        if whole + sum(nbytes for _, nbytes in self._past.values()) > self.budget_bytes:
+        tasks = [self.tasks[task] for task, _ in wanted]
+        tokens = sum(t.variants * int(t.room.sum()) for t in tasks)
+        past = sum(nbytes for _, nbytes in self._past.values())
+        if tokens * self.width * self.dtype.itemsize + past > self.budget_bytes:
             self._past = {}
 
     def _delete_all_but(self, names: Collection[str]) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # there is no such folder, and none can be made
             for path in self.folder.iterdir():
                 # Another rank may have been quicker; what it has open has another name on NFS, and
                 # can't be deleted. What is left is only found again if it is right.

@@ -118,11 +118,6 @@ class RowStore:
         self.slots = whole * len(self.room) + rest
 
     @property
-    def whole_nbytes(self) -> int:
-        """Bytes that all slots would take."""
-        return self.variants * int(self._ends[-1]) if len(self._ends) else 0
-
-    @property
     def nbytes(self) -> int:
         """Bytes that the kept slots take."""
         if not self.slots:

@@ -21,17 +21,13 @@ from torch import Tensor, nn
 
 from dist_ft.model.backbone import MultiTaskModel
 from dist_ft.model.flat_rows import FlatRows
-from dist_ft.model.probe import LOSS_OUTPUTS
+from dist_ft.model.probe import LOSS_OUTPUTS, MISFITS, SAME
 
 # padded: [rows, length, hidden size]. firsts: the first token of each row, [rows, 1, hidden size].
 # tokens: one row of all tokens, [1, tokens, hidden size]; outputs are put back among the padding.
 Form = Literal["padded", "firsts", "tokens"]
 
 _KNOWN = ("torch.", "transformers.", "peft.", "dist_ft.")
-# Largest difference of two fp32 forwards, as a share of the largest value.
-_SAME = 1e-4
-# What a model may raise that is run in a way which it was not made for.
-_ERRORS = (ValueError, RuntimeError, TypeError, AttributeError, LookupError, AssertionError)
 
 
 def laid_out(hidden: Tensor, rows: FlatRows, *, form: Form, is_narrow: bool = False) -> Tensor:
@@ -81,8 +77,8 @@ def reads_only(
         if form == "tokens":
             mask = inputs["attention_mask"].bool()
             error, plain = error[mask], plain[mask]
-        return bool(error.abs().max() <= _SAME * plain.abs().max())
-    except _ERRORS:
+        return bool(error.abs().max() <= SAME * plain.abs().max())
+    except MISFITS:
         return False
     finally:
         trunk.forms.pop(task, None)

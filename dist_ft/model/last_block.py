@@ -65,7 +65,7 @@ class LastBlock:
         del module
         if self.rows is None:
             return None
-        return tuple(a.index_select(1, self.rows.firsts) for a in args)
+        return tuple(self.rows.pick_firsts(a) for a in args)
 
     def _put_back(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         del module, args

@@ -21,6 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dist_ft.model.backbone import MultiTaskModel
 
 LOSS_OUTPUTS = ("logits", "start_logits", "end_logits")
+# What a model may raise that is run in a way which it was not made for.
+MISFITS = (ValueError, RuntimeError, TypeError, AttributeError, LookupError, AssertionError)
+# Largest difference of two fp32 forwards that are the same, as a share of the largest value.
+SAME = 1e-4
 
 
 @dataclass

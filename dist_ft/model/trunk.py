@@ -30,7 +30,7 @@ from dist_ft.model.flat_rows import FlatRows
 from dist_ft.model.head_inputs import Form, laid_out, pad_outputs, reads_only
 from dist_ft.model.last_block import LastBlock
 from dist_ft.model.layer_groups import LayerGroup
-from dist_ft.model.probe import rows_of_many_lengths, undisturbed
+from dist_ft.model.probe import MISFITS, SAME, rows_of_many_lengths, undisturbed
 from dist_ft.model.relative_positions import handed_on, limit_length, modules_with_bias
 from dist_ft.model.stacks import group_modules
 from dist_ft.model.stand_ins import NoEmbedding, Places, SkippedBlock
@@ -323,9 +323,9 @@ class Trunk:
                     self.flat = what == "unpadded" or "unpadded" not in problems
                     error = compare(inputs, rows) - plain
                     share = float(error.abs().max() / plain.abs().max())
-                    if not share < _SAME:
+                    if not share < SAME:
                         problems[what] = f"its hidden states differ by {share:.1e}"
-                except _ERRORS as error:
+                except MISFITS as error:
                     text = str(error).strip().splitlines() or [type(error).__name__]
                     problems[what] = text[0]
         return problems
@@ -375,12 +375,6 @@ class Trunk:
         # What returns something else, such as places for all rows at once, is simply run.
         if isinstance(output, Tensor) and output.dim() == 3:
             self.widths[module] = output.shape[2]
-
-
-# What a model may raise that is run in a way which it was not made for.
-_ERRORS = (ValueError, RuntimeError, TypeError, AttributeError, LookupError, AssertionError)
-# Largest difference of two fp32 forwards, as a share of the largest value.
-_SAME = 1e-4
 
 
 def _root(model: MultiTaskModel, *, path: str, stack: str) -> nn.Module:

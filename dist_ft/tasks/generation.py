@@ -180,18 +180,15 @@ class Generation:
             RuntimeError: the package of a metric is not installed.
         """
         check_max_length(self.max_length, task=self.name, tokenizer=tokenizer)
+        if self.style == "causal" and not self._is_chat:  # of the prompt, one token at least
+            taken = tokenizer(self.separator, add_special_tokens=False)["input_ids"]
+            least = self.max_target_length + len(taken) + 1
+            check_max_length(self.max_length, task=self.name, tokenizer=tokenizer, least=least)
         if self._is_chat:
             check_template(tokenizer, task=self.name)
         if self.generates:
             text_metrics.check_installed(task=self.name)
         end_token(tokenizer, task=self.name)
-        if self.style == "causal" and not self._is_chat:
-            separator = len(tokenizer(self.separator, add_special_tokens=False)["input_ids"])
-            if self.max_target_length + separator >= self.max_length:
-                raise ValueError(
-                    f"tasks.{self.name}.max_target_length: {self.max_target_length} and the "
-                    f"separator's {separator} tokens leave no room in max_length {self.max_length}"
-                )
 
     def encode(self, rows: list[Row], *, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
         """Returns one feature per raw row.
@@ -293,9 +290,10 @@ class Generation:
         target, lost = self._target(response, tokenizer=tokenizer)
         separator = tokenizer(self.separator, add_special_tokens=False)["input_ids"]
         tokens = tokenizer(prompt, verbose=False)["input_ids"]
-        if len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id:  # some end every text
-            tokens = tokens[:-1]
-        lost += max(0, len(tokens) - (room := self.max_length - len(target) - len(separator)))
+        if tokens and tokens[-1] == tokenizer.eos_token_id and len(tokens) > 1:
+            tokens = tokens[:-1]  # some tokenizers end every text
+        room = self.max_length - len(target) - len(separator)
+        lost += max(0, len(tokens) - room)
         context = [*tokens[:room], *separator]
         labels = [IGNORE_INDEX] * len(context) + target
         return {

@@ -172,7 +172,8 @@ class QuestionAnswering(NoGeneration):
         numbers = encoding["overflow_to_sample_mapping"]
         for index, number in enumerate(numbers):
             window = _window(encoding, index, cls_token_id=tokenizer.cls_token_id)
-            outer = (number not in numbers[:index][-1:], number not in numbers[index + 1 :][:1])
+            around = [None, *numbers, None][index : index + 3 : 2]
+            outer = (around[0] != number, around[1] != number)
             features.append(
                 {
                     **window,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -46,6 +49,7 @@ from dist_ft.data.schema import RAW_COLUMN
 from dist_ft.data.shards import ShardedDataset
 from dist_ft.tasks import TokenClassification
 from dist_ft.tasks.base import Task
+from dist_ft.tasks.labels import known_labels, label_index
 
 _ROWS_AT_ONCE = 4096
 
@@ -116,13 +120,13 @@ def _fields(config: TaskConfig, *, task: Task) -> Fields:
         return TextFields(tuple(c for c in (config.text, config.text_pair) if c is not None))
     if config.type == "token_classification":
         is_bio = isinstance(task, TokenClassification) and task.is_bio
-        labels = task.labels if isinstance(task, TokenClassification) else None
-        return TaggedFields(
-            config.tokens,
-            config.tags,
-            outside="O" if is_bio else None,
-            labels=None if labels is None else tuple(labels),
-        )
+        fields = TaggedFields(config.tokens, config.tags, outside="O" if is_bio else None)
+        if isinstance(task, TokenClassification):
+            labels = known_labels(task.labels, task=task.name)
+            fields = replace(
+                fields, name=functools.partial(tag_name, labels=labels, task=task.name)
+            )
+        return fields
     if config.type == "question_answering":
         return ContextFields(config.question, config.context, config.answers)
     if config.type == "generation":
@@ -130,6 +134,14 @@ def _fields(config: TaskConfig, *, task: Task) -> Fields:
     raise ValueError(
         f"tasks.{config.name}.augmentation: transforms are of text, not of {config.takes}"
     )
+
+
+def tag_name(tag: Any, *, labels: Sequence[str], task: str) -> Any:
+    """Return the label that a raw tag stands for, such as its number; an unknown one as it is."""
+    try:
+        return labels[label_index(tag, labels=labels, task=task)]
+    except ValueError:  # to encode the row will say so
+        return tag
 
 
 def make_transform(
@@ -155,7 +167,7 @@ def make_transform(
     assert config.type == "token_classification", "load_recipe refuses it for other tasks"
     assert isinstance(fields, TaggedFields)
     table = collect_mentions(
-        (row[config.tokens], [str(fields.named(tag)) for tag in row[config.tags]])
+        (row[config.tokens], [str(fields.name(tag)) for tag in row[config.tags]])
         for row in raw_rows(dataset)
     )
     return MentionReplacement(table, transform.share, chance)

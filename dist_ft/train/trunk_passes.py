@@ -13,7 +13,7 @@ import torch
 import xxhash
 
 from dist_ft import dist
-from dist_ft.config import Recipe, TaskConfig
+from dist_ft.config import MentionReplacementConfig, Recipe, TaskConfig
 from dist_ft.data.bandit import BanditMixture
 from dist_ft.data.loader import StepBatch
 from dist_ft.engine.base import DTYPES
@@ -288,7 +288,7 @@ def _cache(
         # Of one host: processes of several may not write into one file of a network file system.
         root / (platform.node() or "host"),
         tasks={
-            t.task.name: _cached_task(config, t, recipe)
+            t.task.name: cached_task(config, t, recipe)
             for config, t in zip(recipe.tasks, parts.tasks, strict=True)
             if t.task.name in tasks
         },
@@ -298,7 +298,14 @@ def _cache(
     )
 
 
-def _cached_task(config: TaskConfig, prepared: PreparedTask, recipe: Recipe) -> CachedTask:
+def cached_task(config: TaskConfig, prepared: PreparedTask, recipe: Recipe) -> CachedTask:
+    """Return what the cache must know of a task: the room of its rows, and what they follow from.
+
+    Args:
+        config: The task in the recipe.
+        prepared: The task and its rows.
+        recipe: The recipe.
+    """
     data = prepared.datasets["train"]
     lengths = data.lengths.astype(np.int64)
     room, variants = lengths, _variants(config, recipe)
@@ -306,10 +313,10 @@ def _cached_task(config: TaskConfig, prepared: PreparedTask, recipe: Recipe) -> 
     if config.augmentation:
         # Changed words may have more tokens. What needs more room than this is computed each time.
         room = np.maximum(lengths, np.minimum(config.max_length, lengths + lengths // 2 + 8))
-        # With what is in their word lists, which may be other words under the same path.
-        augmenter = make_augmenter(
-            config.augmentation, config=config, task=prepared.task, dataset=data
-        )
-        transforms = json.dumps(augmenter.describe(), sort_keys=True)
-        about += [transforms, str(recipe.seed), str(variants)]
+        transforms = [t.model_dump(mode="json") for t in config.augmentation]
+        # A word list may hold other words under the same path; mentions follow from the data.
+        listed = [t for t in config.augmentation if not isinstance(t, MentionReplacementConfig)]
+        augmenter = make_augmenter(listed, config=config, task=prepared.task, dataset=data)
+        about += [json.dumps([transforms, augmenter.describe()], sort_keys=True)]
+        about += [str(recipe.seed), str(variants)]
     return CachedTask(room, variants, xxhash.xxh3_64_hexdigest("|".join(about).encode()))

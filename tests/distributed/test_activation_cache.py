@@ -101,8 +101,9 @@ def test_a_stopped_run_goes_on_with_what_is_kept_and_with_other_ranks(tmp_path: 
     train(recipe, ["name=straight", "cache.policy=on", noise])
     train(recipe, ["name=stopped", "cache.policy=on", noise], stop_at=21, exit_code=75)
     folder = tmp_path / "runs/stopped"
-    kept = sorted(p.name for p in (folder / "cache" / platform.node()).glob("*.2.*.data"))
-    assert len(kept) == 3  # a boundary of three tasks
+    kept = sorted(p.name for p in (folder / "cache" / platform.node()).glob("*.data"))
+    # A boundary of three tasks, and that of the phase before until the next one begins.
+    assert sorted(name.split(".")[1] for name in kept) == ["2"] * 3 + ["4"] * 3
     _damage(folder / "cache" / platform.node() / kept[0])
     train(recipe, ["name=stopped", "cache.policy=on", noise], resume=True)
     assert state_hash(folder) == state_hash(tmp_path / "runs/straight")
@@ -320,6 +321,35 @@ def test_a_row_is_there_from_the_next_step_on(tmp_path: Path) -> None:
     other = _cache(tmp_path, a=CachedTask(task.room, data="others"))
     other.open([(2, "g")])  # other data under the same name
     assert not list((tmp_path / "c").glob("a.2.g.data"))
+
+
+def test_a_folder_that_can_not_be_made_keeps_nothing(tmp_path: Path) -> None:
+    (tmp_path / "c").write_text("a file")
+    task = CachedTask(np.array([3, 1, 2]))
+    cache = _cache(tmp_path, a=task)
+    assert cache.open([(2, "f")]) == 0
+    cache.write(2, keys=_keys([2]), hidden=torch.randn(2, 4), step=1)
+    assert not cache.read(2, keys=_keys([2]), step=2).there.any()
+
+
+def test_a_file_that_another_rank_has_open_on_nfs_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = Path.unlink
+
+    def busy(path: Path, missing_ok: bool = False) -> None:
+        if path.name.startswith(".nfs"):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", busy)
+    (tmp_path / "c").mkdir()
+    for name in (".nfs0000000000000001", "a.2.old.data"):
+        (tmp_path / "c" / name).write_text("")
+    cache = _cache(tmp_path, a=CachedTask(np.array([3, 1, 2])))
+    assert cache.open([(2, "f")]) == 6 * 4 * 4
+    names = [".nfs0000000000000001", "a.2.f.data", "a.2.f.index"]
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == names
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dist_ft.engine import exchange
 from dist_ft.engine.base import EngineOptions
+from dist_ft.engine.ds_config import DeepSpeedOptions, build_ds_config
 from dist_ft.engine.ds_gradients import OwnedGradients
 from tests.helpers.phases import ALL, bitwise_equal, make_deepspeed, run
 from tests.helpers.run_distributed import run_distributed
@@ -125,6 +126,14 @@ def _weights(stage: int, *, base: Mapping[str, Any], **options: Any) -> dict[str
     engine = make_deepspeed(EngineOptions(**options), zero_stage=stage, accumulation=2, base=base)
     run(engine, SCHEDULE, steps=range(5), micro_batches=2 * world, share=(rank, world))
     return engine.full_weights()
+
+
+def test_partitions_lie_as_their_sizes_say_whatever_a_user_sets() -> None:
+    aligned = {"zero_optimization": {"parameter_alignment": True, "overlap_comm": True}}
+    options = DeepSpeedOptions(2, 1, 1, base=aligned)
+    config = build_ds_config(EngineOptions(), deepspeed=options, trainable_elements=9)
+    assert "parameter_alignment" not in config["zero_optimization"]
+    assert config["zero_optimization"]["overlap_comm"]
 
 
 def _like_one_process() -> None:

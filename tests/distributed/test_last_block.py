@@ -79,9 +79,11 @@ def _trained(
         engine.train_step(
             step, task="a", micro_batches=[_batch(form)], global_count=6, learning_rates=rates
         )
-    if form == "firsts" and narrow and folder is None:
+    if form == "firsts" and narrow:
         # One a row, but where it is frozen: what is kept of it is every token's.
-        assert [n == 3 for n in tokens] == [frozen < 3 for frozen in FROZEN]
+        assert (*tokens[:5], tokens[-1]) == (3,) * 6
+        found = [n == 3 for n in tokens]
+        assert folder is not None or found == [frozen < 3 for frozen in FROZEN]
     weights = engine.full_weights()
     dist.barrier()
     engine._modes.passes.discard()

@@ -1,8 +1,10 @@
+import functools
 import json
 import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dist_ft.data.augment.augmenter import (
@@ -26,6 +28,7 @@ from dist_ft.data.augment.noise import (
 from dist_ft.data.augment.samples import ContextFields, TaggedFields, TextFields
 from dist_ft.data.augment.sentences import SentenceShuffling
 from dist_ft.data.augment.words import WordDropout, WordReplacement
+from dist_ft.train.augmentation import tag_name
 from tests.unit.test_augment_transforms import LEXICON, augment
 
 MENTIONS = MentionTable({"PER": (("Ada", "Lovelace"),)})
@@ -105,16 +108,18 @@ def test_odd_labels_are_left_alone(sample: dict[str, Any], reason: str) -> None:
 
 
 def test_numbers_in_the_place_of_labels_stand_for_them() -> None:
-    fields = TaggedFields(labels=("O", "B-PER", "I-PER"))
-    sample = {"tokens": ["ann", "lee", "ran"], "tags": [1, 2, 0]}
+    name = functools.partial(tag_name, labels=("O", "B-PER", "I-PER"), task="t")
+    fields = TaggedFields(name=name)
+    sample = {"tokens": ["ann", "lee", "ran"], "tags": [1, "2", np.int64(0)]}
     augmenter = Augmenter([Casing(share=1.0, styles=("upper",))], fields=fields)
     after, changes = augmenter.apply(sample, seed=0, epoch=0, row=0)
     assert changes.skipped is None
     assert after["tokens"][:2] == ["ann", "lee"]  # an entity stays as it is
     assert after["tokens"][2] != "ran"
     assert after["tags"] == ["B-PER", "I-PER", "O"]
-    numbers = TaggedFields(labels=("0", "1"))
-    assert numbers.named(1) == 1  # a label of its own
+    assert name("B-PER") == "B-PER"
+    assert name(7) == 7  # encoding says that it is not known
+    assert tag_name(1, labels=("0", "1"), task="t") == "1"  # a label of its own
 
 
 def test_mentions_are_replaced_with_their_labels() -> None:

@@ -28,16 +28,22 @@ NARROW = ("bert", "roberta", "xlm-roberta", "camembert", "data2vec-text", "elect
 WHOLE = ("distilbert", "modernbert", "mobilebert", "gpt2", "llama", "xlm-roberta-xl")
 
 
+def _found(config: Any, *, kinds: tuple[str, ...] = (CLASSIFIER,)) -> tuple[MultiTaskModel, Trunk]:
+    """A model with a head of two labels for each kind, and its trunk without padding."""
+    heads = [HeadSpec(f"t{i}", kind, {"num_labels": 2}) for i, kind in enumerate(kinds)]
+    model = build_model(config, heads=heads, dtype=torch.float32, seed=0)
+    trunk = Trunk.find(model, groups=find_layer_groups(model))
+    assert "unpadded" not in trunk.check()
+    trunk.flat = True
+    return model, trunk
+
+
 def _trunk(
     name: str, *, heads: tuple[str, ...] = (CLASSIFIER,), per_token: tuple[str, ...] = ()
 ) -> tuple[MultiTaskModel, Trunk, list[str]]:
     config: Any = tiny_config(name)
     config.pad_token_id = 0
-    specs = [HeadSpec(f"t{i}", kind, {"num_labels": 2}) for i, kind in enumerate(heads)]
-    model = build_model(config, heads=specs, dtype=torch.float32, seed=0)
-    trunk = Trunk.find(model, groups=find_layer_groups(model))
-    assert "unpadded" not in trunk.check()
-    trunk.flat = True
+    model, trunk = _found(config, kinds=heads)
     trunk.fit_to_heads(model, per_token=per_token)
     return model, trunk, list(trunk.forms)
 
@@ -152,12 +158,8 @@ _Neighbours.__module__ = "torch.nn.neighbours"
 
 def test_a_head_that_reads_neighbours_gets_padded_rows() -> None:
     config: Any = tiny_config("bert")
-    heads = [HeadSpec("t0", LABELLER, {"num_labels": 3})]
-    model = build_model(config, heads=heads, dtype=torch.float32, seed=0)
-    trunk = Trunk.find(model, groups=find_layer_groups(model))
-    trunk.check()
-    trunk.flat = True
-    model.heads["t0"].classifier = _Neighbours(config.hidden_size, 3)
+    model, trunk = _found(config, kinds=(LABELLER,))
+    model.heads["t0"].classifier = _Neighbours(config.hidden_size, 2)
     trunk.fit_to_heads(model, per_token=("t0",))
     assert not trunk.forms
 
@@ -177,12 +179,7 @@ class _Pooler(torch.nn.Module):
 # The gradient shows an open gate; of a closed one, as it is not from a library that is known.
 @pytest.mark.parametrize(("gate", "module"), [(1.0, "torch.nn.pooler"), (0.0, "mine")])
 def test_a_head_that_reads_or_may_read_all_tokens_is_found_out(gate: float, module: str) -> None:
-    config: Any = tiny_config("bert")
-    heads = [HeadSpec("t0", CLASSIFIER, {"num_labels": 3})]
-    model = build_model(config, heads=heads, dtype=torch.float32, seed=0)
-    trunk = Trunk.find(model, groups=find_layer_groups(model))
-    trunk.check()
-    trunk.flat = True
+    model, trunk = _found(tiny_config("bert"))
     backbone: Any = model.backbone
     backbone.pooler = _Pooler(gate, module)
     trunk.fit_to_heads(model)
@@ -192,11 +189,7 @@ def test_a_head_that_reads_or_may_read_all_tokens_is_found_out(gate: float, modu
 def test_a_task_whose_outputs_show_hidden_states_is_not_let_in() -> None:
     config: Any = tiny_config("bert")
     config.output_hidden_states = True
-    heads = [HeadSpec("t0", CLASSIFIER, {"num_labels": 3})]
-    model = build_model(config, heads=heads, dtype=torch.float32, seed=0)
-    trunk = Trunk.find(model, groups=find_layer_groups(model))
-    trunk.check()
-    trunk.flat = True
+    model, trunk = _found(config)
     trunk.fit_to_heads(model)
     assert not trunk.forms
 

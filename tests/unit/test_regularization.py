@@ -174,6 +174,8 @@ def test_contradictions_are_refused(tmp_path: Path) -> None:
     assert "non_reentrant" in errors("r_drop=1", "!model.activation_checkpointing=reentrant")
     assert "did you mean 'tags'" in errors("r_drop=1", "tasks=[tag]").replace("tags?", "'tags'")
     assert "must be the name of a task" in errors("!balancing.weights={tag: 2}")
+    bandit = ("!mixture={policy: bandit}", "!balancing.policy=uncertainty")
+    assert "use mixture.reward: gain" in errors(*bandit)
     assert "none is set" in errors("tasks=[tags]")
     assert "nothing to keep" in errors("neftune_alpha=5", "!cache.policy=on")
     assert "nothing to keep" in errors("dropout={embeddings: 0.1}", "!cache.policy=on")

@@ -103,21 +103,24 @@ def test_losses_and_gradients_do_not_change(name: str) -> None:
         _same(frozen, _gradients(model, inputs, above))
 
 
+def _prefix_is_the_same(trunk: Trunk, mask: Tensor) -> None:
+    """Compare what two blocks return without padding and with it."""
+    ids = torch.randint(3, 60, mask.shape, generator=torch.Generator().manual_seed(2)) * mask
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    found: list[Tensor] = []
+    for flat in (False, True):
+        trunk.flat = flat
+        found.append(trunk.prefix(inputs, rows=FlatRows.of(mask), boundaries=[2])[2])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert", "gpt2", "llama", "t5"])
 def test_rows_as_long_together_as_the_batch_is_wide_stay_what_they_are(name: str) -> None:
     """Of a batch whose longest row is kept already, only the others go through the prefix."""
     model, groups = _model(name)
     trunk = Trunk.find(model, groups=groups)
     trunk.check()
-    mask = (torch.arange(8)[None] < torch.tensor([[5], [3]])).long()
-    ids = torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(2)) * mask
-    rows, inputs = FlatRows.of(mask), {"input_ids": ids, "attention_mask": mask}
-    boundary = min(2, len(trunk.blocks))
-    found: list[Tensor] = []
-    for flat in (False, True):
-        trunk.flat = flat
-        found.append(trunk.prefix(inputs, rows=rows, boundaries=[boundary])[boundary])
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    _prefix_is_the_same(trunk, (torch.arange(8)[None] < torch.tensor([[5], [3]])).long())
 
 
 @pytest.mark.parametrize("name", T5)
@@ -125,15 +128,10 @@ def test_a_position_bias_of_as_many_heads_as_rows_are_long_stays_what_it_is(name
     model, groups = _model(name)
     trunk = Trunk.find(model, groups=groups)
     trunk.check()
-    heads = trunk.blocks[0].layer[0].SelfAttention.n_heads  # pyright: ignore
-    mask = (torch.arange(heads)[None] < torch.tensor([[heads], [1], [heads]])).long()
-    ids = torch.randint(3, 60, mask.shape, generator=torch.Generator().manual_seed(2)) * mask
-    rows, inputs = FlatRows.of(mask), {"input_ids": ids, "attention_mask": mask}
-    found: list[Tensor] = []
-    for flat in (False, True):
-        trunk.flat = flat
-        found.append(trunk.prefix(inputs, rows=rows, boundaries=[2])[2])
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    block: Any = trunk.blocks[0]
+    heads = block.layer[0].SelfAttention.n_heads
+    lengths = torch.tensor([[heads], [1], [heads]])
+    _prefix_is_the_same(trunk, (torch.arange(heads)[None] < lengths).long())
 
 
 def _block(groups: list[LayerGroup], index: int) -> LayerGroup:

@@ -174,7 +174,7 @@ class Augmenter:
 
 
 def _described(part: Any) -> dict[str, Any]:
-    # What is not compared, the labels, belongs to the task, whose own are looked at.
+    # What is not compared, the names of labels, belongs to the task, whose own are looked at.
     fields = [f for f in dataclasses.fields(part) if f.compare]
     content = {f.name: _json(getattr(part, f.name)) for f in fields}
     return {"type": type(part).__name__, **content}

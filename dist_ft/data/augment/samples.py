@@ -6,7 +6,7 @@ A sample that isn't what its kind asks for is left alone, and the reason is coun
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -64,6 +64,10 @@ class TextFields:
         return {**sample, **{line.name: line.text for line in lines}}
 
 
+def _as_it_is(tag: Any) -> Any:
+    return tag
+
+
 @dataclass(frozen=True)
 class TaggedFields:
     """Words with a label each.
@@ -77,13 +81,13 @@ class TaggedFields:
         tokens: column of the words.
         tags: column of their labels.
         outside: the label of words in no entity; None if the labels mark no entities.
-        labels: what numbers in the place of labels stand for; None if there are none.
+        name: returns the label that a tag stands for, such as a number.
     """
 
     tokens: str = "tokens"
     tags: str = "tags"
     outside: str | None = "O"
-    labels: tuple[str, ...] | None = field(default=None, compare=False)
+    name: Callable[[Any], Any] = field(default=_as_it_is, compare=False)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -99,7 +103,7 @@ class TaggedFields:
             raise SkippedSampleError("words_and_labels_differ_in_number")
         if not tokens or not all(isinstance(token, str) for token in tokens):
             raise SkippedSampleError("no_words")
-        tags = [self.named(tag) for tag in tags]
+        tags = [self.name(tag) for tag in tags]
         if self.outside is not None and not is_valid(tags, outside=self.outside):
             raise SkippedSampleError("invalid_bio")
         pieces = [
@@ -114,12 +118,6 @@ class TaggedFields:
             for number, (token, tag) in enumerate(zip(tokens, tags, strict=True))
         ]
         return [Line(self.tokens, pieces, tagged=True, outside=self.outside)]
-
-    def named(self, tag: Any) -> Any:
-        """Returns the label that a number stands for; any other tag as it is."""
-        known = self.labels or ()
-        is_number = isinstance(tag, int) and not any(label.isdecimal() for label in known)
-        return known[tag] if is_number and 0 <= tag < len(known) else tag
 
     def rebuilt(self, sample: Sample, lines: Sequence[Line]) -> dict[str, Any]:
         """Returns the sample with the line's words and labels."""
