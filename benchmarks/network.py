@@ -3,8 +3,9 @@
 The hosts are network namespaces of this machine whose virtual Ethernet is shaped to 250 Mbit/s in
 each direction by the kernel's token bucket (tc tbf). Each runs one rank of one thread; MiniLM-L6
 fine-tunes in bf16. "half" freezes the embeddings, which are half of the parameters; "3 of 6" half
-of the blocks besides; "head" everything but pooler and classifier. Needs root, iproute2 and
-util-linux, and says so otherwise.
+of the blocks besides; "head" everything but pooler and classifier. Beside them, on the same link in
+the same run, DeepSpeed by itself (`shaped/deepspeed_alone.py`), with all training and with the
+embeddings frozen. Needs root, iproute2 and util-linux, and says so otherwise.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ if not __package__:  # run as a file: the repository is not on the path
 
 from benchmarks.common import Claim, claim, markdown_table, parse_arguments, report, say
 from benchmarks.ranks import free_port
+from benchmarks.shaped.deepspeed_alone import alone_name
 from benchmarks.training.own_run import prepare_shards, write_recipe
 from benchmarks.training.workload import RANKS, Job, write_mixed
 from tests.helpers.cluster import Cluster, running_cluster, why_not
 
 MBIT_PER_S = 250
 # Longest time that both ranks together may take, seconds; the cluster ends itself soon after.
-PATIENCE_S = 540
+PATIENCE_S = 720
 FREEZING: dict[str, dict[str, Any]] = {
     "all": {"policy": "none"},
     "half": {"policy": "static", "frozen": ["embeddings"]},
@@ -42,6 +44,8 @@ SETTINGS = (
     ("head", True),
 )  # fmt: skip
 STAGES = (1, 2, 3)
+# What DeepSpeed by itself is timed with.
+PEER_SHARES = ("all", "half")
 # A prototype's step on such a link with half of its parameters frozen, x all of them training.
 PROTOTYPE = {1: 723 / 1557, 2: 839 / 1607, 3: 1176 / 1606}
 COLUMNS = {
@@ -52,6 +56,9 @@ COLUMNS = {
     "sent_mb": "MB sent a step",
     "step_ms": "ms a step",
     "of_all": "of all training",
+    "alone_ms": "DeepSpeed by itself, ms",
+    "alone_of_all": "of all training",
+    "alone_mb": "MB sent",
 }
 
 
@@ -76,8 +83,16 @@ def write_recipes(folder: Path, *, settings: Sequence[tuple[int, str, bool]]) ->
     return recipes
 
 
-def measure(folder: Path, *, recipes: Sequence[Path], steps: int) -> dict[str, Any]:
+def measure(
+    folder: Path, *, recipes: Sequence[Path], alone: Sequence[str], steps: int
+) -> dict[str, Any]:
     """Return what rank 0 found, on a cluster that is up only for that.
+
+    Args:
+        folder: Holds the rows, and gets logs.
+        recipes: To time.
+        alone: Settings of DeepSpeed by itself, ``stage:share``.
+        steps: To time of each.
 
     Raises:
         RuntimeError: If a rank failed, with the end of its log.
@@ -92,7 +107,8 @@ def measure(folder: Path, *, recipes: Sequence[Path], steps: int) -> dict[str, A
                 f"node{n + 1}", "env", f"RANK={n}", "LOCAL_RANK=0", f"WORLD_SIZE={RANKS}",
                 "MASTER_ADDR=node1", f"MASTER_PORT={port}", "GLOO_SOCKET_IFNAME=eth0",
                 sys.executable, "-m", "benchmarks.shaped.rank", "--out", str(out),
-                "--steps", str(steps), *map(str, recipes), cwd=folder, log=logs[n],
+                "--steps", str(steps), "--alone", *alone, "--recipes", *map(str, recipes),
+                cwd=folder, log=logs[n],
             )
             for n in range(RANKS)
         ]  # fmt: skip
@@ -123,21 +139,37 @@ def rows_of(
     found: Mapping[str, Any], *, settings: Sequence[tuple[int, str, bool]]
 ) -> list[dict[str, Any]]:
     """Return the table: medians over the steps."""
-    medians = {name: statistics.median(run["times"]) for name, run in found["runs"].items()}
+    runs = found["runs"]
+    medians = {name: statistics.median(run["times"]) for name, run in runs.items()}
     return [
         {
             "stage": stage,
             "share": share,
-            "percent": 100 * found["runs"][name]["trainable_share"],
-            "cache": found["runs"][name]["cached_blocks"],
+            "percent": 100 * runs[name]["trainable_share"],
+            "cache": runs[name]["cached_blocks"],
             "cached": cached,
-            "sent_mb": found["runs"][name]["sent_bytes"] / 1e6,
+            "sent_mb": runs[name]["sent_bytes"] / 1e6,
             "step_ms": 1000 * medians[name],
             "of_all": medians[name] / medians[name_of(stage, "all", cached=False)],
+            **({} if cached else _alone(runs, medians, stage=stage, share=share)),
         }
         for stage, share, cached in settings
         for name in [name_of(stage, share, cached=cached)]
     ]
+
+
+def _alone(
+    runs: Mapping[str, Any], medians: Mapping[str, float], *, stage: int, share: str
+) -> dict[str, float]:
+    """Return the columns of DeepSpeed by itself, none if it was not timed."""
+    name, whole = alone_name(stage, share), alone_name(stage, "all")
+    if name not in runs:
+        return {}
+    return {
+        "alone_ms": 1000 * medians[name],
+        "alone_of_all": medians[name] / medians[whole],
+        "alone_mb": runs[name]["sent_bytes"] / 1e6,
+    }
 
 
 def claims_of(rows: Sequence[Mapping[str, Any]], *, link_bits_per_s: float) -> list[Claim]:
@@ -161,6 +193,7 @@ def claims_of(rows: Sequence[Mapping[str, Any]], *, link_bits_per_s: float) -> l
                 direction="at most",
             )
         )
+    claims += [_beside_deepspeed(by, stage=stage, share=s) for stage in STAGES for s in PEER_SHARES]
     bare, cached = (by.get((3, "3 of 6", c)) for c in (False, True))
     gain = bare["step_ms"] / cached["step_ms"] if bare and cached else None
     claims.append(
@@ -172,6 +205,19 @@ def claims_of(rows: Sequence[Mapping[str, Any]], *, link_bits_per_s: float) -> l
         )
     )
     return claims
+
+
+def _beside_deepspeed(
+    by: Mapping[tuple[int, str, bool], Mapping[str, Any]], *, stage: int, share: str
+) -> Claim:
+    """Return that our step takes no longer than DeepSpeed's own."""
+    row = by.get((stage, share, False), {})
+    return claim(
+        f"ZeRO-{stage}, {share} training, step of DeepSpeed's own",
+        value=row["step_ms"] / row["alone_ms"] if "alone_ms" in row else None,
+        bound=1.0,
+        direction="at most",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -189,7 +235,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = Path(name)
         write_mixed(folder, rows=512)
         recipes = write_recipes(folder, settings=settings)
-        found = measure(folder, recipes=recipes, steps=steps)
+        alone = [f"{stage}:{share}" for stage in stages for share in PEER_SHARES]
+        found = measure(folder, recipes=recipes, alone=alone, steps=steps)
     rows = rows_of(found, settings=settings)
     say(markdown_table(rows, columns=COLUMNS))
     packages = ("torch", "deepspeed", "transformers", "dist-ft")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import torch
@@ -19,6 +19,7 @@ from dist_ft.data.loader import StepBatch
 from dist_ft.engine import exchange
 from dist_ft.engine.base import DTYPES, PhaseReport
 
+T = TypeVar("T")
 _COLLECTIVES = (
     "all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "reduce_scatter",
     "reduce_scatter_tensor", "barrier",
@@ -55,19 +56,24 @@ class Stepper:
 
     def seconds(self, batches: Sequence[StepBatch] | None = None) -> list[float]:
         """Return the wall time of a step on each batch (all of ours), ranks in step."""
-        found: list[float] = []
-        for batch in self.batches if batches is None else batches:
-            dist.barrier()
-            began = time.perf_counter()
-            self.one(batch)
-            dist.barrier()
-            found.append(time.perf_counter() - began)
-        return found
+        return step_seconds(self.one, self.batches if batches is None else batches)
 
     def close(self) -> None:
         """Free weights, optimizer state and whatever was cached."""
         self.run.discard()
         self.run.engine.close()
+
+
+def step_seconds(one: Callable[[T], None], batches: Iterable[T]) -> list[float]:
+    """Return the wall time of a step on each batch, ranks in step."""
+    found: list[float] = []
+    for batch in batches:
+        dist.barrier()
+        began = time.perf_counter()
+        one(batch)
+        dist.barrier()
+        found.append(time.perf_counter() - began)
+    return found
 
 
 def gemm_peak(precision: str, *, repeats: int = 5) -> float:

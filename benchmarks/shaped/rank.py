@@ -1,4 +1,4 @@
-"""One rank of `network.py`: step times of several recipes.
+"""One rank of `network.py`: step times of several recipes, and of DeepSpeed by itself.
 
 Run once on each host with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set; rank 0 writes JSON.
 """
@@ -6,14 +6,17 @@ Run once on each host with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set; ra
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from benchmarks.stepping import Stepper
+from benchmarks.shaped.deepspeed_alone import DeepSpeedAlone, alone_name
+from benchmarks.stepping import Stepper, step_seconds
 
 PAYLOAD_BYTES = 8 * 2**20
 LINK = "eth0"
@@ -40,21 +43,33 @@ def link_bits_per_s() -> float:
 
 
 def time_recipe(recipe: Path, *, folder: Path, steps: int) -> dict[str, object]:
-    """Return the times of a recipe's steps, after a pass that allocates and fills the cache."""
+    """Return the times of a recipe's steps."""
     stepper = Stepper(recipe, folder=folder, steps=steps)
     report = stepper.train()
-    stepper.seconds()
-    before = sent_bytes()
-    times = stepper.seconds()
-    sent = sent_bytes() - before
+    found = _time(stepper.seconds)
     stepper.close()
     total = report.trainable_params + report.frozen_params
     return {
-        "times": times,
-        "sent_bytes": sent / len(times),
+        **found,
         "trainable_share": report.trainable_params / total,
         "cached_blocks": report.cached_blocks,
     }
+
+
+def time_deepspeed(folder: Path, *, stage: int, share: str, steps: int) -> dict[str, object]:
+    """Return the times of DeepSpeed's own steps, with the embeddings frozen or not."""
+    alone = DeepSpeedAlone(folder, stage=stage, freeze_embeddings=share == "half", steps=steps)
+    found = _time(functools.partial(step_seconds, alone.one, alone.batches))
+    alone.close()
+    return {**found, "trainable_share": alone.trainable_share, "cached_blocks": 0}
+
+
+def _time(seconds: Callable[[], list[float]]) -> dict[str, object]:
+    """Return step times and what they sent, after a pass that allocates and fills the cache."""
+    seconds()
+    before = sent_bytes()
+    times = seconds()
+    return {"times": times, "sent_bytes": (sent_bytes() - before) / len(times)}
 
 
 def main() -> None:
@@ -62,7 +77,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("recipes", type=Path, nargs="+")
+    parser.add_argument("--alone", nargs="*", default=[], help="stage:share of DeepSpeed's own")
+    parser.add_argument("--recipes", type=Path, nargs="+", required=True)
     options = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -71,6 +87,11 @@ def main() -> None:
         recipe.stem: time_recipe(recipe, folder=recipe.with_suffix(".run"), steps=options.steps)
         for recipe in options.recipes
     }
+    for setting in options.alone:
+        stage, _, share = setting.partition(":")
+        runs[alone_name(int(stage), share)] = time_deepspeed(
+            options.out.parent, stage=int(stage), share=share, steps=options.steps
+        )
     if dist.get_rank() == 0:
         options.out.write_text(json.dumps(found | {"runs": runs}))
     dist.barrier()

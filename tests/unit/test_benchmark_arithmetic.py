@@ -14,6 +14,7 @@ from transformers import BertConfig
 
 from benchmarks import kernels, network, scaling, step, time_to_quality, trainer
 from benchmarks.common import Claim
+from benchmarks.shaped.deepspeed_alone import alone_name
 from benchmarks.training.workload import Clock, Outcome, Score
 
 
@@ -156,13 +157,19 @@ def test_claims_on_scaling_that_were_not_measured_do_not_hold() -> None:
     assert list(held(scaling.claims_of([row])).values()) == [True, False, False, False]
 
 
-def shaped(times: dict[tuple[int, str, bool], float]) -> list[dict[str, Any]]:
-    runs = {
+def shaped(
+    times: dict[tuple[int, str, bool], float], *, alone: dict[tuple[int, str], float] | None = None
+) -> list[dict[str, Any]]:
+    runs: dict[str, Any] = {
         network.name_of(stage, share, cached=cached): {
             "times": [t, 9 * t, t], "trainable_share": 0.5, "cached_blocks": 0, "sent_bytes": 1e6,
         }
         for (stage, share, cached), t in times.items()
     }  # fmt: skip
+    runs |= {
+        alone_name(stage, share): {"times": [t], "trainable_share": 0.5, "sent_bytes": 2e6}
+        for (stage, share), t in ({} if alone is None else alone).items()
+    }
     return network.rows_of({"runs": runs}, settings=list(times))
 
 
@@ -178,11 +185,21 @@ def test_the_slow_network_is_compared_with_the_prototype_stage_by_stage() -> Non
         }
     )
     assert [r["of_all"] for r in rows] == [1.0, 0.5, 1.0, 0.9, 0.6, 0.5]
-    link, one, two, three, gathers = network.claims_of(rows, link_bits_per_s=240e6)
+    link, one, two, three, *_, gathers = network.claims_of(rows, link_bits_per_s=240e6)
     assert (link.holds, two.holds, gathers.holds) == (True, True, True)
     assert not one.holds  # not measured
     assert not three.holds
     assert not network.claims_of(rows, link_bits_per_s=900e6)[0].holds
+
+
+def test_the_slow_network_is_compared_with_deepspeed_by_itself_setting_by_setting() -> None:
+    ours = {(2, "all", False): 2.0, (2, "half", False): 1.0, (2, "half", True): 1.0}
+    rows = shaped(ours, alone={(2, "all"): 2.5, (2, "half"): 0.8})
+    assert [r.get("alone_of_all") for r in rows] == [1.0, 0.8 / 2.5, None]
+    found = held(network.claims_of(rows, link_bits_per_s=240e6))
+    assert found["ZeRO-2, all training, step of DeepSpeed's own"]
+    assert not found["ZeRO-2, half training, step of DeepSpeed's own"]
+    assert not found["ZeRO-1, all training, step of DeepSpeed's own"]  # not measured
 
 
 def test_without_root_the_slow_network_says_so(
