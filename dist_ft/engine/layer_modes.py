@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from dist_ft.engine.trunk_passes import TrunkPasses
 from dist_ft.freezing.schedule import frozen_prefix
@@ -115,11 +116,17 @@ class LayerModes:
     def enter_train(self, module: nn.Module) -> None:
         """Put `module` into train mode and the frozen prefix's dropout off, unless it is so.
 
-        Going through all modules takes longer than the step of a head.
+        Batch normalisation keeps the statistics that it was pre-trained with: those of a rank's
+        micro-batch differ from rank to rank, move in frozen layers too, and are no parameters, so
+        that no checkpoint and no export would have them. Going through all modules takes longer
+        than the step of a head.
         """
         if module is self._trains and module.training:
             return
         module.train()
+        for part in module.modules():
+            if isinstance(part, _BatchNorm) and part.track_running_stats:
+                part.eval()
         self._trains = module
         if self.prefix_dropout:
             return

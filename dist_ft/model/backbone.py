@@ -83,6 +83,8 @@ class MultiTaskModel(nn.Module):
     Attributes:
         backbone: the ``AutoModel`` (or ``CompositeBackbone``); parts no task has are dropped.
         heads: task name -> transformers task model, of which only the head is registered.
+        fresh: names of the backbone's parameters that its checkpoint lacks, so that they start
+            random (a pooler, mostly).
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class MultiTaskModel(nn.Module):
         self.heads = nn.ModuleDict()
         self._slots: dict[str, list[grafting.Slot]] = {}
         self._no_cache: dict[str, bool] = {}
+        self.fresh: frozenset[str] = frozenset()
         for name, task_model in task_models:
             self._attach(name, task_model)
         if not self.heads:
@@ -228,6 +231,8 @@ def load_model(
     if source.attention is not None:
         options["attn_implementation"] = source.attention
 
+    absent: set[str] = set()
+
     def make(auto_class: str, config: PreTrainedConfig) -> PreTrainedModel:
         with readable_errors(source):
             model, report = getattr(transformers, auto_class).from_pretrained(
@@ -237,9 +242,12 @@ def load_model(
         if auto_class == "AutoModel" and report["missing_keys"]:
             missing = ", ".join(sorted(report["missing_keys"]))
             logger.warning("not in the checkpoint, start from random values: %s", missing)
+            absent.update(f"backbone.{name}" for name in report["missing_keys"])
         return model
 
-    return _assemble(config, heads=heads, make=make, seed=seed, pad_token_id=pad_token_id)
+    model = _assemble(config, heads=heads, make=make, seed=seed, pad_token_id=pad_token_id)
+    model.fresh = frozenset(absent.intersection(name for name, _ in model.named_parameters()))
+    return model
 
 
 def build_model(

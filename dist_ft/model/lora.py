@@ -2,12 +2,12 @@
 
 The adapters are ordinary parameters of the block that they are in, so freezing, multi-task heads,
 ZeRO, checkpoints and the cache of a frozen prefix treat them like any other. What the checkpoint of
-the pre-trained model brought never trains.
+the pre-trained model brought never trains; what it lacks (a pooler, mostly) trains whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -54,7 +54,9 @@ def add_lora(model: MultiTaskModel, settings: LoraSettings, *, seed: int) -> Non
     """
     peft = _peft()
     backbone: Any = model.backbone
-    config = peft.LoraConfig(**lora_options(settings))
+    # Modules that start random train whole and need no adapter.
+    fresh = sorted({n.removeprefix("backbone.").rpartition(".")[0] for n in model.fresh})
+    config = peft.LoraConfig(**lora_options(settings), exclude_modules=fresh or None)
     try:
         with seeded(seed, "lora"):
             peft.inject_adapter_in_model(config, backbone, adapter_name=ADAPTER)
@@ -83,20 +85,29 @@ def lora_options(settings: LoraSettings) -> dict[str, Any]:
     }
 
 
-def fix_base(groups: Sequence[LayerGroup], *, auto_classes: Mapping[str, str]) -> list[LayerGroup]:
-    """Returns the layer groups with everything fixed but the adapters and new heads.
+def fix_base(
+    groups: Sequence[LayerGroup],
+    *,
+    auto_classes: Mapping[str, str],
+    fresh: Set[str] = frozenset(),
+) -> list[LayerGroup]:
+    """Returns the layer groups with everything fixed but the adapters and what starts random.
 
     A language model's head comes with its checkpoint, so it is fixed too, as in peft.
 
     Args:
         groups: layer groups of a model with adapters.
         auto_classes: task name -> the transformers auto class of its head.
+        fresh: names of the backbone's parameters that start random.
     """
     trained_heads = {
         f"head.{task}" for task, name in auto_classes.items() if name not in _LANGUAGE_MODELS
     }
     return [
-        replace(group, fixed=frozenset(n for n in group.parameters if not is_adapter(n)))
+        replace(
+            group,
+            fixed=frozenset(n for n in group.parameters if not is_adapter(n) and n not in fresh),
+        )
         if group.name not in trained_heads
         else group
         for group in groups

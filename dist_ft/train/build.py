@@ -231,7 +231,7 @@ def make_run(
         loader=loader,
         policy=parts.policy,
         learning_rates=learning_rates(recipe, parts, param_groups),
-        trainable_now=lambda: trainable_groups(module, parts.groups),
+        trainable_now=TrainableGroups(module, parts.groups),
         total_steps=parts.total_steps,
         discard=passes.discard,
         balancer=balancer,
@@ -252,10 +252,31 @@ def make_run(
     return run
 
 
-def trainable_groups(module: torch.nn.Module, groups: Sequence[LayerGroup]) -> tuple[str, ...]:
-    """Return the layer groups whose parameters require a gradient, read from the parameters."""
-    needs = {n.removeprefix("model."): p.requires_grad for n, p in module.named_parameters()}
-    return tuple(g.name for g in groups if any(needs[n] for n in g.parameters))
+class TrainableGroups:
+    """Reads from the parameters which layer groups require a gradient.
+
+    Where the parameters are is looked up once: to walk through all modules in every step takes as
+    long as a cached step's forward pass.
+    """
+
+    def __init__(self, module: torch.nn.Module, groups: Sequence[LayerGroup]) -> None:
+        """Look up the parameters of the groups in the engine's module."""
+        model = module.get_submodule("model")
+        self._places = {
+            g.name: [
+                (model.get_submodule(path), name)
+                for path, _, name in (n.rpartition(".") for n in g.parameters)
+            ]
+            for g in groups
+        }
+
+    def __call__(self) -> tuple[str, ...]:
+        """Return the groups of which some parameter requires a gradient now."""
+        return tuple(
+            group
+            for group, places in self._places.items()
+            if any(getattr(owner, name).requires_grad for owner, name in places)
+        )
 
 
 def _callbacks(

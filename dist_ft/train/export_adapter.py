@@ -35,7 +35,10 @@ def export_adapter(
     settings: LoraSettings,
     card: Mapping[str, Any],
 ) -> Path:
-    """Writes adapters and a new head to a folder for ``peft.PeftModel``; returns the folder.
+    """Writes adapters and what started random to a folder for ``peft.PeftModel``.
+
+    Beside the adapters that is a new head and the parts that the pre-trained checkpoint lacks. The
+    path of the folder is returned.
 
     Args:
         model: the model with adapters.
@@ -46,7 +49,8 @@ def export_adapter(
         card: what the README.md says; ``base_model`` is where the pre-trained model is.
 
     Raises:
-        ValueError: the folder exists, or the model has no adapters.
+        ValueError: the folder exists, the model has no adapters, or peft can't hold them beside
+            what started random.
     """
     import peft
 
@@ -62,12 +66,19 @@ def export_adapter(
                 if n.startswith(f"heads.{task}.")}  # fmt: skip
         if task_type in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
             head = {}  # it came with the pre-trained model and did not train
-        state |= {f"base_model.model.{n}": p for n, p in head.items()}
+        fresh = _fresh_modules(model, task_model)
+        whole = {n: p for n, p in parameters.items() if n.startswith(tuple(f"{m}." for m in fresh))}
+        if inner := [n for n in whole if is_adapter(n)]:
+            raise ValueError(
+                f"export --lora adapter: {inner[0]} lies inside of what the checkpoint of the "
+                "pre-trained model lacks, which peft can't express: leave --lora out"
+            )
+        state |= {f"base_model.model.{n}": p for n, p in (head | whole).items()}
         config = peft.LoraConfig(
             **lora_options(settings),
             task_type=task_type,
             base_model_name_or_path=str(card.get("base_model")),
-            modules_to_save=sorted({n.partition(".")[0] for n in head}) or None,
+            modules_to_save=[*sorted({n.partition(".")[0] for n in head}), *fresh] or None,
             inference_mode=True,
         )
         # What peft chose for the architecture, so that loading need not choose again.
@@ -80,6 +91,13 @@ def export_adapter(
         text = adapter_card(task=task, labels=[labels[i] for i in sorted(labels)], card=card)
         (temporary / "README.md").write_text(text, encoding="utf-8")
     return folder
+
+
+def _fresh_modules(model: MultiTaskModel, task_model: torch.nn.Module) -> list[str]:
+    """Return the modules of the task's model that hold parameters which started random."""
+    fresh = {id(p) for n, p in model.named_parameters() if n in model.fresh}
+    found = (n for n, p in task_model.named_parameters() if id(p) in fresh)
+    return sorted({name.rpartition(".")[0] for name in found})
 
 
 def _saved_name(name: str) -> str:

@@ -117,7 +117,8 @@ def make_model(
         add_lora(model, LoraSettings(**recipe.model.lora.model_dump()), seed=recipe.seed)
     groups = find_layer_groups(model, overrides=recipe.freezing.layer_groups or None)
     if recipe.model.lora is not None:
-        groups = fix_base(groups, auto_classes={h.name: h.auto_class for h in heads})
+        classes = {h.name: h.auto_class for h in heads}
+        groups = fix_base(groups, auto_classes=classes, fresh=model.fresh)
     return model, groups
 
 

@@ -17,17 +17,19 @@ from dist_ft.engine.base import EngineOptions
 from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
 from dist_ft.engine.ds_config import DeepSpeedOptions
 from dist_ft.engine.loss_module import LossModule
-from dist_ft.model.backbone import HeadSpec, MultiTaskModel, build_model
+from dist_ft.model.backbone import HeadSpec, ModelSource, MultiTaskModel, build_model, load_model
 from dist_ft.model.layer_groups import LayerGroup, find_layer_groups
 from dist_ft.model.lora import LoraSettings, add_lora, fix_base, is_adapter, merged_lora
 from dist_ft.optim.param_groups import LearningRates, build_param_groups
 from dist_ft.tasks.text_classification import TextClassification
 from dist_ft.train import finished
+from dist_ft.train.export_adapter import export_adapter
 from tests.helpers.phases import largest_difference
 from tests.helpers.run_distributed import run_distributed
 from tests.helpers.tiny import TinyBatch
 from tests.helpers.tiny_models import tiny_config
 from tests.helpers.tiny_run import events, state_hash, train, write_recipe
+from tests.helpers.tiny_tokenizers import wordpiece
 
 STEPS, CHANGE = 20, 8
 SETTINGS = LoraSettings(r=4, alpha=8.0, target_modules=("query", "value", "dense"))
@@ -177,6 +179,43 @@ def test_unknown_layers_are_refused_with_the_names_that_there_are() -> None:
     model = build_model(tiny_config("bert"), heads=heads, dtype=torch.float32, seed=0)
     with pytest.raises(ValueError, match=r"model\.lora\.target_modules: .*called dense, key, qu"):
         add_lora(model, LoraSettings(target_modules=("q_proj",)), seed=0)
+
+
+@pytest.mark.parametrize("targets", [("query", "value"), ("all-linear",)])
+def test_a_pooler_that_the_checkpoint_lacks_trains_and_is_exported_with_the_adapters(
+    tmp_path: Path, targets: tuple[str, ...]
+) -> None:
+    base = tmp_path / "base"
+    torch.manual_seed(0)
+    transformers.AutoModelForMaskedLM.from_config(tiny_config("bert")).save_pretrained(base)
+    heads = [HeadSpec("a", "AutoModelForSequenceClassification", {"num_labels": 3})]
+    model = load_model(
+        ModelSource(str(base)), heads=heads, dtype=torch.float32, seed=0, pad_token_id=0
+    )
+    pooler = {f"backbone.pooler.dense.{n}" for n in ("weight", "bias")}
+    assert model.fresh == pooler
+    settings = LoraSettings(r=2, target_modules=targets)
+    add_lora(model, settings, seed=0)
+    classes = {h.name: h.auto_class for h in heads}
+    groups = fix_base(find_layer_groups(model), auto_classes=classes, fresh=model.fresh)
+    trained = {n for g in groups for n in g.trained}
+    assert {n for n in trained if not is_adapter(n) and not n.startswith("heads.")} == pooler
+    with torch.no_grad():  # as after training
+        for name, parameter in model.named_parameters():
+            if name in trained:
+                parameter.normal_(0, 0.3)
+    inputs = {"input_ids": torch.tensor([[2, 7, 8, 9, 3]]), "attention_mask": torch.ones(1, 5)}
+    with torch.no_grad():
+        expected = model("a", inputs).logits
+    folder = export_adapter(
+        model, wordpiece(), task="a", folder=tmp_path / "out", settings=settings,
+        card={"base_model": str(base), "recipe": {"model": {"path": str(base)}}},
+    )  # fmt: skip
+    torch.manual_seed(9)  # another pooler
+    fresh: Any = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
+    loaded = peft.PeftModel.from_pretrained(fresh, str(folder)).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs).logits, expected)
 
 
 @pytest.mark.slow
