@@ -16,6 +16,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
 T = TypeVar("T")
+# Between looks at whether the store of an earlier start is gone.
+_STORE_PAUSE_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -73,30 +75,18 @@ def init_process_group(world: World, *, timeout_s: int, join_timeout_s: int) -> 
     return torch.device("cuda", world.local_rank) if use_cuda else torch.device("cpu")
 
 
-def _meet(world: World, *, join_timeout_s: int) -> TCPStore:
+def _meet(world: World, *, join_timeout_s: float) -> TCPStore:
     """Return the store of all ranks once every rank is there.
 
     torch says only how many are missing; who looks for a lost node wants to know which.
+
+    Raises:
+        RuntimeError: If the store can't be reached, or ranks never come, naming them.
     """
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     port = int(os.environ.get("MASTER_PORT", "29500"))
     deadline = time.monotonic() + join_timeout_s
-    try:
-        store = TCPStore(
-            address,
-            port,
-            world.world_size,
-            is_master=world.is_main,
-            timeout=datetime.timedelta(seconds=join_timeout_s),
-            wait_for_workers=False,
-        )
-    except RuntimeError as error:
-        action = "open" if world.is_main else "reach rank 0 at"
-        raise RuntimeError(
-            f"rank {world.rank} on {socket.gethostname()} cannot {action} {address}:{port} "
-            f"({str(error).splitlines()[0]}): is the port free and rank 0 running?"
-        ) from error
-    store.set(_joined(world.rank), socket.gethostname())
+    store = _open_store(world, address, port, deadline=deadline)
     missing: list[int] = []
     for rank in range(world.world_size):
         left = max(0.1, deadline - time.monotonic())
@@ -107,9 +97,47 @@ def _meet(world: World, *, join_timeout_s: int) -> TCPStore:
     if missing:
         raise RuntimeError(
             f"rank {', '.join(map(str, missing))} of {world.world_size} did not come to "
-            f"{address}:{port} within {join_timeout_s} s: look at the logs of that rank and node"
+            f"{address}:{port} within {join_timeout_s:g} s: look at the logs of that rank and node"
         )
     return store
+
+
+def _open_store(world: World, address: str, port: int, *, deadline: float) -> TCPStore:
+    """Return the store of this attempt, which this rank has joined.
+
+    A rank 0 of the attempt before may live on for a while on another node, in its last micro-batch
+    or waiting for a dead peer, and its store with it, where all ranks have come long ago.
+    """
+    while True:
+        left = max(0.1, deadline - time.monotonic())
+        try:
+            store = TCPStore(
+                address,
+                port,
+                world.world_size,
+                is_master=world.is_main,
+                timeout=datetime.timedelta(seconds=left),
+                wait_for_workers=False,
+            )
+            if store.add(f"dist_ft/came/{world.rank}", 1) == 1:
+                store.set(_joined(world.rank), socket.gethostname())
+                return store
+            error = f"rank {world.rank} had come there before"
+        except RuntimeError as problem:
+            error = str(problem).splitlines()[0]
+            if world.is_main or time.monotonic() > deadline:
+                action = "open" if world.is_main else "reach rank 0 at"
+                raise RuntimeError(
+                    f"rank {world.rank} on {socket.gethostname()} cannot {action} {address}:{port} "
+                    f"({error}): is the port free and rank 0 running?"
+                ) from problem
+        if time.monotonic() > deadline:
+            raise RuntimeError(
+                f"rank {world.rank} on {socket.gethostname()} found only ranks of an earlier start "
+                f"at {address}:{port} ({error}): end what still runs on that node, or give every "
+                "node a NODE_RANK of its own"
+            )
+        time.sleep(_STORE_PAUSE_S)
 
 
 def _joined(rank: int) -> str:
