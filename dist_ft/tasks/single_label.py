@@ -52,6 +52,14 @@ class LabelScan(ABC):
         task: Any = self
         return replace(task, labels=tuple(state["labels"])) if self.needs_scan else task
 
+    def has_labels(self, row: Row) -> bool:
+        """Returns whether the row's labels can be read; ``scan`` raises at others."""
+        try:
+            self._names(row)
+        except ValueError:
+            return False
+        return True
+
     @abstractmethod
     def _names(self, row: Row) -> list[str]:
         """Return the label names of a row."""

@@ -27,6 +27,7 @@ from dist_ft.data.selection import BATCH_ROWS
 from dist_ft.data.shards import ShardedDataset
 from dist_ft.data.sources import SourceSpec
 from dist_ft.tasks.base import Task
+from dist_ft.tasks.single_label import LabelScan
 from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
 from dist_ft.train.reading import ReadingProgress
 from dist_ft.wording import counted
@@ -257,7 +258,10 @@ def _scanned(
         known = json.loads(path.read_text())
         if known["key"] == key:
             return known["state"]
-    state = task.scan(progress.each(spec.raw_rows("train")))
+    rows = progress.each(spec.raw_rows("train"))
+    if spec.on_error == "skip" and isinstance(task, LabelScan):
+        rows = filter(task.has_labels, rows)  # counted and told when the rows are prepared
+    state = task.scan(rows)
     folder.mkdir(parents=True, exist_ok=True)
     # Every rank may be here at once, of several hosts, and forked ones share even the addresses
     # of their objects.

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import yaml
 from rich.console import Console as RichConsole
 
 from dist_ft.data.sources import SourceSpec, open_source
@@ -86,3 +87,21 @@ def test_preparing_tells_what_it_reads(tmp_path: Path) -> None:
     prepare_tasks(recipe, tokenizer=tokenizer, say=lambda _: None, reading=noted)
     assert names[:3] == ["text, labels", "text/train", "text/validation"]
     assert calls[:3] == [0, 60, 60]
+
+
+def test_a_row_whose_label_is_none_is_left_out_of_the_labels_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_recipe(tmp_path)
+    with (tmp_path / "texts.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "no label", "label": 1.5}) + "\n")
+    body = yaml.safe_load(path.read_text())
+    body["tasks"][0] |= {"on_error": "skip", "data": {"train": "texts.jsonl"}}
+    body["tasks"] = body["tasks"][:1]
+    path.write_text(yaml.safe_dump(body))
+    recipe = load_recipe(path)
+    tokenizer = load_tokenizer(model_source(recipe.model))
+    [prepared] = prepare_tasks(recipe, tokenizer=tokenizer, say=lambda _: None)
+    assert prepared.state == {"labels": ["no", "yes"]}
+    assert "left out 1 row: a label must be text" in caplog.text
+    assert "line 61" in caplog.text
