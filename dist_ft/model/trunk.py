@@ -16,6 +16,7 @@ architecture that it is right.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -292,8 +293,9 @@ class Trunk:
         return (*biases, *self._others[len(biases) :])
 
     def _run_root(self, inputs: Mapping[str, Tensor]) -> Any:
-        names = ("input_ids", "attention_mask", "token_type_ids")
-        return self.root(**{n: inputs[n] for n in names if n in inputs})
+        # A head's own inputs, such as labels, are none of the root's.
+        takes = inspect.signature(self.root.forward).parameters
+        return self.root(**{n: v for n, v in inputs.items() if n in takes})
 
     @torch.no_grad()
     def check(self) -> dict[str, str]:

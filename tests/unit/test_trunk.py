@@ -103,6 +103,23 @@ def test_losses_and_gradients_do_not_change(name: str) -> None:
         _same(frozen, _gradients(model, inputs, above))
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_positions_of_a_tasks_own_reach_the_prefix(name: str) -> None:
+    model, groups = _model(name)
+    inputs = _inputs()
+    inputs["position_ids"] = (3 + 2 * torch.arange(11)).expand(5, 11).contiguous()
+    above = {n for g in groups[groups.index(_block(groups, 2)) :] for n in g.parameters}
+    trunk = Trunk.find(model, groups=groups)
+    assert not trunk.check()
+    plain = _gradients(model, inputs, above)
+    rows = FlatRows.of(inputs["attention_mask"])
+    trunk.flat = True
+    hidden = trunk.prefix(inputs, rows=rows, boundaries=[2])[2]
+    trunk.prepare(rows)
+    with trunk.starting_at(2, hidden):
+        _same(plain, _gradients(model, inputs, above))
+
+
 def _prefix_is_the_same(trunk: Trunk, mask: Tensor) -> None:
     """Compare what two blocks return without padding and with it."""
     ids = torch.randint(3, 60, mask.shape, generator=torch.Generator().manual_seed(2)) * mask
