@@ -178,11 +178,12 @@ class Objective:
         assert isinstance(self.adversary, Smart)
         assert self.words is not None
         fixed = _detached(clean)
+        # The paper's term is the divergence one way plus the other, ours the mean of both.
         return self.adversary.term(
             run,
             self.words,
             away=lambda outputs: self.outputs.divergence(outputs, fixed, targets),
-            held=lambda outputs: self.outputs.divergence(outputs, clean, targets),
+            held=lambda outputs: 2 * self.outputs.divergence(outputs, clean, targets),
         )
 
 

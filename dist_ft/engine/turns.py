@@ -98,8 +98,9 @@ class Work:
 
 def work_of(turns: Sequence[Turn]) -> list[Work]:
     """Return the micro-batches of a step's turns, in the order that every rank runs them in."""
+    # Where no row of a turn has a term of the loss, its sum is nothing, whatever it is divided by.
     return [
-        Work(index, turn.task, batch, batch.loss_weight / (turn.global_count * len(turns)))
+        Work(index, turn.task, batch, batch.loss_weight / (max(1, turn.global_count) * len(turns)))
         for index, turn in enumerate(turns)
         for batch in turn.micro_batches
     ]

@@ -49,6 +49,7 @@ class PenaltyRules:
         l2_sp_new: Strength of L2-SP on heads and other new weights (the paper's beta).
         mixout: Mixout's probability on pre-trained matrices of blocks (Lee et al. 2020).
         new: Layer groups beside the heads that do not start from pre-trained weights.
+        known_heads: Heads that do: a language model's comes with its checkpoint.
     """
 
     l1: float = 0.0
@@ -57,6 +58,7 @@ class PenaltyRules:
     l2_sp_new: float = 0.0
     mixout: float = 0.0
     new: frozenset[str] = field(default_factory=frozenset)
+    known_heads: frozenset[str] = field(default_factory=frozenset)
 
     def of(self, layer_group: str, *, is_head: bool, decays: bool) -> Penalty:
         """Return the penalty of a parameter group.
@@ -66,7 +68,7 @@ class PenaltyRules:
             is_head: Whether that is a head.
             decays: Whether its parameters are matrices.
         """
-        is_new = is_head or layer_group in self.new
+        is_new = (is_head and layer_group not in self.known_heads) or layer_group in self.new
         return Penalty(
             l1=self.l1 if decays else 0.0,
             l2=(self.l2 + (self.l2_sp_new if is_new else 0.0)) if decays else 0.0,
@@ -84,8 +86,8 @@ class PenaltyRules:
             kind: That group's kind.
             decays: Whether its parameters are matrices.
         """
-        is_new = kind in ("head", "embeddings", "unused") or layer_group in self.new
-        return self.mixout if decays and not is_new else 0.0
+        is_other = kind in ("head", "embeddings", "unused") or layer_group in self.new
+        return self.mixout if decays and not is_other else 0.0
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from dist_ft.tasks.base import (
     token_losses,
 )
 from dist_ft.tasks.chat import Message, check_template, encode_chat, messages_of
+from dist_ft.tasks.end_tokens import end_token, stop_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -278,6 +279,12 @@ class Generation:
                 num_beams=1,
                 use_cache=True,
                 pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=stop_tokens(
+                    tokenizer,
+                    task=self.name,
+                    chat=self._is_chat,
+                    known=task_model.generation_config.eos_token_id,
+                ),
                 synced_gpus=synced,
             )
         if self.style == "causal":
@@ -366,21 +373,6 @@ class Generation:
         }
         generated = [r for r in records if "text" in r]
         return scores | (text_metrics.scores(generated) if generated else {})
-
-
-def end_token(tokenizer: PreTrainedTokenizerBase, *, task: str) -> int:
-    """Returns the token that ends a text: eos, or sep for BERT-like tokenizers.
-
-    Raises:
-        ValueError: there is none.
-    """
-    for token in (tokenizer.eos_token_id, tokenizer.sep_token_id):
-        if isinstance(token, int):
-            return token
-    raise ValueError(
-        f"tasks.{task}: the tokenizer has no end token (eos), so a model cannot learn where a "
-        "response ends; use another model"
-    )
 
 
 def _left_padded_prompts(

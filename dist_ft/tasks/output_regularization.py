@@ -12,6 +12,8 @@ from torch import Tensor
 
 from dist_ft.tasks.base import Choice, LossSum
 
+# Log-probability of what is ruled out: nothing is left of its exponential, and it has a gradient.
+_NEVER = -1e4
 # Takes a forward's choices; returns what they add to the summed loss, float32 scalar.
 OutputPenalty = Callable[[Sequence[Choice]], Tensor]
 
@@ -83,12 +85,9 @@ def jensen_shannon(first: Sequence[Choice], second: Sequence[Choice]) -> Tensor:
     sums = []
     for one, other in zip(first, second, strict=True):
         p, q = (c.logits.float().log_softmax(-1) for c in (one, other))
+        # A class that is ruled out has no part: of minus infinities even the gradient is NaN.
+        out = p.isneginf() & q.isneginf()
+        p, q = (logs.masked_fill(out, _NEVER) for logs in (p, q))
         middle = torch.logaddexp(p, q) - math.log(2)
-        # A class that is ruled out has no part: 0 * (-inf - -inf) would be NaN.
-        out = middle.isneginf()
-        parts = [
-            (logs.exp() * (logs.masked_fill(out, 0.0) - middle.masked_fill(out, 0.0))).sum()
-            for logs in (p, q)
-        ]
-        sums.append(torch.stack(parts).mean())
+        sums.append(torch.stack([(x.exp() * (x - middle)).sum() for x in (p, q)]).mean())
     return torch.stack(sums).mean()

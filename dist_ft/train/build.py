@@ -198,7 +198,7 @@ def make_run(
         dimensions={n: p.dim() for n, p in parts.model.named_parameters()},
         rates=LearningRates(recipe.optim.lr, recipe.optim.head_lr, recipe.optim.layer_decay),
         weight_decay=recipe.optim.weight_decay,
-        penalties=penalty_rules(recipe, parts.groups),
+        penalties=penalty_rules(recipe, parts.groups, fresh=parts.model.fresh),
     )
     param_groups = with_frozen_rows(param_groups, recipe, model=parts.model)
     tasks = [t.task for t in parts.tasks]

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 
 from dist_ft.config import Recipe
 from dist_ft.duration import Duration
 from dist_ft.model.backbone import MultiTaskModel
 from dist_ft.model.dropout import has_dropout, set_dropout
 from dist_ft.model.layer_groups import LayerGroup
+from dist_ft.model.lora import is_adapter
 from dist_ft.model.new_blocks import reinitialize_top
 from dist_ft.optim.averaging import Averaging
 from dist_ft.optim.penalties import PenaltyRules
 
 
-def penalty_rules(recipe: Recipe, groups: Sequence[LayerGroup]) -> PenaltyRules:
-    """Return which penalties parameter groups get."""
+def penalty_rules(
+    recipe: Recipe, groups: Sequence[LayerGroup], *, fresh: Set[str] = frozenset()
+) -> PenaltyRules:
+    """Return which penalties parameter groups get.
+
+    Args:
+        recipe: The recipe.
+        groups: The model's layer groups.
+        fresh: Parameters of the backbone that its checkpoint lacks.
+    """
     config = recipe.regularization
     pull = config.l2_sp
     blocks = [g.name for g in groups if g.kind == "block"]
@@ -28,7 +37,9 @@ def penalty_rules(recipe: Recipe, groups: Sequence[LayerGroup]) -> PenaltyRules:
         l2_sp=0.0 if pull is None else pull.strength,
         l2_sp_new=new_pull,
         mixout=config.mixout or 0.0,
-        new=frozenset(blocks[len(blocks) - (config.reinitialize_blocks or 0) :]),
+        new=frozenset(blocks[len(blocks) - (config.reinitialize_blocks or 0) :])
+        | {g.name for g in groups if all(is_adapter(n) or n in fresh for n in g.trained)},
+        known_heads=frozenset(f"head.{t.name}" for t in recipe.tasks if t.type == "generation"),
     )
 
 

@@ -108,7 +108,8 @@ class PlainObjective:
             delta = (delta.detach() + size * direction).clamp(-radius, radius).requires_grad_()
         assert delta is not None
         delta = delta.detach()
-        return weight * _symmetric(run(change), clean)
+        p, q = run(change).softmax(-1), clean.softmax(-1)
+        return weight * (_kl(p, q) + _kl(q, p))
 
     def _freelb(self, run: Any, entropy: Any, mask: Tensor, without_words: Any) -> Tensor:
         assert self.freelb is not None

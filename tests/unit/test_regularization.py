@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
+from dist_ft.engine.adversary import FreeLB
 from dist_ft.engine.base import EngineOptions
 from dist_ft.engine.layer_modes import LayerModes
 from dist_ft.engine.loss_module import InTraining, LossModule
 from dist_ft.engine.objective import Objective, PassMemory
 from dist_ft.engine.reference import ReferenceEngine
 from dist_ft.engine.trunk_passes import TrunkPasses
+from dist_ft.engine.turns import OwnTurn, work_of
 from dist_ft.freezing.activation_cache import ActivationCache, CachedTask
 from dist_ft.model.backbone import HeadSpec, MultiTaskModel, build_model
 from dist_ft.model.dropout import set_dropout
@@ -26,9 +31,11 @@ from dist_ft.model.trunk import Trunk
 from dist_ft.optim.lr_schedules import LrSchedule
 from dist_ft.optim.param_groups import LearningRates, build_param_groups
 from dist_ft.recipe import RecipeError, load_recipe
-from dist_ft.tasks.output_regularization import OutputRegularizer
+from dist_ft.tasks.base import Choice
+from dist_ft.tasks.output_regularization import OutputRegularizer, jensen_shannon
 from dist_ft.tasks.question_answering import QuestionAnswering
 from dist_ft.tasks.text_classification import TextClassification
+from dist_ft.train.regularization import penalty_rules
 from tests.helpers.phases import largest_difference
 from tests.helpers.tiny import TinyBatch
 from tests.helpers.tiny_models import tiny_config
@@ -91,6 +98,74 @@ def test_r_drop_of_spans_leaves_out_what_can_be_no_answer() -> None:
     assert gradient.isfinite().all()
     assert (gradient[..., [0, 3]] == 0).all()
     assert (gradient[..., 1:3] != 0).all()
+
+
+def test_what_can_be_no_answer_has_no_part_in_the_gradient_of_a_divergence_either() -> None:
+    logits = torch.randn(2, 2, 5)
+    out = torch.tensor([True, False, False, True, False])
+    gradients: list[Tensor] = []
+    for masked in (True, False):
+        one, two = (x.clone().requires_grad_() for x in logits)
+        shown = [x.masked_fill(out, -torch.inf) if masked else x[:, ~out] for x in (one, two)]
+        jensen_shannon(*([Choice(x, torch.zeros(2).long())] for x in shown)).backward()
+        assert one.grad is not None
+        gradients.append(one.grad)
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert gradients[0].any()
+
+
+def test_a_gradient_too_large_for_fp16_moves_no_embedding() -> None:
+    change = FreeLB().start(torch.ones(2, 3, dtype=torch.bool))
+    change(torch.zeros(2, 3, 4))
+    start = change.delta.detach().clone()
+    change.delta.grad = torch.ones(2, 3, 4)
+    change.delta.grad[1, 0, 0] = torch.inf
+    FreeLB().ascend(change)
+    assert torch.equal(change.delta[1], start[1])
+    assert not torch.equal(change.delta[0], start[0])
+
+
+def test_a_turn_without_a_term_of_the_loss_has_no_share_of_it() -> None:
+    batch: Any = TinyBatch({}, {}, 1)
+    [work] = work_of([OwnTurn("a", [batch], 0)])
+    assert math.isfinite(work.share)
+
+
+@pytest.mark.parametrize("architecture", ["bert", "t5"])
+def test_pulls_go_to_the_start_of_what_is_pre_trained_and_to_zero_elsewhere(
+    architecture: str,
+) -> None:
+    kind = "generation" if architecture == "t5" else "text_classification"
+    config: Any = tiny_config(architecture)
+    config.pad_token_id, config.tie_word_embeddings = 0, False
+    classes = {"generation": "AutoModelForSeq2SeqLM"}
+    auto_class = classes.get(kind, "AutoModelForSequenceClassification")
+    heads = [HeadSpec("a", auto_class, {})]
+    model = build_model(config, heads=heads, dtype=torch.float32, seed=0)
+    groups = find_layer_groups(model)
+    recipe: Any = SimpleNamespace(
+        regularization=SimpleNamespace(
+            l1=0.0, l2=0.0, mixout=0.1, reinitialize_blocks=None,
+            l2_sp=SimpleNamespace(strength=0.3, heads=None),
+        ),
+        tasks=[SimpleNamespace(name="a", type=kind)],
+    )  # fmt: skip
+    fresh = {n for n, _ in model.named_parameters() if "pooler" in n}
+    built = build_param_groups(
+        groups, dimensions={n: p.dim() for n, p in model.named_parameters()},
+        rates=LearningRates(1.0), weight_decay=0.0,
+        penalties=penalty_rules(recipe, groups, fresh=fresh),
+    )  # fmt: skip
+    pulls = {g.name: (g.penalty.l2, g.penalty.l2_start, g.mixout) for g in built}
+    to_zero = {n for n, (zero, start, _) in pulls.items() if zero == 0.3 and start == 0.0}
+    assert all(start == 0.3 for n, (_, start, _) in pulls.items() if n.endswith("/decay")
+               and n not in to_zero)  # fmt: skip
+    if architecture == "t5":
+        assert not to_zero
+        assert pulls["head.a/decay"][1] == 0.3
+    else:
+        assert to_zero == {"pooler/decay", "head.a/decay"}
+        assert pulls["pooler/decay"][2] == 0.0
 
 
 def test_neftune_noise_has_its_size_in_training_alone() -> None:

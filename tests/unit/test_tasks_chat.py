@@ -1,9 +1,15 @@
 """Conversations: loss on every answer of the assistant and on nothing else."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from transformers import GenerationConfig
 
+from dist_ft.tasks.end_tokens import stop_tokens, turn_end
 from dist_ft.tasks.generation import Generation
 from tests.helpers.tiny_tokenizers import byte_level
 
@@ -76,3 +82,43 @@ def test_what_cannot_be_a_conversation_is_refused() -> None:
         task.encode([{"talk": TALK, "source_row": 0}], tokenizer=_tokenizer(reversing))
     with pytest.raises(ValueError, match="needs style causal"):
         Generation(name="g", chat=True, style="seq2seq")
+
+
+def test_generation_ends_where_answers_were_taught_to_end() -> None:
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    tokenizer = _tokenizer(template)
+    marks = {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
+    tokenizer.add_special_tokens(marks)
+    eos, end = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert turn_end(tokenizer) == end
+    assert stop_tokens(tokenizer, task="g", chat=True, known=[7]) == sorted({7, eos, end})
+    assert stop_tokens(tokenizer, task="g", chat=False, known=None) == [eos]
+    assert turn_end(_tokenizer("{% for m in messages %}{{ m.content }}\n{% endfor %}")) is None
+
+
+def test_a_model_is_told_where_to_end_if_its_checkpoint_does_not_say() -> None:
+    asked: dict[str, Any] = {}
+
+    class Silent:
+        generation_config = GenerationConfig()
+
+        def generate(self, **options: Any) -> torch.Tensor:
+            asked.update(options)
+            return options["input_ids"]
+
+    class Model:
+        @contextmanager
+        def task_model(self, task: str) -> Iterator[Silent]:
+            assert task == "g"
+            yield Silent()
+
+    tokenizer = _tokenizer()
+    batch: Any = SimpleNamespace(
+        inputs={"input_ids": torch.ones(1, 3).long(), "attention_mask": torch.ones(1, 3).long()},
+        kept={"prompt_length": [2]},
+    )
+    task = Generation(name="g", max_new_tokens=2)
+    assert task.generate(Model(), batch=batch, tokenizer=tokenizer, synced=False) == [""]
+    assert asked["eos_token_id"] == [tokenizer.eos_token_id]
