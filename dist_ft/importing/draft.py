@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from dist_ft.importing.values import as_flag, as_number, as_text, as_whole
+
+T = TypeVar("T")
+Convert = Callable[[Any, str], T]
 Source = Mapping[str, Any]
 
 
@@ -32,12 +36,34 @@ class Draft:
 
     def take(self, *keys: str) -> Any:
         """Return the value of the first key that the source has, None without one."""
-        found = None
-        for key in keys:
-            self.used.add(key)
-            if found is None and self.source.get(key) is not None:
-                found = self.source[key]
-        return found
+        return self.take_as(lambda value, _: value, *keys)
+
+    def take_as(self, convert: Convert[T], *keys: str) -> T | None:
+        """Return the value of the first key that the source has, None without one.
+
+        Args:
+            convert: Gets the value and its key, see `values`.
+            keys: Names of the same thing.
+        """
+        self.used.update(keys)
+        given = next((key for key in keys if self.source.get(key) is not None), None)
+        return None if given is None else convert(self.source[given], given)
+
+    def number(self, *keys: str) -> float | None:
+        """Return a number, as `take_as` does."""
+        return self.take_as(as_number, *keys)
+
+    def whole(self, *keys: str) -> int | None:
+        """Return a whole number, as `take_as` does."""
+        return self.take_as(as_whole, *keys)
+
+    def text(self, *keys: str) -> str | None:
+        """Return a text, as `take_as` does."""
+        return self.take_as(as_text, *keys)
+
+    def flag(self, *keys: str) -> bool:
+        """Return whether a key is switched on, as `take_as` does."""
+        return bool(self.take_as(as_flag, *keys))
 
     def put(self, path: str, value: Any) -> None:
         """Set a dotted path of the recipe; None sets nothing."""
@@ -49,11 +75,9 @@ class Draft:
             section = section.setdefault(part, {})
         section[last] = value
 
-    def move(self, key: str, path: str, convert: Callable[[Any], Any] = lambda v: v) -> None:
+    def move(self, key: str, path: str, convert: Convert[Any]) -> None:
         """Translate a key to a dotted path of the recipe."""
-        value = self.take(key)
-        if value is not None:
-            self.put(path, convert(value))
+        self.put(path, self.take_as(convert, key))
 
     def note(self, text: str) -> None:
         """Remember what the user has to look at."""

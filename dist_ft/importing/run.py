@@ -64,7 +64,7 @@ def import_recipe(file: Path, *, kind: str, ranks: int = 1) -> Imported:
             place = ".".join(str(part) for part in finding.path)
             draft.note(f"to be mended: {place}: {finding.text}")
     lines = [f"# Translated from {file.name} ({kind}) by dist-ft import."]
-    lines += [f"# - {note}" for note in draft.notes]
+    lines += [f"# - {note}".replace("\n", " ") for note in draft.notes]
     text = yaml.safe_dump(body, sort_keys=False, width=100)
     return Imported("\n".join(lines) + "\n" + text, tuple(draft.notes))
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dist_ft.importing.draft import Draft
+from dist_ft.importing.values import as_list, as_mapping, as_text, as_whole
 
 _BLOCK = re.compile(r"(?:layers?|h|blocks?)\\?\.(?:\(([\d|]+)\)|(\d+))")
 _PARTS = (
@@ -25,29 +26,41 @@ def from_finetuning_scheduler(draft: Draft) -> None:
     trainable: list[str] = ["head.*"]
     phases: list[dict[str, Any]] = []
     at = 0
-    for number in sorted(draft.source, key=int):
-        draft.used.add(number)
-        phase = draft.source[number]
-        for pattern in phase.get("params", ()):
-            found = list(_groups(str(pattern)))
+    numbers = {as_whole(key, f"phase {key}"): key for key in draft.source}
+    for number, key in sorted(numbers.items()):
+        draft.used.add(key)
+        phase = as_mapping(draft.source[key], f"phase {key}")
+        for pattern in _patterns(phase, number):
+            found = list(_groups(pattern))
             if not found:
                 draft.note(f"phase {number}: {pattern!r} names no layer group that is known")
             trainable += [name for name in found if name not in trainable]
         phases.append({"at": f"{at}ep" if at else "0step", "trainable": list(trainable)})
-        last = phase.get("max_transition_epoch")
-        if last is None or int(last) <= at:
-            at += 1
-            if number != max(draft.source, key=int):
-                draft.note(
-                    f"phase {number} ends by early stopping: it is given one epoch; the policy "
-                    "`plateau` also waits for the score"
-                )
-        else:
-            at = int(last)
+        at = _end(draft, phase, number, at=at, is_last=number == max(numbers))
         if "lr" in phase:
             draft.note(f"phase {number}: lr = {phase['lr']}: use optim.lr, head_lr, layer_decay")
     draft.put("freezing", {"policy": "explicit", "phases": phases})
     draft.note("this is a `freezing` section only: put it into a recipe")
+
+
+def _patterns(phase: Mapping[str, Any], number: int) -> list[str]:
+    key = f"phase {number}.params"
+    return [as_text(pattern, key) for pattern in as_list(phase.get("params") or [], key)]
+
+
+def _end(draft: Draft, phase: Mapping[str, Any], number: int, *, at: int, is_last: bool) -> int:
+    """Return the epoch in which a phase ends that begins in epoch `at`."""
+    last = phase.get("max_transition_epoch")
+    if last is not None:
+        last = as_whole(last, f"phase {number}.max_transition_epoch")
+        if last > at:
+            return last
+    if not is_last:
+        draft.note(
+            f"phase {number} ends by early stopping: it is given one epoch; the policy "
+            "`plateau` also waits for the score"
+        )
+    return at + 1
 
 
 def _groups(pattern: str) -> Iterator[str]:

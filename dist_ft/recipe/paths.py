@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from dist_ft.config import (
+    CacheConfig,
     DataConfig,
     EngineConfig,
     Recipe,
@@ -45,6 +46,7 @@ def resolve_paths(recipe: Recipe, *, base: Path) -> Recipe:
             "output_dir": Path(_absolute(recipe.output_dir, base)),
             "data_dir": Path(_absolute(recipe.data_dir, base)),
             "engine": _resolve_engine(recipe.engine, base),
+            "cache": _resolve_cache(recipe.cache, base),
             "model": model,
             "tasks": tasks,
         }
@@ -73,6 +75,12 @@ def _resolve_engine(engine: EngineConfig, base: Path) -> EngineConfig:
     if engine.deepspeed is None:
         return engine
     return engine.model_copy(update={"deepspeed": Path(_absolute(engine.deepspeed, base))})
+
+
+def _resolve_cache(cache: CacheConfig, base: Path) -> CacheConfig:
+    if cache.dir is None:
+        return cache
+    return cache.model_copy(update={"dir": Path(_absolute(cache.dir, base))})
 
 
 def _resolve_lexicon(transform: TransformConfig, base: Path) -> TransformConfig:

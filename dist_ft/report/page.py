@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_ft.report.raster import can_draw, png_of
-from dist_ft.report.record import read_run
+from dist_ft.report.record import labelled, read_run
 from dist_ft.report.sections import all_plots, comparison, run_section
 from dist_ft.report.svg import STYLE
 
@@ -47,7 +47,7 @@ def write_report(runs: Sequence[Path]) -> Path:
     Raises:
         ValueError: If a folder holds no record of a run.
     """
-    records = [read_run(path) for path in runs]
+    records = labelled([read_run(path) for path in runs])
     folder = report_folder(runs)
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     shared, own = all_plots(records)
@@ -57,7 +57,7 @@ def write_report(runs: Sequence[Path]) -> Path:
         path.write_text(plot.standalone(), encoding="utf-8")
         if draws:
             path.with_suffix(".png").write_bytes(png_of(plot))
-    names = ", ".join(record.name for record in records)
+    names = ", ".join(record.label for record in records)
     sections = "".join(
         run_section(record, plots, is_open=len(records) == 1 or number == 0)
         for number, (record, plots) in enumerate(zip(records, own, strict=True))

@@ -13,7 +13,9 @@ from dist_ft.report.svg import (
     Line,
     Plot,
     bar_plot,
+    drawable,
     grid_plot,
+    left_out,
     line_plot,
     shade,
     tick,
@@ -59,7 +61,7 @@ def _scores(run: RunRecord, task: str) -> Iterator[Plot]:
     shares = [
         Line(name, p)
         for name, p in curves.items()
-        if name not in _UNBOUNDED and all(abs(v) <= 1 for _, v in p)
+        if name not in _UNBOUNDED and not any(abs(v) > 1 and drawable(v) for _, v in p)
     ]
     axes = _axes(run, "validation score (0 to 1)", from_zero=True)
     plot = line_plot(f"scores-{task}", f"Validation scores of {task}", shares, axes)
@@ -86,7 +88,7 @@ def _groups(run: RunRecord) -> list[str]:
 
 def _phase_spans(run: RunRecord) -> list[tuple[int, int, Event]]:
     phases = run.of("phase")
-    ends = [e["step"] for e in phases[1:]] + [max(run.last_step, 1)]
+    ends = [e["step"] for e in phases[1:]] + [max(run.last_step, 1)] * bool(phases)
     return [(e["step"], end, e) for e, end in zip(phases, ends, strict=True) if end > e["step"]]
 
 
@@ -125,9 +127,11 @@ def _drift_timeline(run: RunRecord) -> Plot | None:
 
 def _shaded(run: RunRecord, field: str, slug: str, title: str) -> Plot | None:
     events = run.of("groups")
-    values = [v for e in events for v in e.get(field, {}).values() if v > 0]
+    found = [v for e in events for v in e.get(field, {}).values()]
+    values = [v for v in found if drawable(v) and v > 0]
     if not values:
         return None
+    title = left_out(title, sum(not drawable(v) for v in found))
     low, high = min(values), max(values)
     starts = [0, *(e["step"] for e in events[:-1])]
     rows = []
@@ -135,13 +139,15 @@ def _shaded(run: RunRecord, field: str, slug: str, title: str) -> Plot | None:
         cells = []
         for start, event in zip(starts, events, strict=True):
             value = event[field].get(name, 0.0)
-            paint = shade(value, low=low, high=high) if value > 0 else "frozen"
-            says = f"{tick(value)} at step {event['step']}" if value > 0 else "frozen"
+            is_shown = value > 0 and drawable(value)
+            paint = shade(value, low=low, high=high) if is_shown else "frozen"
+            at = f"{tick(value)} at step {event['step']}"
+            says = at if is_shown or not drawable(value) else "frozen"
             cells.append(Cell(start, event["step"], paint, says))
         rows.append((name, cells))
     key = [(color, "") for color in SHADES]
     key[-1] = (SHADES[-1], f"{tick(low)} to {tick(high)} (log scale)")
-    key.append(("frozen", "frozen or 0"))
+    key.append(("frozen", "frozen, 0 or not finite"))
     return grid_plot(slug, title, rows, axes=_axes(run, ""), key=key)
 
 

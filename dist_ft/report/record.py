@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from dist_ft.recipe.task_checks import METRICS
 from dist_ft.train.recorder import ending, read_events, surviving_events
 from dist_ft.train.signals import stop_name
 
+# Of the tables that compare runs; a run of such a name would stand in their place.
+COLUMNS = ("key", "task", "split", "metric")
 Event = dict[str, Any]
 Points = list[tuple[float, float]]
 
@@ -28,6 +30,7 @@ class RunRecord:
         recipe: Resolved.
         environment: Versions, devices, command; empty if it was never written.
         analysis: What ``evaluate --analysis`` wrote; empty without it.
+        label: What tells it from the runs that it is shown with, see `labelled`.
     """
 
     path: Path
@@ -36,11 +39,12 @@ class RunRecord:
     recipe: dict[str, Any]
     environment: dict[str, Any]
     analysis: dict[str, Any] = field(default_factory=dict)
+    label: str = ""
 
     @property
     def name(self) -> str:
-        """The folder's name."""
-        return self.path.name
+        """The folder's name, also of one that was given as `.`."""
+        return self.path.resolve().name
 
     def of(self, kind: str) -> list[Event]:
         """Return the events of one kind."""
@@ -108,12 +112,19 @@ class RunRecord:
         return [found[key] for key in sorted(found)]
 
     def primary(self, task: str) -> str | None:
-        """Return the metric that decides for a task: the recipe's, or the first of its type."""
+        """Return the metric that decides for a task: the recipe's, or the first of its type.
+
+        Plain tags have other metrics than BIO tags, so only those count that were scored.
+        """
         config = next((t for t in self.recipe.get("tasks", []) if t["name"] == task), {})
         kind = str(config.get("problem", config.get("type")))
         if kind == "generation" and config.get("max_new_tokens"):
             kind = "generation with text"
-        return config.get("metric") or next(iter(METRICS.get(kind, ())), None)
+        if config.get("metric"):
+            return str(config["metric"])
+        names = METRICS.get(kind, ())
+        scored = {n for e in self.of("eval") if e["task"] == task for n in e["metrics"]}
+        return next((name for name in names if name in scored), next(iter(names), None))
 
     def cumulative(self, weight: Callable[[Event], float]) -> dict[str, Points]:
         """Return each task's running share of a weight over the steps."""
@@ -148,7 +159,29 @@ def read_run(path: Path) -> RunRecord:
         recipe=_json(path / "recipe.json"),
         environment=_json(path / "env.json"),
         analysis=_json(path / "analysis.json"),
+        label=path.resolve().name,
     )
+
+
+def labelled(runs: Sequence[RunRecord]) -> list[RunRecord]:
+    """Return the runs with labels that differ from each other and from the tables' own columns.
+
+    A name that is not enough gets the folder above it, or else its number.
+    """
+    names = [run.name for run in runs]
+    longer = [f"{run.path.resolve().parent.name}/{run.name}" for run in runs]
+    taken = {*COLUMNS, *(name for name in names if names.count(name) == 1)}
+    found: list[RunRecord] = []
+    for number, run in enumerate(runs, start=1):
+        label, above = run.name, longer[number - 1]
+        if label in COLUMNS or names.count(label) > 1:
+            is_free = longer.count(above) == 1 and above not in taken
+            label = above if is_free else f"{label} ({number})"
+            while label in taken:
+                label += "'"
+            taken.add(label)
+        found.append(replace(run, label=label))
+    return found
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def run_section(run: RunRecord, plots: Sequence[Plot], *, is_open: bool) -> str:
     """Return everything about one run."""
     state = " open" if is_open else ""
     return (
-        f"<details class='run'{state}><summary><h2>{_e(run.name)}</h2> {_e(run.outcome)}"
+        f"<details class='run'{state}><summary><h2>{_e(run.label)}</h2> {_e(run.outcome)}"
         f"</summary>{_facts(run)}"
         f"<h3>Scores</h3>{_scores(run)}"
         f"<h3>Phases</h3>{_phases(run)}"
@@ -223,7 +223,7 @@ def _recipe_diff(runs: Sequence[RunRecord]) -> str:
     flat = [flatten(run.recipe) for run in runs]
     keys = sorted(set().union(*flat))
     rows = [
-        {"key": key, **{r.name: _value(f.get(key, "")) for r, f in zip(runs, flat, strict=True)}}
+        {"key": key, **{r.label: _value(f.get(key, "")) for r, f in zip(runs, flat, strict=True)}}
         for key in keys
         if key != "name" and len({_value(f.get(key, "")) for f in flat}) > 1
     ]
@@ -244,7 +244,7 @@ def _side_by_side(runs: Sequence[RunRecord]) -> str:
         ]
         for name in dict.fromkeys(n for e in found if e for n in e["metrics"]):
             cells = {
-                r.name: tick(e["metrics"][name]) if e and name in e["metrics"] else ""
+                r.label: tick(e["metrics"][name]) if e and name in e["metrics"] else ""
                 for r, e in zip(runs, found, strict=True)
             }
             rows.append({"task": task, "split": split, "metric": name, **cells})
@@ -254,7 +254,7 @@ def _side_by_side(runs: Sequence[RunRecord]) -> str:
 def _overlays(runs: Sequence[RunRecord]) -> Iterable[Plot]:
     tasks = dict.fromkeys(task for run in runs for task in run.tasks)
     for task in tasks:
-        lines = [Line(run.name, thinned(run.series("loss", task=task))) for run in runs]
+        lines = [Line(run.label, thinned(run.series("loss", task=task))) for run in runs]
         axes = Axes(x="optimizer step", y="training loss (mean per label, log scale)", log=True)
         plot = line_plot(f"compare-loss-{task}", f"Training loss of {task}", lines, axes)
         if plot is not None:
@@ -262,7 +262,7 @@ def _overlays(runs: Sequence[RunRecord]) -> Iterable[Plot]:
         metric = next((m for run in runs if (m := run.primary(task))), None)
         if metric is None:
             continue
-        lines = [Line(run.name, run.scores(task).get(metric, [])) for run in runs]
+        lines = [Line(run.label, run.scores(task).get(metric, [])) for run in runs]
         axes = Axes(x="optimizer step", y=f"{metric} on validation")
         plot = line_plot(f"compare-score-{task}", f"{metric} of {task}", lines, axes)
         if plot is not None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 760, 76, 20, 16, 46
 LINE_HEIGHT = 18
+_LARGEST = 1e300
 _DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 4", "12 4")
 COLORS = 6  # classes c0 .. c5 of the style below
 SHADES = ("#00224e", "#123570", "#3b496c", "#575d6d", "#707173",
@@ -103,9 +104,11 @@ class _Scale:
 
 def line_plot(slug: str, title: str, lines: Sequence[Line], axes: Axes) -> Plot | None:
     """Return a plot of curves, or None if there is no point."""
-    drawn = [line for line in lines if line.points]
+    finite = [replace(line, points=[p for p in line.points if drawable(*p)]) for line in lines]
+    drawn = [line for line in finite if line.points]
     if not drawn:
         return None
+    title = left_out(title, sum(map(_size, lines)) - sum(map(_size, drawn)))
     xs = [x for line in drawn for x, _ in line.points]
     log = axes.log and all(y > 0 for line in drawn for _, y in line.points)
     legend = _legend_rows(drawn)
@@ -136,17 +139,23 @@ def line_plot(slug: str, title: str, lines: Sequence[Line], axes: Axes) -> Plot 
     return Plot(slug, title, _svg(title, parts, height=height))
 
 
+def _size(line: Line) -> int:
+    return len(line.points)
+
+
 def bar_plot(
     slug: str, title: str, rows: Sequence[tuple[str, Sequence[float]]], *, names: Sequence[str],
     axes: Axes,
 ) -> Plot | None:  # fmt: skip
     """Return groups of vertical bars: for each row its label and one value for each name."""
-    if not rows or all(v == 0 for _, values in rows for v in values):
+    drawn = [v for _, values in rows for v in values if drawable(v)]
+    if not any(drawn):
         return None
+    title = left_out(title, sum(len(values) for _, values in rows) - len(drawn))
     lines = [Line(name, [(0, 0)]) for name in names]
     legend = _legend_rows(lines)
     height = 210 + TOP + BOTTOM + LINE_HEIGHT * legend
-    top = max(v for _, values in rows for v in values)
+    top = max(drawn)
     y = _Scale(0.0, top or 1.0, height - BOTTOM, TOP + LINE_HEIGHT * legend)
     parts = _vertical(y, axes=axes, height=height, log=False)
     slot = (WIDTH - LEFT - RIGHT) / len(rows)
@@ -154,6 +163,8 @@ def bar_plot(
     for index, (label, values) in enumerate(rows):
         begin = LEFT + slot * index + (slot - width * len(names)) / 2
         for number, value in enumerate(values):
+            if not drawable(value):
+                continue
             parts.append(
                 f"<rect class='bar c{number % COLORS}' x='{begin + number * width:.1f}' "
                 f"y='{y(value):.1f}' width='{width - 1:.1f}' height='{y(0) - y(value):.1f}'>"
@@ -225,6 +236,16 @@ def grid_plot(
             parts.append(_text(at + 18, 16, meaning))
         at += 18 + (7 * len(meaning) if meaning else -4)
     return Plot(slug, title, _svg(title, parts, height=height))
+
+
+def drawable(*values: float) -> bool:
+    """Return whether values have a place on an axis; the span of two must be finite, too."""
+    return all(abs(value) < _LARGEST for value in values)
+
+
+def left_out(title: str, count: int) -> str:
+    """Return the title with how many points are not drawn, if any."""
+    return f"{title} (not finite and left out: {count})" if count else title
 
 
 def shade(value: float, *, low: float, high: float) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from dist_ft.engine.loss_module import LossModule
 from dist_ft.model.backbone import MultiTaskModel
 from dist_ft.model.lora import LoraSettings, merged_lora
 from dist_ft.model.sources import resolve_model_path
+from dist_ft.tasks.base import Task
 from dist_ft.train import analysis
 from dist_ft.train.best import Decision
 from dist_ft.train.checkpoint import (
@@ -41,6 +43,7 @@ from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
 from dist_ft.train.parts import Parts, eval_data, load_preprocessor, make_model, make_parts
 from dist_ft.train.recorder import Recorder, surviving_events
 from dist_ft.train.regularization import prepare_model
+from dist_ft.train.retention import worst_if_nan
 from dist_ft.train.run_folder import RunFolder
 from dist_ft.train.run_shards import restored_tasks
 from dist_ft.train.weights import load_weights
@@ -257,10 +260,15 @@ def export(
     # As in training: what it sets (dropout) is part of the exported configuration.
     prepare_model(recipe, model, groups=groups, trains=[group.name for group in groups])
     exporter = _Exporter(recipe, model, tokenizer, folder, how)
+    scored = _deciding_scores(folder.metrics, tasks, decision) if how.best else {}
     folders: list[Path] = []
     for name in wanted:
         if how.best:
-            reader = best_checkpoint(folder.checkpoints, name=decision.name_for(name))
+            by = decision.name_for(name)
+            scores = {step: of_step[by] for step, of_step in scored.items()}
+            reader = best_checkpoint(
+                folder.checkpoints, name=by, scores=scores, min_delta=_kept_delta(recipe)
+            )
         load_weights(model, reader)
         with _out_of_the_way(folder.export / name):
             folders.append(exporter.write(name, step=reader.trainer["progress"]["step"]))
@@ -315,26 +323,64 @@ class _Exporter:
             return export_task(self.model, self.tokenizer, task=task, folder=folder, card=card)
 
 
-def best_checkpoint(root: Path, *, name: str) -> CheckpointReader:
+def best_checkpoint(
+    root: Path, *, name: str, scores: Mapping[int, float], min_delta: float = 0.0
+) -> CheckpointReader:
     """Return the whole checkpoint with the best deciding score `name`, the earliest of equals.
 
+    Args:
+        root: The run's checkpoints.
+        name: Of the score.
+        scores: Those of all evaluations by step, larger is better, none of them NaN.
+        min_delta: What one without a checkpoint may be better by.
+
     Raises:
-        ValueError: If no whole checkpoint was saved at an evaluation.
+        ValueError: If no whole checkpoint was saved at an evaluation, or that of the best is gone.
     """
+    known = known_checkpoints(root)
     scored = sorted(
-        (k for k in known_checkpoints(root) if name in k.scores),
+        (k for k in known if name in k.scores),
         key=lambda kept: (-kept.scores[name], kept.step),
     )
     for kept in scored:
         folder = root / checkpoint_name(kept.step)
         damage = verify_checkpoint(folder)
         if damage is None:
+            gone = {step: s for step, s in scores.items() if step not in {k.step for k in known}}
+            best = max(gone, key=lambda step: (gone[step], -step), default=kept.step)
+            if gone.get(best, -math.inf) > kept.scores[name] + min_delta:
+                raise ValueError(
+                    f"--best: {name} was best at step {best}, and {root} has no checkpoint of it; "
+                    f"the best that is left is of step {kept.step}: train with "
+                    "checkpoint.keep_best=true, or leave the option out"
+                )
             return CheckpointReader(folder)
         log.warning("checkpoint passed over: %s: %s", folder.name, damage)
     raise ValueError(
         f"--best: {root} has no whole checkpoint with a score of {name}: train with "
         "evaluation.every and checkpoint.keep_best=true"
     )
+
+
+def _kept_delta(recipe: Recipe) -> float:
+    """Return how much better a score must be than the best for `keep_best` to save it."""
+    stopping = recipe.evaluation.early_stopping
+    return stopping.min_delta if stopping and recipe.checkpoint.keep_best else 0.0
+
+
+def _deciding_scores(
+    metrics: Path, tasks: Sequence[Task], decision: Decision
+) -> dict[int, dict[str, float]]:
+    """Return the deciding scores of each step at which all tasks were scored."""
+    metric_of = {task.name: task.primary_metric for task in tasks}
+    found: dict[int, dict[str, float]] = {}
+    for event in surviving_events(metrics):
+        if event["event"] == "eval" and event["split"] == "validation":
+            metric, larger_is_better = metric_of.get(event["task"], ("", True))
+            if (value := event["metrics"].get(metric)) is not None:
+                score = worst_if_nan(value if larger_is_better else -value)
+                found.setdefault(event["step"], {})[event["task"]] = score
+    return {s: decision.scores(of) for s, of in found.items() if len(of) == len(metric_of)}
 
 
 def last_scores(metrics: Path, *, step: int) -> Mapping[str, dict[str, float]]:

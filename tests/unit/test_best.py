@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -144,3 +146,73 @@ def test_what_cannot_decide_is_refused(tmp_path: Path) -> None:
     assert "evaluation.weights.txt: must be the name of a task: did you mean text?" in text
     assert "evaluation.weights: are of no use with decide_by mean" in text
     assert "task text is decided by mse" in text
+
+
+@pytest.fixture(scope="module")
+def kept_last(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run that was scored at steps 2, 4 and 6, of which only the last is still there."""
+    path = write_recipe(
+        tmp_path_factory.mktemp("kept"),
+        train={"max_duration": "6step"},
+        evaluation={"every": "2step"},
+        checkpoint={"keep_last": 1, "every": "2step"},
+    )
+    recipe = yaml.safe_load(path.read_text())
+    recipe["freezing"] = {"policy": "none"}
+    recipe["tasks"] = recipe["tasks"][:1]
+    path.write_text(yaml.safe_dump(recipe))
+    train(path, world_size=1)
+    return path.parent / "runs" / "tiny"
+
+
+def _rescore(run: Path, by_step: dict[int, float]) -> None:
+    """Write other accuracies into the record of a run."""
+    found = events(run)
+    for event in found:
+        if event["event"] == "eval" and event["step"] in by_step:
+            event["metrics"]["accuracy"] = by_step[event["step"]]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in found))
+
+
+def test_the_best_evaluation_is_not_exported_from_another_step(kept_last: Path) -> None:
+    how = finished.ExportOptions(best=True, replace=True)
+    [kept] = known_checkpoints(kept_last / "checkpoints")
+    assert kept.step == 6
+    score = kept.scores["text"]
+    _rescore(kept_last, {2: score - 0.1, 4: score + 0.1})
+    with pytest.raises(ValueError, match=r"step 4.* step 6.*checkpoint\.keep_best"):
+        finished.export(kept_last, how=how)
+    _rescore(kept_last, {2: score + 0.2, 4: score + 0.2})
+    with pytest.raises(ValueError, match=r"best at step 2,"):
+        finished.export(kept_last, how=how)
+    for gone in (score, NAN, score - 0.1):
+        _rescore(kept_last, {2: gone, 4: score})
+        assert len(finished.export(kept_last, how=how)) == 1
+    # What was undone does not count.
+    _rescore(kept_last, {4: score + 0.1})
+    resumed = {"event": "resume", "step": 2, "time_s": 0.0, "path": "step-00000002"}
+    with (kept_last / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(resumed) + "\n")
+    assert len(finished.export(kept_last, how=how)) == 1
+
+
+def test_scores_of_the_record_are_larger_when_better(tmp_path: Path) -> None:
+    tasks = [
+        SimpleNamespace(name="a", primary_metric=("mse", False)),
+        SimpleNamespace(name="b", primary_metric=("f1", True)),
+    ]
+    recorder = Recorder(tmp_path / "metrics.jsonl")
+    for step, mse, f1 in ((2, 0.5, 0.25), (4, 0.25, 0.5), (6, NAN, 0.75)):
+        recorder.event("eval", step=step, task="a", split="validation", metrics={"mse": mse})
+        recorder.event("eval", step=step, task="a", split="test", metrics={"mse": 0.0})
+        recorder.event("eval", step=step, task="b", split="validation", metrics={"f1": f1})
+    recorder.event("eval", step=8, task="b", split="validation", metrics={"f1": 1.0})
+    recorder.close()
+
+    def scores(by: str) -> dict[int, dict[str, float]]:
+        decision = Decision(cast("Any", by))
+        return finished._deciding_scores(tmp_path / "metrics.jsonl", cast("Any", tasks), decision)
+
+    assert scores("each")[2] == {"a": -0.5, "b": 0.25}
+    assert scores("each")[6] == {"a": -math.inf, "b": 0.75}
+    assert scores("mean") == {2: {"mean": -0.125}, 4: {"mean": 0.125}, 6: {"mean": -math.inf}}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_ft import cli
-from dist_ft.importing.run import import_recipe
+from dist_ft.importing.run import KINDS, import_recipe
 from dist_ft.importing.trainers import from_trainer
 from dist_ft.recipe import load_recipe
 
@@ -187,3 +187,204 @@ def test_every_key_is_translated_or_named(source: dict[str, int]) -> None:
     text = "\n".join(draft.notes)
     for key in ("lora_r", "mystery"):
         assert (f"{key} = " in text) == (key in source)
+
+
+_DATA = "datasets: [{path: org/set, type: alpaca}]\n"
+
+
+def test_what_the_file_leaves_out_is_what_its_trainer_takes(tmp_path: Path) -> None:
+    for kind, text in (
+        ("hf-trainer-args", "output_dir: out\n"),
+        ("llama-factory", "output_dir: out\n"),
+    ):
+        body, _ = _import(tmp_path, text, kind=kind)
+        assert body["optim"]["lr"] == 5e-5
+        assert body["optim"]["weight_decay"] == 0
+        assert body["optim"]["schedule"] == {"type": "linear"}
+        assert body["train"] == {
+            "max_duration": "3ep", "micro_batch_size": 8, "global_batch_size": 8,
+        }  # fmt: skip
+        assert body["engine"]["precision"] == "fp32"
+    body, notes = _import(tmp_path, "base_model: m\n" + _DATA, kind="axolotl")
+    assert body["optim"]["lr"] == "FILL-IN"
+    assert "fill in optim.lr" in notes
+    assert body["optim"]["weight_decay"] == 0
+    assert body["optim"]["schedule"] == {"type": "cosine", "warmup": "0.03ep"}
+    assert "at most 100 steps" in notes
+    assert body["train"]["max_duration"] == "1ep"
+    assert body["train"]["micro_batch_size"] == 1
+    assert body["engine"]["precision"] == "bf16"
+    assert body["tasks"][0]["max_length"] == 512
+    given = "weight_decay: 0.3\nlearning_rate: 1e-3\nadam_beta2: 0.95\nbf16: false\n"
+    body, _ = _import(tmp_path, given + _DATA, kind="axolotl")
+    assert (body["optim"]["weight_decay"], body["optim"]["lr"]) == (0.3, 1e-3)
+    assert body["optim"]["betas"] == [0.9, 0.95]
+    assert body["engine"]["precision"] == "fp32"
+
+
+def test_a_share_of_warm_up_is_of_the_epochs_that_the_trainer_takes(tmp_path: Path) -> None:
+    body, _ = _import(tmp_path, "warmup_ratio: 0.1\n" + _DATA, kind="axolotl")
+    assert body["optim"]["schedule"]["warmup"] == "0.1ep"
+    body, _ = _import(tmp_path, "warmup_ratio: 0.1\n", kind="llama-factory")
+    assert body["optim"]["schedule"]["warmup"] == "0.3ep"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("warmup_steps: 0.1", {"type": "linear", "warmup": "0.3ep"}),
+        ("warmup_steps: 0.1\nmax_steps: 15", {"type": "linear", "warmup": "2step"}),
+        ("warmup_ratio: 0.1\nmax_steps: 15", {"type": "linear", "warmup": "2step"}),
+        ("warmup_steps: 7", {"type": "linear", "warmup": "7step"}),
+        ("warmup_steps: 7\nlr_scheduler_type: constant", {"type": "constant"}),
+        ("warmup_ratio: 0.1\nlr_scheduler_type: constant", {"type": "constant"}),
+        (
+            "warmup_steps: 7\nlr_scheduler_type: constant_with_warmup",
+            {"type": "constant", "warmup": "7step"},
+        ),
+    ],
+)
+def test_warm_up(tmp_path: Path, text: str, expected: dict[str, str]) -> None:
+    body, _ = _import(tmp_path, text, kind="hf-trainer-args")
+    assert body["optim"]["schedule"] == expected
+
+
+def test_plain_text_and_unknown_formats_are_left_to_be_filled_in(tmp_path: Path) -> None:
+    for kind in ("completion", "chat_template"):
+        text = f"datasets: [{{path: org/set, type: {kind}}}]\n"
+        body, notes = _import(tmp_path, text, kind="axolotl")
+        [task] = body["tasks"]
+        assert (task["prompt"], task["response"]) == ("FILL-IN", "FILL-IN")
+        assert f"datasets[0].type {kind!r}" in notes
+        assert ("no training on plain text" in notes) == (kind == "completion")
+
+
+def test_llama_factory_trains_adapters_and_in_bf16(tmp_path: Path) -> None:
+    body, notes = _import(tmp_path, "pure_bf16: true\n", kind="llama-factory")
+    assert body["engine"]["precision"] == "bf16"
+    assert "master weights are fp32" in notes
+    assert "finetuning_type: the file says nothing, which is 'lora'" in notes
+    for text in ("finetuning_type: full", "use_badam: true", "use_galore: true"):
+        _, notes = _import(tmp_path, text, kind="llama-factory")
+        assert "lora" not in notes
+    _, notes = _import(tmp_path, "finetuning_type: lora", kind="llama-factory")
+    assert "all weights train instead" in notes
+
+
+def test_rows_that_are_withheld_are_noted(tmp_path: Path) -> None:
+    for kind, text in (
+        ("axolotl", _DATA),
+        ("axolotl", "val_set_size: 0\n" + _DATA),
+        ("llama-factory", "val_size: 500\n"),
+        ("hf-trainer-args", "train_file: a.csv\n"),
+    ):
+        body, notes = _import(tmp_path, text, kind=kind)
+        assert "validation" not in body["tasks"][0]["data"]
+        assert "10 % of the training rows are withheld" in notes
+    assert "500 rows" in _import(tmp_path, "val_size: 500\n", kind="llama-factory")[1]
+    _, notes = _import(tmp_path, "val_set_size: 0.2\n" + _DATA, kind="axolotl")
+    assert "withheld" not in notes
+
+
+def test_intervals_may_be_shares_of_the_run(tmp_path: Path) -> None:
+    text = "eval_strategy: steps\neval_steps: 0.1\nsave_steps: 0.5\nlogging_steps: 0.01\n"
+    body, notes = _import(tmp_path, text, kind="hf-trainer-args")
+    assert (body["evaluation"]["every"], body["checkpoint"]["every"]) == ("0.3ep", "1.5ep")
+    assert "logging_steps = 0.01" in notes
+    body, _ = _import(tmp_path, text + "max_steps: 505\n", kind="hf-trainer-args")
+    assert (body["evaluation"]["every"], body["checkpoint"]["every"]) == ("51step", "253step")
+    assert body["logging"]["every"] == 6
+    body, _ = _import(tmp_path, "eval_strategy: no\neval_steps: 5\n", kind="hf-trainer-args")
+    assert "evaluation" not in body
+
+
+def test_every_key_of_a_data_set_is_translated_or_named(tmp_path: Path) -> None:
+    text = """
+datasets:
+  - {path: json, data_files: x.jsonl, type: alpaca, ds_type: json, field: words}
+  - {path: csv, data_files: [a.csv, b.csv], type: alpaca}
+  - {path: org/set, data_files: part.jsonl, type: alpaca}
+  - org/other
+"""
+    body, notes = _import(tmp_path, text, kind="axolotl")
+    trains = [task["data"]["train"] for task in body["tasks"]]
+    assert trains == ["x.jsonl", "FILL-IN", "org/set", "org/other"]
+    for part in ("[0].ds_type = 'json'", "[0].field = 'words'", "[2].data_files = 'part.jsonl'",
+                 "[1].data_files = ['a.csv', 'b.csv']", "longer responses are cut"):  # fmt: skip
+        assert part in notes
+    assert "[0].data_files" not in notes
+
+
+def test_what_deepspeed_moves_to_other_memory_is_noted(tmp_path: Path) -> None:
+    config = tmp_path / "ds.json"
+    zero: dict[str, Any] = {"stage": 3, "offload_param": {"device": "cpu"}}
+    zero["offload_optimizer"] = {"device": "nvme"}
+    config.write_text(json.dumps({"zero_optimization": zero}))
+    body, notes = _import(tmp_path, "deepspeed: ds.json", kind="hf-trainer-args")
+    assert body["engine"] == {"precision": "fp32", "zero_stage": 3}
+    assert "offload_param.device = 'cpu'" in notes
+    assert "offload_optimizer.device = 'nvme'" in notes
+    for zero_less in ({"train_batch_size": 8}, {"zero_optimization": {}}):
+        config.write_text(json.dumps(zero_less))
+        body, notes = _import(tmp_path, "deepspeed: ds.json", kind="hf-trainer-args", ranks=4)
+        assert body["engine"]["zero_stage"] == 0
+        assert "deepspeed" not in notes
+
+
+ODD = [True, False, 0, -1, 0.5, 1e300, "auto", "", "a", [], [1], ["a"], {}, {"a": 1}, {"a": None},
+       [[]], [{}], "\0", "x" * 5000, 10**400]  # fmt: skip
+KEYS_OF = {
+    "hf-trainer-args": "learning_rate weight_decay max_grad_norm adam_epsilon adam_beta1 optim "
+    "lr_scheduler_type bf16 fp16 max_steps num_train_epochs warmup_steps warmup_ratio "
+    "per_device_train_batch_size gradient_accumulation_steps eval_strategy save_strategy "
+    "eval_steps save_steps save_total_limit logging_steps seed gradient_checkpointing "
+    "trust_remote_code report_to deepspeed run_name output_dir model_name_or_path "
+    "max_seq_length train_file dataset_config_name validation_file mystery",
+    "axolotl": "learning_rate num_epochs micro_batch_size deepspeed base_model flash_attention "
+    "sdp_attention special_tokens evals_per_epoch saves_per_epoch wandb_project adapter "
+    "unfrozen_parameters sequence_len val_set_size datasets",
+    "llama-factory": "pure_bf16 flash_attn stage finetuning_type freeze_trainable_layers "
+    "badam_switch_interval badam_switch_mode use_badam use_galore cutoff_len val_size dataset "
+    "template model_name_or_path",
+    "finetuning-scheduler": "0 1 a",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(data=st.data())
+@settings(deadline=None, max_examples=150)
+def test_odd_values_are_refused_by_the_name_of_their_key(
+    kind: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    odd = st.sampled_from(ODD)
+    key, value = data.draw(st.sampled_from(KEYS_OF[kind].split())), data.draw(odd)
+    if data.draw(st.booleans()):
+        inner = "path type split name data_files pad_token params max_transition_epoch"
+        value = {data.draw(st.sampled_from([*inner.split(), "zero_optimization"])): value}
+        value = [value] if key == "datasets" else value
+    file = tmp_path_factory.mktemp("odd") / "theirs.json"
+    file.write_text(json.dumps({key: value}))
+    try:
+        found = import_recipe(file, kind=kind)
+    except ValueError as error:
+        assert key in str(error)  # noqa: PT017 - it may also be taken
+    else:
+        assert isinstance(yaml.safe_load(found.text), dict)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("axolotl", "special_tokens: [a]"),
+        ("axolotl", "datasets: [3]"),
+        ("axolotl", "datasets: {path: a}"),
+        ("hf-trainer-args", "gradient_accumulation_steps: auto"),
+        ("hf-trainer-args", "deepspeed: {zero_optimization: 3}"),
+        ("finetuning-scheduler", "0: [a]"),
+        ("finetuning-scheduler", "0: {params: a}"),
+    ],
+)
+def test_values_of_another_type_are_refused(tmp_path: Path, kind: str, text: str) -> None:
+    key = text.partition(":")[0]
+    with pytest.raises(ValueError, match=f"{key}.*: must be .*, got .*: write"):
+        _import(tmp_path, text, kind=kind)

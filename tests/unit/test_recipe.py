@@ -3,13 +3,16 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+from pydantic import BaseModel
 
 from dist_ft.config import Recipe
 from dist_ft.recipe import RecipeError, load_recipe, packaged_recipes
+from dist_ft.recipe.paths import resolve_paths
 from dist_ft.recipe.task_checks import METRICS
 
 ROOT = Path(__file__).parents[2]
@@ -66,6 +69,42 @@ def test_a_good_recipe_has_absolute_paths(folder: Path) -> None:
     assert recipe.data_dir == folder / "data"
     # What the run folder keeps can be read again.
     assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def _path_fields(section: type[BaseModel], *, place: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        kind = field.annotation
+        if kind is Path or Path in get_args(kind):
+            yield place + name
+        elif isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _path_fields(kind, place=f"{place}{name}.")
+
+
+@pytest.mark.parametrize("field", [*_path_fields(Recipe)])
+def test_every_path_starts_at_the_recipes_folder(
+    folder: Path, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("HOME", "/home/ada")
+    (folder / "mine.json").write_text("{}")
+    for given, expected in (
+        ("mine.json", folder / "mine.json"),
+        ("~/mine.json", Path("/home/ada/mine.json")),
+        ("/there/mine.json", Path("/there/mine.json")),
+    ):
+        loaded = load_recipe(folder / "demo.yaml", needs_files=False)
+        section, _, last = field.rpartition(".")
+        change = {last: Path(given)}
+        if section:
+            change = {section: getattr(loaded, section).model_copy(update=change)}
+        found: Any = resolve_paths(loaded.model_copy(update=change), base=folder)
+        for part in field.split("."):
+            found = getattr(found, part)
+        assert found == expected
+
+
+def test_the_fields_that_hold_paths() -> None:
+    assert {*_path_fields(Recipe)} >= {"output_dir", "data_dir", "cache.dir", "engine.deepspeed"}
 
 
 def test_absolute_paths_hub_ids_and_packages_stay(folder: Path) -> None:
