@@ -37,7 +37,8 @@ WordsArgument = Annotated[
     list[str], typer.Argument(metavar="COMMAND ...", help="For example: train RECIPE --resume")
 ]
 
-# What a restart brings further; any other command would only fail again.
+# What a restart brings further, and what saves when it is asked to stop. Any other command would
+# only fail again.
 _GOES_ON = ("train", "search")
 
 Main = Callable[[list[str]], int]
@@ -63,6 +64,7 @@ def launch_command(main: Main) -> Callable[..., None]:
         A rank that dies or hangs (recipe section `supervision`) is named, the others are ended, and
         all start again, which resumes by itself. Killing this process ends its ranks.
         """
+        from dist_ft.launcher.output import let_go_of_lost_output
         from dist_ft.launcher.settings import LaunchSettings, Place, count_gpus, thread_settings
         from dist_ft.launcher.supervisor import Supervisor
 
@@ -83,7 +85,9 @@ def launch_command(main: Main) -> Callable[..., None]:
         os.environ.update(thread_settings(ranks=settings.ranks, gpus=gpus))
         # Where there are GPUs a fork could find a CUDA context that it cannot use.
         start = _starter(words, main=main if own and gpus == 0 else None, module=module)
-        raise typer.Exit(Supervisor(settings, start=start, say=_say, logs=logs).run())
+        code = Supervisor(settings, start=start, say=_say, logs=logs).run()
+        let_go_of_lost_output()
+        raise typer.Exit(code)
 
     return launch
 
@@ -113,15 +117,17 @@ def _starter(words: Sequence[str], *, main: Main | None, module: str) -> Callabl
     """Return what starts ranks: forks that run `main`, or without it new interpreters."""
     from dist_ft.launcher.processes import fork_rank, run_rank
 
+    listens = words[0] in _GOES_ON
+
     def start(attempt: int) -> StartRank:
         again = [*words]
-        if attempt and words[0] in _GOES_ON and "--resume" not in words:
+        if attempt and listens and "--resume" not in words:
             again.append("--resume")
         program = main
         if program is None:
-            return run_rank([sys.executable, "-m", module, *again])
+            return run_rank([sys.executable, "-m", module, *again], listens=listens)
         _import_what_ranks_need()
-        return fork_rank(lambda: program(again))
+        return fork_rank(lambda: program(again), listens=listens)
 
     return start
 

@@ -113,7 +113,9 @@ def memory() -> Iterator[Finding]:
 
 
 def disks(folders: Mapping[str, Path]) -> Iterator[Finding]:
-    """Yield space, speed and locks of the disks that a run uses; each disk is measured once.
+    """Yield whether a run can write where it has to, and space, speed and locks of the disks.
+
+    Each disk is measured once.
 
     Args:
         folders: By what each is for. One that is not there yet stands for the nearest above it.
@@ -123,7 +125,10 @@ def disks(folders: Mapping[str, Path]) -> Iterator[Finding]:
         place = existing(folder)
         device = place.stat().st_dev
         name = f"disk of {use}"
-        if device in measured:
+        if not os.access(place, os.W_OK | os.X_OK):
+            remedy = "set output_dir and data_dir"
+            yield Finding(name, f"{folder} can't be written", "broken", remedy)
+        elif device in measured:
             yield Finding(name, f"{folder}: the same as of {measured[device]}")
         else:
             measured[device] = use
@@ -133,9 +138,6 @@ def disks(folders: Mapping[str, Path]) -> Iterator[Finding]:
 def _disk(name: str, *, folder: Path, place: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(place).free / _GIB
     text = f"{free:.1f} GiB free in {folder}"
-    if not os.access(place, os.W_OK):
-        yield Finding(name, f"{folder} can't be written", "broken", "set output_dir and data_dir")
-        return
     if free < _NO_DISK_GIB:
         yield Finding(name, text, "broken", "free some space, or set output_dir and data_dir")
         return

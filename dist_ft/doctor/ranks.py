@@ -189,12 +189,12 @@ class LocalRank:
 def _start(place: LocalRank, *, forked: bool) -> StartRank:
     """Return what starts a rank: a fork, which need not import torch, or with GPUs a program."""
     if forked:
-        return fork_rank(lambda: be_a_local_rank(place))
+        return fork_rank(lambda: be_a_local_rank(place), listens=False)
     program = (
         "import json, sys; from dist_ft.doctor.ranks import LocalRank, be_a_local_rank; "
         "sys.exit(be_a_local_rank(LocalRank(**json.loads(sys.argv[1]))))"
     )
-    return run_rank([sys.executable, "-c", program, json.dumps(asdict(place))])
+    return run_rank([sys.executable, "-c", program, json.dumps(asdict(place))], listens=False)
 
 
 def _wait_for(started: Sequence[Process], *, folder: Path) -> None:

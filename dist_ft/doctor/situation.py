@@ -105,6 +105,11 @@ def _size_of(folder: Path) -> int:
 
 def _said(*command: str) -> str:
     """Return the first line that a tool prints, empty if there is no such tool."""
+    return _printed(*command).partition("\n")[0].strip()
+
+
+def _printed(*command: str) -> str:
+    """Return what a tool prints, empty if there is none, it fails or does not end."""
     if shutil.which(command[0]) is None:
         return ""
     try:
@@ -113,17 +118,11 @@ def _said(*command: str) -> str:
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    lines = done.stdout.strip().splitlines()
-    return lines[0].strip() if lines and done.returncode == 0 else ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def _nvcc() -> str:
-    if shutil.which("nvcc") is None:
-        return ""
-    done = subprocess.run(
-        ["nvcc", "--version"], capture_output=True, text=True, check=False, timeout=_TOOL_TIMEOUT_S
-    )
-    match = re.search(r"release (\d+\.\d+)", done.stdout)
+    match = re.search(r"release (\d+\.\d+)", _printed("nvcc", "--version"))
     return match.group(1) if match else ""
 
 

@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from dist_ft.heartbeat import note_error
+from dist_ft.launcher.output import flush_output
 
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -60,40 +62,59 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
-def _prepare(parent: int) -> None:
-    """Tie this process to its parent, and let a request to stop wait until it listens."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+def is_left_alone(number: int) -> bool:
+    """Return whether a stopping signal is to stay ignored, as this process was started with it.
+
+    So it is under nohup, and Ctrl-C in the background of a script. USR1 is another case: our own
+    scripts ignore it until the launcher listens.
+    """
+    return number in (signal.SIGHUP, signal.SIGINT) and signal.getsignal(number) == signal.SIG_IGN
+
+
+def _prepare(parent: int, *, listens: bool) -> None:
+    """Tie this process to its parent, and let a request to stop wait until it listens.
+
+    A scheduler signals every process at once, also those that are still importing. Who will never
+    listen must hear all but what the launcher passes on: its own children have the same mask.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING if listens else [signal.SIGUSR1])
     die_with(parent)
 
 
-def fork_rank(main: Callable[[], int]) -> StartRank:
+def fork_rank(main: Callable[[], int], *, listens: bool = True) -> StartRank:
     """Return what starts a rank as a fork that runs `main`.
 
     Whatever this process has imported the rank needs not import: a restart takes tenths of a
     second. Only for processes without threads and without a CUDA context.
+
+    Args:
+        main: What the rank does; returns its exit code.
+        listens: Whether it will listen to requests to stop; they wait until then.
     """
 
     def start(environment: Mapping[str, str]) -> Process:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        flush_output()
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
-            _be_a_rank(main, parent=parent, environment=environment)
+            _be_a_rank(main, parent=parent, environment=environment, listens=listens)
         return ForkedProcess(pid)
 
     return start
 
 
-def _be_a_rank(main: Callable[[], int], *, parent: int, environment: Mapping[str, str]) -> None:
+def _be_a_rank(
+    main: Callable[[], int], *, parent: int, environment: Mapping[str, str], listens: bool
+) -> None:
     """Run `main` and end this process with what it returns, without the parent's clean-up."""
     code = 1
     try:
-        _prepare(parent)
+        _prepare(parent, listens=listens)
         os.setpgid(0, 0)  # Ctrl-C comes to the launcher alone, and each rank is asked once
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number in STOPPING:
+            if not is_left_alone(number):
+                default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+                signal.signal(number, default)
         os.environ.update(environment)
         code = main()
     except BaseException as error:
@@ -101,13 +122,14 @@ def _be_a_rank(main: Callable[[], int], *, parent: int, environment: Mapping[str
         sys.excepthook(type(error), error, error.__traceback__)
         raise
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        try:
+            flush_output()
+        finally:  # whatever happens: the code that comes next is the launcher's
+            os._exit(code)
 
 
-def run_rank(command: Sequence[str]) -> StartRank:
-    """Return what starts a rank as a new program."""
+def run_rank(command: Sequence[str], *, listens: bool = True) -> StartRank:
+    """Return what starts a rank as a new program; the rest is as of `fork_rank`."""
 
     def start(environment: Mapping[str, str]) -> Process:
         parent = os.getpid()
@@ -116,7 +138,7 @@ def run_rank(command: Sequence[str]) -> StartRank:
             env={**os.environ, **environment},
             process_group=0,
             # This process has one thread, and the function takes no lock.
-            preexec_fn=lambda: _prepare(parent),  # noqa: PLW1509
+            preexec_fn=lambda: _prepare(parent, listens=listens),  # noqa: PLW1509
         )
 
     return start

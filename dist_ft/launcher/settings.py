@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 from dataclasses import dataclass
+from itertools import takewhile
 
 HIGHEST_PORT = 65535
 
@@ -103,11 +104,16 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _names_a_gpu(name: str) -> bool:
+    return name.strip().isdecimal() or name.strip().startswith(("GPU-", "MIG-"))
+
+
 def count_gpus() -> int:
     """Return the GPUs that this process may use, without starting CUDA in it."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return len([name for name in visible.split(",") if name.strip()])
+        # As CUDA reads it: up to the first name that is none, such as -1 or NoDevFiles.
+        return sum(1 for _ in takewhile(_names_a_gpu, visible.split(",")))
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import tempfile
 import time
@@ -16,13 +15,13 @@ from types import FrameType
 
 from dist_ft.heartbeat import FOLDER, error_file, note_request, read_error, stacks_file
 from dist_ft.launcher.host_memory import ADVICE, memory_limit, oom_kills
-from dist_ft.launcher.processes import Process, StartRank
+from dist_ft.launcher.output import Log
+from dist_ft.launcher.processes import STOPPING, Process, StartRank, is_left_alone
 from dist_ft.launcher.settings import LaunchSettings
 from dist_ft.launcher.watching import Watch
 
 DONE, FAILED, BAD_INPUT, PREEMPTED, REPLANNED = 0, 1, 2, 75, 76
 ATTEMPT, FAILURE = "DIST_FT_ATTEMPT", "DIST_FT_FAILURE"
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # What a rank ends with that was asked to stop a second time; see `train.signals`.
 AT_ONCE = {128 + number for number in STOPPING}
 _POLL_S = 0.02
@@ -46,6 +45,7 @@ class Failure:
         step: Optimizer steps that it had done.
         signalled: Whether a signal ended it; otherwise it ended by itself.
         replanned: Whether it asked for another start, with less in memory at once.
+        stopped: Whether the signal was one that asks to stop.
     """
 
     rank: int
@@ -54,6 +54,11 @@ class Failure:
     step: int
     signalled: bool
     replanned: bool = False
+    stopped: bool = False
+
+    def to_json(self) -> str:
+        """Return it for the ranks that are started next."""
+        return json.dumps({name: v for name, v in asdict(self).items() if name != "stopped"})
 
 
 @dataclass
@@ -102,7 +107,7 @@ class Supervisor:
         self._settings = settings
         self._start = start
         self._say_to_user = say
-        self._logs = logs
+        self._log = Log(logs)
         self._asked = 0
         self._asked_by = 0
         self._asked_at = 0.0
@@ -124,7 +129,9 @@ class Supervisor:
                 goes_on = not self._asked and restarts <= self._settings.max_restarts
                 self._tell(failure, number=number, goes_on=goes_on)
                 if self._asked:
-                    return FAILED
+                    # The signal came to the rank itself, before it listened: nothing is wrong, and
+                    # what is saved is all there is. A smaller plan can wait, too.
+                    return PREEMPTED if failure.stopped or failure.replanned else FAILED
                 if _same_way(failure, last):
                     self._say("failed twice in the same way: not started again")
                     return FAILED
@@ -153,7 +160,7 @@ class Supervisor:
     ) -> _Attempt:
         shared = {**self._settings.rendezvous(), FOLDER: str(folder), ATTEMPT: str(number)}
         if before is not None:
-            shared[FAILURE] = json.dumps(asdict(before))
+            shared[FAILURE] = before.to_json()
         ranks = range(self._settings.ranks)
         processes = [start({**shared, **self._settings.of_rank(rank)}) for rank in ranks]
         return _Attempt(number, processes, Watch(folder, ranks=len(processes)), folder)
@@ -226,7 +233,7 @@ class Supervisor:
             reason += f" ({self._why_killed(attempt)})"
         return Failure(
             self._global(rank), reason, beat.section, beat.step,
-            signalled=code < 0, replanned=code == REPLANNED,
+            signalled=code < 0, replanned=code == REPLANNED, stopped=-code in STOPPING,
         )  # fmt: skip
 
     def _why_killed(self, attempt: _Attempt) -> str:
@@ -240,8 +247,8 @@ class Supervisor:
         if not overdue:
             return None
         hang = attempt.watch.explain(overdue, pids=[p.pid for p in attempt.processes])
-        self._keep_stacks(attempt)
         attempt.send(signal.SIGKILL)  # a stopped process hears nothing else
+        self._keep_stacks(attempt)
         reason = f"hung for {hang.silent_s:.1f} s ({hang.why})"
         attempt.hang = Failure(
             self._global(hang.local_rank), reason, hang.beat.section, hang.beat.step, signalled=True
@@ -249,13 +256,10 @@ class Supervisor:
         return attempt.hang
 
     def _keep_stacks(self, attempt: _Attempt) -> None:
-        if self._logs is None:
-            return
-        self._logs.mkdir(parents=True, exist_ok=True)
-        for rank in range(self._settings.ranks):
-            source = stacks_file(attempt.folder, rank)
-            if source.exists():
-                shutil.copyfile(source, self._logs / f"rank{self._global(rank)}.stacks")
+        ranks = range(self._settings.ranks)
+        self._log.keep(
+            (stacks_file(attempt.folder, r), f"rank{self._global(r)}.stacks") for r in ranks
+        )
 
     def _global(self, local_rank: int) -> int:
         return self._settings.place.node_rank * self._settings.ranks + local_rank
@@ -270,18 +274,14 @@ class Supervisor:
         )
 
     def _say(self, text: str) -> None:
-        self._say_to_user(text)
-        if self._logs is None:
-            return
-        # A full disk must not end the one process that could bring the run back.
-        with contextlib.suppress(OSError):
-            self._logs.mkdir(parents=True, exist_ok=True)
-            with (self._logs / "supervisor.log").open("a", encoding="utf-8") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        self._log.write(text)
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            self._say_to_user(text)
 
     @contextlib.contextmanager
     def _listening(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._handle) for number in STOPPING}
+        numbers = [number for number in STOPPING if not is_left_alone(number)]
+        before = {number: signal.signal(number, self._handle) for number in numbers}
         try:
             yield
         finally:

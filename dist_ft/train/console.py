@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, Any, cast
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -25,6 +28,41 @@ log = logging.getLogger("dist_ft")
 # Plain progress lines of a run: about so many, but one at each logging interval at most.
 _LINES = 20
 _MOST_INTERVALS = 10
+# A pipe that nobody reads any more, a terminal that is closed: they do not come back.
+_GONE = (errno.EPIPE, errno.EIO)
+
+
+class _BestEffort:
+    """A stream that may go away: what is printed then is lost, and the run goes on and saves.
+
+    A stop often takes it away first: a terminal is closed, Ctrl-C also ends the `tee` of a pipe.
+    rich would raise from whatever prints next, and on a broken pipe end the process.
+    """
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except OSError as error:
+            self._let_go(error)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._let_go(error)
+
+    def _let_go(self, error: OSError) -> None:
+        if error.errno in _GONE:  # else Python fails again to write the rest, as the process ends
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
 
 
 @dataclass
@@ -50,7 +88,7 @@ class Console:
     _started_s: float = 0.0
 
     def __post_init__(self) -> None:
-        self._rich = RichConsole(file=sys.stderr, soft_wrap=True)
+        self._rich = RichConsole(file=cast(IO[str], _BestEffort(sys.stderr)), soft_wrap=True)
 
     def say(self, text: str) -> None:
         """Print a line and log it."""

@@ -11,7 +11,8 @@ from types import FrameType
 
 from dist_ft.heartbeat import asked_by
 
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# The launcher blocks the same ones in a rank until it listens.
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # One request may come as several signals: a pre-empting scheduler signals every process of a job,
 # and the launcher passes its own signal on.
 SAME_REQUEST_S = 5.0
@@ -48,7 +49,10 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Catch the stopping signals while the block runs."""
-        before = {number: signal.signal(number, self._handle) for number in STOPPING}
+        # Under nohup, or with Ctrl-C in the background of a script; USR1 only waits to be caught.
+        left = [n for n in (signal.SIGHUP, signal.SIGINT) if signal.getsignal(n) == signal.SIG_IGN]
+        numbers = [number for number in STOPPING if number not in left]
+        before = {number: signal.signal(number, self._handle) for number in numbers}
         # The launcher holds a request back until somebody listens.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         try:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import pty
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +23,7 @@ from dist_ft.optim.adamw import GroupAdamW
 from dist_ft.report.record import read_run
 from dist_ft.train import build, loop, saving, signals
 from tests.helpers.supervised import before, die_before, fingerprint, supervise
-from tests.helpers.tiny_run import events, write_recipe
+from tests.helpers.tiny_run import events, newest_checkpoint, write_recipe
 
 TIMEOUT_S = 2.0
 
@@ -141,6 +143,37 @@ def test_a_stop_saves_and_ends_with_75_and_is_not_started_again(
     assert read_run(run).outcome == "stopped by Ctrl-C (SIGINT), can be resumed"
     # A second attempt by hand goes on.
     assert supervise(recipe, ["name=asked"], resume=True).code == 0
+    assert fingerprint(run) == expected
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_stop_that_takes_the_output_away_saves(
+    terminal: bool, undisturbed: tuple[Path, str]
+) -> None:
+    recipe, expected = undisturbed
+    launcher, name = os.getpid(), f"name=unheard-{terminal}"
+
+    def fault(attempt: int, rank: int) -> None:
+        del attempt
+        # A terminal, or the pipe to a `tee` that Ctrl-C ends first.
+        reader, writer = pty.openpty() if terminal else os.pipe()
+        sys.stderr = os.fdopen(writer, "w", buffering=1)
+
+        def ask(call: int) -> None:
+            if call == 11:
+                os.close(reader)
+                if rank == 1:
+                    os.kill(launcher, signal.SIGHUP if terminal else signal.SIGINT)
+
+        before(DeepSpeedEngine, "_run", ask)
+
+    outcome = supervise(recipe, [name, "logging.every=1"], fault=fault)
+    assert (outcome.code, outcome.said) == (75, [])
+    run = recipe.parent / f"runs/unheard-{terminal}"
+    stop = events(run)[-1]
+    assert stop["event"] == "stop"
+    assert newest_checkpoint(run).name == f"step-{stop['step']:08d}"
+    assert supervise(recipe, [name], resume=True).code == 0
     assert fingerprint(run) == expected
 
 

@@ -89,13 +89,22 @@ def launch(folder: Path, *words: str, **changes: str) -> subprocess.CompletedPro
 
 
 @contextlib.contextmanager
-def launched(folder: Path, *words: str) -> Iterator[subprocess.Popen[bytes]]:
+def launched(
+    folder: Path, *words: str, under: tuple[str, ...] = ()
+) -> Iterator[subprocess.Popen[bytes]]:
     """Start the launcher and wait until both ranks are up; leave nothing behind."""
+
+    def hear_all() -> None:  # even if the tests themselves run in the background
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+
     process = subprocess.Popen(
-        ["bash", str(TORCHRUN), *words],
+        [*under, "bash", str(TORCHRUN), *words],
         cwd=folder,
         env=environment(folder),
+        stdin=subprocess.DEVNULL,
         start_new_session=True,
+        preexec_fn=hear_all,  # noqa: PLW1509 - takes no lock
     )
     try:
         deadline = time.monotonic() + 60
@@ -144,6 +153,13 @@ def test_a_signal_asks_each_rank_once(stand_in: Path, number: int) -> None:
         process.send_signal(number)
         assert process.wait(timeout=60) == 75
         assert [(stand_in / f"seen-{rank}").read_text() for rank in "01"] == ["1", "1"]
+
+
+def test_a_launcher_under_nohup_outlives_its_terminal(stand_in: Path) -> None:
+    with launched(stand_in, "train", "good", "0", "3", under=("nohup",)) as process:
+        os.killpg(process.pid, signal.SIGHUP)
+        assert process.wait(timeout=60) == 0
+        assert [(stand_in / f"seen-{rank}").read_text() for rank in "01"] == ["0", "0"]
 
 
 @pytest.mark.parametrize(

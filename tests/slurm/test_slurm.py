@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from dist_ft.launcher.slurm import JOB
 from tests.helpers.cluster import Cluster, running_cluster, wait_for, why_not
 from tests.helpers.supervised import fingerprint, supervise
 from tests.helpers.tiny_run import events, newest_checkpoint, write_recipe
@@ -192,3 +193,81 @@ def test_a_bad_recipe_fails_the_job_without_requeueing_it(course: Course) -> Non
     assert course.bad_end == "FAILED"
     assert "error: sed: unknown key" in course.bad.said
     assert "requeued" not in course.bad.said
+
+
+# In the interpreter's place: node1 is broken, and a launcher says where it is.
+NODES = """\
+#!/bin/bash
+case "$*" in
+  *doctor*) [ "$SLURMD_NODENAME" != node1 ] ;;
+  *" launch "*) echo "launched on $SLURMD_NODENAME with $SLURM_CPUS_ON_NODE" ;;
+esac
+"""
+# A launcher that trains until it is asked to stop.
+TASKS = """\
+#!/usr/bin/env python3
+import os, signal, sys, time
+def say(what):
+    print("task", os.environ["SLURM_ARRAY_TASK_ID"], what, flush=True)
+def stop(number, frame):
+    say("was asked")
+    sys.exit(75)
+if "launch" in sys.argv:
+    signal.signal(signal.SIGUSR1, stop)
+    say("trains")
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with running_cluster(tmp_path_factory.mktemp("idle"), slurm=True, nodes=3) as cluster:
+        yield cluster
+
+
+def _submit(cluster: Cluster, folder: Path, python: str, *options: str, **more: str) -> str:
+    (folder / "python").write_text(python)
+    (folder / "python").chmod(0o755)
+    settings = {"PYTHON": str(folder / "python"), "LISTEN_S": "1", **more}
+    return cluster(
+        "env", *(f"{name}={value}" for name, value in settings.items()),
+        "sbatch", "--parsable", "--requeue", "--open-mode=append", "--output=%j-%a.log", *options,
+        str(JOB), "recipe.yaml", cwd=folder,
+    ).strip()  # fmt: skip
+
+
+def test_a_broken_node_is_left_out_with_those_that_were_before(
+    idle: Cluster, tmp_path: Path
+) -> None:
+    options = ("--ntasks-per-node=3", "--cpus-per-task=2", "--exclude=node3", "--array=4")
+    number = _submit(idle, tmp_path, NODES, *options, CHECK_NODES="1")
+    log = tmp_path / f"{number}-4.log"
+    wait_for(lambda: log.exists() and "attempt 1: done" in log.read_text(), seconds=60, log=log)
+    said = log.read_text()
+    assert "broken nodes: node1; requeued without node3,node1\n" in said
+    # One launcher, which has the cores of three tasks.
+    assert [line for line in said.splitlines() if "launched" in line] == [
+        "launched on node2 with 6"
+    ]
+
+
+def test_of_an_array_only_the_task_that_is_asked_stops(idle: Cluster, tmp_path: Path) -> None:
+    number = _submit(idle, tmp_path, TASKS, "--array=0-1", "--cpus-per-task=2", MAX_REQUEUES="0")
+    wait_for(lambda: len([*tmp_path.glob("*.log")]) == 2, seconds=60)
+    by_task = {path.stem[-1]: path for path in tmp_path.glob("*.log")}
+    for log in by_task.values():
+        wait_for(lambda log=log: "trains" in log.read_text(), seconds=60, log=log)
+    # Which of them bears the number of the array.
+    text = idle("scontrol", "-o", "show", "job", number)
+    (last,) = [
+        line.partition("ArrayTaskId=")[2].split()[0]
+        for line in text.splitlines()
+        if line.startswith(f"JobId={number} ")
+    ]
+    idle("scancel", "--batch", "--signal=USR1", f"{number}_{last}")
+    log = by_task.pop(last)
+    wait_for(lambda: "not requeued any more" in log.read_text(), seconds=60, log=log)
+    assert f"task {last} was asked" in log.read_text()
+    (other,) = by_task.values()
+    assert "was asked" not in other.read_text()
+    idle("scancel", number)

@@ -1,7 +1,10 @@
 """What a person reads while a run goes on, where there is no terminal for a bar."""
 
 import io
+import os
+import pty
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,3 +92,31 @@ def test_a_bar_is_never_so_long_that_figures_are_cut(width: int) -> None:
 )
 def test_durations_have_units_that_suit_them(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_output_that_goes_away_ends_nothing(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer = pty.openpty() if terminal else os.pipe()
+    with os.fdopen(writer, "w", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        console = Console(main=True, every=1)
+        console.start(10, done=0)
+        assert (console._bar is not None) == terminal
+        console.advance(1, task="spam")
+        os.close(reader)  # the terminal is closed, or who reads the pipe has ended
+        console.advance(2, task="spam")
+        console.say("saved")
+        console.stop()
+        console.say("stopped")
+    # Closing it has written what was left: nowhere.
+
+
+def test_output_on_a_full_disk_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Path("/dev/full").open("w", buffering=1) as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        console = Console(main=True)
+        console.say("saved")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # there is space again
+        console.say("stopped")

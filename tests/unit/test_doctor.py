@@ -3,6 +3,8 @@
 import contextlib
 import os
 import re
+import tempfile
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,16 @@ import torch.distributed as dist
 
 from dist_ft import cli
 from dist_ft.config import Recipe
-from dist_ft.doctor import deepspeed_ops, findings, folders_of, known, machine, places, ranks
+from dist_ft.doctor import (
+    deepspeed_ops,
+    findings,
+    folders_of,
+    known,
+    machine,
+    places,
+    ranks,
+    situation,
+)
 from dist_ft.doctor.situation import Situation, look_around
 from dist_ft.launcher.processes import fork_rank
 from dist_ft.recipe import load_recipe
@@ -120,6 +131,46 @@ def test_folders_on_one_disk_are_measured_once(tmp_path: Path) -> None:
     assert "MB/s written" in found[1].value
     assert "the same as of run" in found[2].value
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_told_though_its_disk_is_known() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        run, closed = Path(name) / "run", Path(name) / "closed"
+        run.mkdir()
+        closed.mkdir(mode=0o555)
+        for folder in (run.parent, run):
+            folder.chmod(0o777)
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                if os.geteuid() == 0:  # who may write everywhere
+                    os.setuid(65534)
+                tempfile.tempdir = str(run)
+                found = list(machine.disks({"run": run, "data": closed / "shards", "cache": run}))
+                assert [f.name for f in found if f.is_broken] == ["disk of data"]
+                assert "can't be written" in found[-2].value
+                assert "the same as of run" in found[-1].value
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+                raise
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_compiler_that_does_not_answer_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nvcc"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    tool.write_text("#!/bin/sh\necho 'nvcc: a compiler'\necho 'tools, release 12.4, V12.4.1'\n")
+    tool.chmod(0o755)
+    assert situation._nvcc() == "12.4"
+    tool.write_text("#!/bin/sh\nexec sleep 60\n")
+    monkeypatch.setattr(situation, "_TOOL_TIMEOUT_S", 0.2)
+    assert situation._nvcc() == ""
 
 
 def test_a_disk_without_locks_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,12 +85,18 @@ def test_a_limit_that_leaves_time_to_train_is_taken(limit: str, options: list[st
 
 # In the places of Slurm's commands and of the interpreter: they write down what they are asked.
 STAND_INS = {
-    "scontrol": """case "$*" in
+    "scontrol": """eval "${SCONTROL:-}"
+case "$*" in
   "show hostnames"*) echo node1 ;;
-  *"show job"*) echo "JobId=7 JobState=${STATE:-RUNNING} Reason=${REASON:-None} Restarts=0" ;;
+  *"show job"*)
+    echo "JobId=7 JobState=${STATE:-RUNNING} Reason=${REASON:-None}" \\
+      "ExcNodeList=${EXCLUDED:-(null)} Restarts=0"
+    ;;
 esac""",
     "scancel": 'kill -USR1 "$(cat step)"',
-    "srun": 'eval "${SRUN:-}"; trap "exit 75" USR1; echo $$ >step; while sleep 0.05; do :; done',
+    # As srun does, it refuses an argument of --label.
+    "srun": """[[ "$*" != *--label=* ]] || exit 255
+eval "${SRUN:-}"; trap "exit 75" USR1; echo $$ >step; while sleep 0.05; do :; done""",
     "python": 'exit "${START_CODE:-0}"',
 }
 
@@ -174,6 +180,97 @@ def test_a_job_that_ends_while_it_is_asked_to_stop_keeps_its_end(tmp_path: Path)
     assert code == 2
     assert "bad recipe" in out
     assert "scontrol requeue" not in calls(tmp_path)
+
+
+def test_of_an_array_only_the_own_task_is_asked_to_stop(tmp_path: Path) -> None:
+    code, out = run_job(tmp_path, stop_after_s=0.1, SLURM_ARRAY_JOB_ID="7", SLURM_ARRAY_TASK_ID="2")
+    assert code == 0, out
+    assert "scancel --quiet --signal=USR1 7_2\n" in calls(tmp_path)
+
+
+def test_a_job_with_many_tasks_has_one_launcher_on_each_node(tmp_path: Path) -> None:
+    look = 'echo "cores $SRUN_CPUS_PER_TASK" >>calls; exit 0'
+    code, _ = run_job(
+        tmp_path, CHECK_NODES="1", SRUN=look, SLURM_JOB_NUM_NODES="3", SLURM_NTASKS_PER_NODE="8",
+        SLURM_CPUS_PER_TASK="2",
+    )  # fmt: skip
+    assert code == 0
+    # To look at the nodes, and to train.
+    assert calls(tmp_path).count("srun --nodes=3 --ntasks=3 --ntasks-per-node=1 ") == 2
+    assert calls(tmp_path).count("cores 16\n") == 2
+
+
+def test_a_controller_that_does_not_answer_is_not_taken_for_a_cancelled_job(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "sleep").write_text('#!/bin/bash\n[[ $1 != 0.* ]] || exec /bin/sleep "$1"\n')
+    (tmp_path / "sleep").chmod(0o755)
+    silent = '[[ "$*" != *"show job"* ]] || exit 1'
+    code, out = run_job(tmp_path, SRUN="exit 75", SCONTROL=silent)
+    assert code == 75
+    assert "left to Slurm" not in out
+    assert "not requeued: type 'scontrol requeue 7' when Slurm answers again" in out
+    assert calls(tmp_path).count("show job") > 6
+
+
+def test_a_controller_that_refuses_to_requeue_is_told(tmp_path: Path) -> None:
+    (tmp_path / "sleep").write_text('#!/bin/bash\n[[ $1 != 0.* ]] || exec /bin/sleep "$1"\n')
+    (tmp_path / "sleep").chmod(0o755)
+    code, out = run_job(tmp_path, SRUN="exit 75", SCONTROL='[[ "$*" != requeue* ]] || exit 1')
+    assert code == 75
+    assert "saved, but Slurm refused to requeue it: submit the same script" in out
+
+
+BROKEN = "echo node2; echo node3; exit 0"
+
+
+@pytest.mark.parametrize(
+    ("before", "excluded"), [("(null)", "node2,node3"), ("node[7-9]", "node[7-9],node2,node3")]
+)
+def test_broken_nodes_are_left_out_beside_those_that_were_before(
+    before: str, excluded: str, tmp_path: Path
+) -> None:
+    code, out = run_job(tmp_path, CHECK_NODES="1", SRUN=BROKEN, EXCLUDED=before)
+    assert code == 0
+    assert f"broken nodes: node2,node3; requeued without {excluded}\n" in out
+    asked = [line for line in calls(tmp_path).splitlines() if line.startswith("scontrol")][-3:]
+    assert asked == [
+        "scontrol requeuehold 7",
+        f"scontrol update JobId=7 ExcNodeList={excluded}",
+        "scontrol release 7",
+    ]
+    assert "slurm-start" not in calls(tmp_path)
+
+
+def test_nodes_that_slurm_does_not_leave_out_are_not_said_to_be(tmp_path: Path) -> None:
+    refuses = '[[ "$*" != update* ]] || exit 1'
+    code, out = run_job(tmp_path, CHECK_NODES="1", SRUN=BROKEN, SCONTROL=refuses)
+    assert code == 0
+    assert "requeued without" not in out
+    assert "Slurm did not leave them out: 'scontrol update JobId=7 ExcNodeList=node2,node3'" in out
+    assert calls(tmp_path).endswith("scontrol release 7\n")
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected", "said"),
+    [
+        ("exit 255", 1, "could not be looked at, srun ended with 255"),
+        ("exit 143", 0, "asked to stop before it began; requeued"),
+    ],
+)
+def test_nodes_that_could_not_be_looked_at_are_not_taken_for_sound(
+    ends: str, expected: int, said: str, tmp_path: Path
+) -> None:
+    code, out = run_job(tmp_path, CHECK_NODES="1", SRUN=ends)
+    assert code == expected
+    assert said in out
+    assert "slurm-start" not in calls(tmp_path)
+
+
+def test_sound_nodes_train(tmp_path: Path) -> None:
+    code, out = run_job(tmp_path, CHECK_NODES="1", SRUN="exit 0")
+    assert code == 0, out
+    assert "launch" in calls(tmp_path)
 
 
 def test_a_job_that_comes_no_further_starts_nothing(tmp_path: Path) -> None:
