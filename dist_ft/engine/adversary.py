@@ -95,8 +95,8 @@ class FreeLB:
         gradient = change.delta.grad
         assert gradient is not None
         length = gradient.flatten(1).norm(dim=1)[:, None, None]
-        # Divided by its length, the gradient may have any scale: the engine's, or fp16's. Where it is
-        # too large for fp16 the row stays: a NaN would hide that DeepSpeed's scale was to blame.
+        # Divided by its length, the gradient may have any scale: the engine's, or fp16's. Where it
+        # is too large for fp16 the row stays: a NaN would hide that the scale was to blame.
         direction = torch.where(length.isfinite(), gradient / length.clamp(min=_TINY), 0.0)
         moved = change.delta.detach() + self.step_size * direction
         size = moved.flatten(1).norm(dim=1)[:, None, None]

@@ -24,11 +24,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import xxhash
 from torch import Tensor
 
 from dist_ft.freezing.row_store import FoundRows, RowKeys, RowStore
 
 log = logging.getLogger("dist_ft")
+
+
+def cache_folder(run: Path, *, elsewhere: Path | None) -> Path:
+    """Return the folder of a run's caches, one for each host in it.
+
+    Args:
+        run: the run's folder.
+        elsewhere: a disk for caches, or None for the run's folder. Runs of one name may use one
+            disk; each deletes what it does not know.
+    """
+    if elsewhere is None:
+        return run / "cache"
+    place = xxhash.xxh3_64_hexdigest(str(run.resolve()).encode())
+    return elsewhere / f"{run.name}-{place[:8]}"
 
 
 @dataclass(frozen=True)
@@ -92,6 +107,8 @@ class ActivationCache:
             for task, about in self.tasks.items()
         }
         self._leave_behind(wanted, step=step)
+        # The disk has no room again before what is deleted is closed, too.
+        self._stores = {}
         self._delete_all_but({*wanted.values(), *self._past})
         left = self.budget_bytes - sum(nbytes for _, nbytes in self._past.values())
         room = left

@@ -130,7 +130,7 @@ def traffic_of(shape: ModelShape, *, trainable: frozenset[str], setting: Setting
     buckets = max(1, math.ceil(shape.numel_of(trainable) / 50_000_000))
     if setting.zero_stage == 0:
         return Traffic(round(2 * ring * trained), 0, buckets)
-    times = setting.accumulation if setting.zero_stage >= 2 else 1
+    times = setting.micro_batches if setting.zero_stage >= 2 else 1
     reduced = round(ring * trained * times)
     if setting.zero_stage < 3:
         return Traffic(reduced, round(ring * trained), buckets * (times + 1))
@@ -138,8 +138,8 @@ def traffic_of(shape: ModelShape, *, trainable: frozenset[str], setting: Setting
     lowest = next((i for i, name in enumerate(names) if name in trainable), len(names))
     forward = shape.numel * size
     backward = sum(g.numel for g in shape.groups[lowest:]) * size
-    gathers = setting.accumulation * (2 * len(names) - lowest)
-    gathered = round(ring * (forward + backward) * setting.accumulation)
+    gathers = setting.micro_batches * (2 * len(names) - lowest)
+    gathered = round(ring * (forward + backward) * setting.micro_batches)
     return Traffic(reduced, gathered, gathers + buckets * times)
 
 
@@ -150,9 +150,9 @@ def step_time(
     hardware = cluster.hardware
     peak = hardware.single_flops if setting.precision == "fp32" else hardware.half_flops
     works = [flops_of(shape, w, trainable=trainable, setting=setting).total for w in shape.work]
-    flops = setting.accumulation * sum(works) / max(1, len(works))
+    flops = setting.micro_batches * sum(works) / max(1, len(works))
     # Every weight is read for each pass of each micro-batch, however few rows there are.
-    weights = 3 * setting.accumulation * shape.numel * setting.element_bytes
+    weights = 3 * setting.micro_batches * shape.numel * setting.element_bytes
     compute = max(flops / (peak * COMPUTE_EFFICIENCY), weights / hardware.memory_bytes_per_s)
     traffic = traffic_of(shape, trainable=trainable, setting=setting)
     sent = traffic.reduced + traffic.gathered

@@ -31,11 +31,12 @@ class Setting:
         zero_stage: 0 to 3.
         precision: Of parameters, gradients and activations.
         micro_batch_size: Rows.
-        accumulation: Micro-batches of a rank in a step.
+        accumulation: Micro-batches of a rank in a turn, which is a global batch of one task.
         checkpointing: Recompute the activations of blocks.
         offload_optimizer: Masters and moments in host memory.
         switch: How phases change: ``in_place`` keeps the masters of all groups that ever train.
         averages: An average of the weights is kept.
+        turns: Of a step, see ``mixture.tasks_per_step``.
         deepspeed: The ``zero_optimization`` section of the user's own JSON.
     """
 
@@ -48,7 +49,13 @@ class Setting:
     offload_optimizer: bool = False
     switch: Literal["rebuild", "in_place"] = "rebuild"
     averages: bool = False
+    turns: int = 1
     deepspeed: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a rank in a step, over all its turns."""
+        return self.accumulation * self.turns
 
     @property
     def element_bytes(self) -> int:
@@ -67,7 +74,8 @@ class Memory:
         activations: What autograd keeps of one micro-batch, at most over the tasks.
         buffers: Whole parameters gathered for computing (stage 3) and reduction buckets.
         framework: CUDA context, NCCL and kernels.
-        host: Offloaded optimizer state, and averages of groups that do not train.
+        host: Offloaded optimizer state; moments and masters of groups that trained before, and
+            averages of those that do not train, at most.
         regularization: Starting weights for L2-SP and mixout, the true weights beside mixed ones,
             averages of the groups that train.
     """
@@ -101,6 +109,7 @@ def memory_of(
     trainable: frozenset[str],
     universe: frozenset[str],
     setting: Setting,
+    before: frozenset[str] = frozenset(),
     on_gpu: bool = True,
 ) -> Memory:
     """Return the bytes of one rank while `trainable` trains.
@@ -110,6 +119,7 @@ def memory_of(
         trainable: Layer groups that train now.
         universe: Layer groups that ever train.
         setting: How it is executed.
+        before: Layer groups that may have trained before.
         on_gpu: Whether a CUDA context takes its share.
     """
     held = universe | trainable if setting.switch == "in_place" else trainable
@@ -126,7 +136,7 @@ def memory_of(
         ),
         buffers=buffer_bytes(shape, trainable=trainable, setting=setting),
         framework=FRAMEWORK_BYTES if on_gpu else 0,
-        host=away + parked,
+        host=away + parked + parked_bytes(shape, before - trainable, held=held, setting=setting),
         regularization=averages + start_bytes(shape, trainable=trainable, setting=setting),
     )
 
@@ -154,7 +164,7 @@ def gradient_bytes(
     if setting.zero_stage == 0:
         return setting.element_bytes * whole
     partition = _partitions(shape, held, setting)
-    if setting.zero_stage == 1 and setting.accumulation > 1:
+    if setting.zero_stage == 1 and setting.micro_batches > 1:
         partition = max(partition, whole)
     return setting.element_bytes * partition
 
@@ -176,6 +186,31 @@ def optimizer_bytes(
     if setting.zero_stage == 0 and setting.precision == "fp32":
         return moments
     return moments + MASTER_BYTES * _partitions(shape, held, setting)
+
+
+def parked_bytes(
+    shape: ModelShape, names: frozenset[str], *, held: frozenset[str], setting: Setting
+) -> int:
+    """Return the bytes of state that waits on the host for the return of groups that trained.
+
+    Their moments, and their masters if the engine holds them no more and they are not the weights.
+    They wait with ``freezing.returning: reset`` too: it empties them when the groups come back.
+    """
+    parked = MOMENT_BYTES * _partitions(shape, names, setting)
+    if setting.precision == "fp32":
+        return parked
+    return parked + MASTER_BYTES * _partitions(shape, names - held, setting)
+
+
+def checkpoint_bytes(shape: ModelShape, *, universe: frozenset[str], setting: Setting) -> int:
+    """Return the bytes of a checkpoint over all ranks, once all that ever trains has trained.
+
+    Weights of everything; moments and averages of all groups that have trained, whether they do
+    now or not; and masters where they are not the weights themselves.
+    """
+    each = MOMENT_BYTES + (0 if setting.precision == "fp32" else MASTER_BYTES)
+    each += MASTER_BYTES * setting.averages
+    return shape.numel * setting.element_bytes + each * shape.numel_of(universe)
 
 
 def start_bytes(shape: ModelShape, *, trainable: frozenset[str], setting: Setting) -> int:

@@ -43,11 +43,13 @@ class PlannedPhase:
         label: What the phase is called in the table.
         trainable: Layer groups that train.
         share: Of the run's steps; 0 for a bound that may never be reached.
+        before: Layer groups that may have trained before it, whose moments are kept.
     """
 
     label: str
     trainable: frozenset[str]
     share: float
+    before: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -121,14 +123,19 @@ def _phases(
     if isinstance(policy, ScheduledPolicy):
         listed = [p for p in policy.phases if p.start_step < total_steps]
         ends = [*(p.start_step for p in listed[1:]), total_steps]
-        return tuple(
-            PlannedPhase(str(p.index), frozenset(p.trainable), (end - p.start_step) / total_steps)
-            for p, end in zip(listed, ends, strict=True)
-        ), None
+        planned: list[PlannedPhase] = []
+        before: frozenset[str] = frozenset()
+        for phase, end in zip(listed, ends, strict=True):
+            trainable, share = frozenset(phase.trainable), (end - phase.start_step) / total_steps
+            planned.append(PlannedPhase(str(phase.index), trainable, share, before))
+            before |= trainable
+        return tuple(planned), None
     if isinstance(policy, BlockPolicy):
         count = min(PERIODS, max(1, -(-total_steps // policy.draw.every)))
+        # As they stand for later ones too, each may come after all that ever trains.
+        before = policy.universe() if total_steps > policy.draw.every else frozenset[str]()
         return tuple(
-            PlannedPhase(f"draw {i}", frozenset(policy.draw.trainable(i)), 1 / count)
+            PlannedPhase(f"draw {i}", frozenset(policy.draw.trainable(i)), 1 / count, before)
             for i in range(count)
         ), f"the first {count} draws of the blocks stand for all"
     first = frozenset(policy.phase_at(0).trainable)

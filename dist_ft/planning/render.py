@@ -52,6 +52,7 @@ def show_plan(
         f"{cluster.nodes} x {cluster.per_node} {cluster.hardware.name}, ZeRO-{setting.zero_stage} "
         f"({_STAGES[setting.zero_stage]}), {setting.precision}, micro-batch "
         f"{setting.micro_batch_size} x {setting.accumulation}"
+        f"{f' x {setting.turns} turns' if setting.turns > 1 else ''}"
     )
     print_table(console, _memory_table(plan))
     console.print()
@@ -125,7 +126,7 @@ def _rows(phases: tuple[PhasePlan, ...], *, peak: PhasePlan) -> list[PhasePlan |
 
 def _step_cells(row: PhasePlan, plan: Plan) -> list[str]:
     traffic = row.traffic
-    flops = row.flops.total * plan.setting.accumulation
+    flops = row.flops.total * plan.setting.micro_batches
     return [
         row.phase.label,
         f"{100 * row.phase.share:.0f} %",

@@ -17,7 +17,13 @@ from dist_ft.planning.cost import (
     step_time,
     traffic_of,
 )
-from dist_ft.planning.memory import FRAGMENTATION, Memory, Setting, memory_of
+from dist_ft.planning.memory import (
+    FRAGMENTATION,
+    Memory,
+    Setting,
+    checkpoint_bytes,
+    memory_of,
+)
 from dist_ft.planning.phases import PlannedPhase, Schedule
 from dist_ft.planning.shape import ModelShape
 
@@ -51,7 +57,7 @@ class Plan:
         setting: How it is executed.
         phases: In order.
         run_s: Seconds of the whole run without evaluation, saving and phase changes.
-        checkpoint_bytes: Of one checkpoint, over all ranks.
+        checkpoint_bytes: Of the largest checkpoint, over all ranks.
         usable_bytes: Of one device.
     """
 
@@ -117,8 +123,14 @@ def setting_of(recipe: Recipe, schedule: Schedule, *, world_size: int) -> Settin
         offload_optimizer=recipe.engine.offload_optimizer,
         switch="in_place" if schedule.switch == "in_place" else "rebuild",
         averages=recipe.regularization.averaging is not None,
-        deepspeed={k: v for k, v in given.items() if isinstance(v, int)},
+        turns=recipe.mixture.tasks_per_step,
+        deepspeed={k: int(v) for k, v in given.items() if _is_whole(v)},
     )
+
+
+def _is_whole(value: Any) -> bool:
+    """Return whether a value of a JSON is a number without a fraction, also if written as 5e8."""
+    return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
 
 
 def make_plan(shape: ModelShape, *, schedule: Schedule, setting: Setting, cluster: Cluster) -> Plan:
@@ -129,13 +141,11 @@ def make_plan(shape: ModelShape, *, schedule: Schedule, setting: Setting, cluste
         for p in schedule.phases
     )
     run_s = schedule.total_steps * sum(p.phase.share * p.time.total_s for p in phases)
-    trained = max(p.trained for p in phases)
     return Plan(
         setting=setting,
         phases=phases,
         run_s=run_s,
-        checkpoint_bytes=shape.numel * setting.element_bytes
-        + (12 + 4 * setting.averages) * trained,
+        checkpoint_bytes=checkpoint_bytes(shape, universe=schedule.universe, setting=setting),
         usable_bytes=int(cluster.hardware.memory_bytes * (1 - FRAGMENTATION)),
     )
 
@@ -160,6 +170,7 @@ def _phase_plan(
             trainable=trainable,
             universe=schedule.universe,
             setting=setting,
+            before=phase.before,
             on_gpu=on_gpu,
         ),
         flops=Flops(

@@ -33,14 +33,36 @@ def check_evaluation(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
         yield Finding(("evaluation", "early_stopping"), text)
     if evaluation.decide_by == "each" or len(recipe.tasks) == 1:
         return
+    for name, deciding in _unbounded(recipe):
+        text = (
+            f"{evaluation.decide_by} compares scores between 0 and 1, and task {name} is "
+            f"decided by {deciding}: give it another metric, or use decide_by each"
+        )
+        yield Finding(("evaluation", "decide_by"), text)
+
+
+def _unbounded(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield the tasks whose deciding metrics have no bound, and these metrics."""
     for task in recipe.tasks:
         deciding = task.metric or metrics_of(task)[0]
         if deciding in _UNBOUNDED:
-            text = (
-                f"{evaluation.decide_by} compares scores between 0 and 1, and task {task.name} is "
-                f"decided by {deciding}: give it another metric, or use decide_by each"
-            )
-            yield Finding(("evaluation", "decide_by"), text)
+            yield task.name, deciding
+
+
+def check_ranking(recipe: Recipe) -> None:
+    """Check that runs of a recipe can be ranked by one score, as a search does.
+
+    Raises:
+        ValueError: If that would be a mean of scores that can't be added.
+    """
+    if len(recipe.tasks) == 1 or recipe.evaluation.decide_by != "each":
+        return
+    for name, deciding in _unbounded(recipe):
+        raise ValueError(
+            f"evaluation.decide_by: a search ranks by one score, for each the mean over the tasks, "
+            f"and task {name} is decided by {deciding}, which has no bound: give it another metric "
+            "by tasks.metric, or search with one task"
+        )
 
 
 def check_lora(draft: Draft, recipe: Recipe) -> Iterator[Finding]:

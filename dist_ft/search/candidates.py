@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +12,12 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from dist_ft import dist
 from dist_ft.config import Recipe
+from dist_ft.freezing.activation_cache import cache_folder
 from dist_ft.search.halving import DIVERGED, Score
 from dist_ft.search.study import Codes, SearchRecord
 from dist_ft.train.console import Console
 from dist_ft.train.numbers import BadNumbersError
-from dist_ft.train.run_folder import RunFolder
+from dist_ft.train.run_folder import RunFolder, scores_decide
 from dist_ft.train.run_lock import RunLock
 from dist_ft.train.segment import Place, Segment, train_until
 from dist_ft.train.shared_folder import check_shared
@@ -69,6 +70,14 @@ class SearchFolder(RunFolder):
     def runs(self) -> Path:
         """The candidates' runs."""
         return self.root / "runs"
+
+    def free_on_resume(self, recipe: Mapping[str, Any]) -> set[str]:
+        """Return what may change as the search goes on: not by what its candidates are ranked."""
+        free = super().free_on_resume(recipe)
+        if "evaluation" in free:
+            free.remove("evaluation")
+            free |= {f"evaluation.{k}" for k in ("every", "micro_batch_size", "early_stopping")}
+        return free
 
 
 class Candidates(Generic[C]):
@@ -159,19 +168,28 @@ class Candidates(Generic[C]):
             self.record.record(candidate, step, score=score, facts=facts)
 
     def drop(self, candidate: C) -> None:
-        """Give a candidate up and free its checkpoints; its record and metrics stay."""
+        """Give a candidate up and free its checkpoints and caches; record and metrics stay."""
+        recipe = self._candidate_recipe(candidate)
+        folder = RunFolder(recipe.output_dir / recipe.name)
+        # By every rank: each host may have its cache on a disk of its own.
+        cache = cache_folder(folder.root, elsewhere=recipe.cache.dir)
+        shutil.rmtree(cache, ignore_errors=True)
         if self.record is not None:
             self.record.settle(candidate)
-            folder = self.folder.runs / self._subject.run_name(candidate)
-            shutil.rmtree(RunFolder(folder).checkpoints, ignore_errors=True)
+            shutil.rmtree(folder.checkpoints, ignore_errors=True)
 
     def _candidate_recipe(self, candidate: C) -> Recipe:
         recipe = self._subject.recipe_for(candidate)
+        decide = scores_decide(recipe.model_dump(mode="json"))
+        every = recipe.evaluation.every if decide else None
         changes = {
             "name": self._subject.run_name(candidate),
             "output_dir": self.folder.runs,
-            # A candidate is scored where it is compared, and only its newest state matters.
-            "evaluation": recipe.evaluation.model_copy(update={"every": None}),
+            # A candidate is scored where it is compared, and only its newest state matters. Scores
+            # in between are for what they decide; when a candidate ends is for the search.
+            "evaluation": recipe.evaluation.model_copy(
+                update={"every": every, "early_stopping": None}
+            ),
             "checkpoint": recipe.checkpoint.model_copy(update={"keep_last": 1}),
         }
         return recipe.model_copy(update=changes)

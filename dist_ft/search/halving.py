@@ -156,10 +156,11 @@ class Halving(Generic[C]):
         """Return the best of `entrants` and of the best so far, which takes part for free.
 
         The best so far has scores at every rung; a newcomer goes on if it is among the
-        better half of all at its rung, and has not diverged.
+        better half of all at its rung, and has not diverged. If no newcomer is left, the best so
+        far stays the best.
 
         Raises:
-            AllDivergedError: If nobody is left.
+            AllDivergedError: If nobody is left, and there was no best before.
         """
         pool = [*entrants] if self.best is None else [self.best, *entrants]
         for rung in self.rungs:
@@ -188,9 +189,12 @@ class Halving(Generic[C]):
             for lost in entered:
                 if lost not in leaders and lost != self.best:
                     self.drop(lost)
-        if not leaders:
+        if leaders:
+            return leaders
+        if self.best is None:
             raise AllDivergedError(rung)
-        return leaders
+        # Newcomers were ahead of the best so far and have all diverged since: it has come further.
+        return [self.best]
 
     def _measure(self, candidate: C, rung: int) -> None:
         known = self.scores.setdefault(candidate, {})

@@ -9,6 +9,7 @@ from typing import TypeVar
 from dist_ft import dist
 from dist_ft.config import Recipe
 from dist_ft.heartbeat import noting_errors
+from dist_ft.recipe.evaluation_checks import check_ranking
 from dist_ft.recipe.ranks import check_ranks
 from dist_ft.search.candidates import Outcome
 from dist_ft.search.study import import_optuna
@@ -35,9 +36,10 @@ def run_session(
         search: Searches, given what `look` returned, and where.
 
     Raises:
-        ValueError: If recipe and ranks do not fit.
+        ValueError: If recipe and ranks do not fit, or its runs can't be ranked by one score.
         RuntimeError: If Optuna is not installed.
     """
+    check_ranking(recipe)
     import_optuna()  # on every rank, so that all of them end if it is missing
     stop = StopRequest()
     with stop.listening():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from dist_ft.config import AdaptiveFreezing, PlateauFreezing, Recipe
 from dist_ft.data.bandit import BanditMixture
@@ -20,6 +21,8 @@ from dist_ft.train.adapt import (
     mean_score,
 )
 from dist_ft.train.callbacks import Evaluate, Watcher
+from dist_ft.train.evaluate import Scores
+from dist_ft.train.loop import Run
 from dist_ft.train.mix import FollowLosses
 from dist_ft.train.parts import Parts, eval_data
 
@@ -35,8 +38,40 @@ def deciders(recipe: Recipe, parts: Parts, evaluate: Evaluate) -> list[Watcher]:
     found = _freeze_deciders(recipe, parts, evaluate)
     if isinstance(parts.mixture, BanditMixture):
         names = [t.task.name for t in parts.tasks]
-        found.append(FollowLosses(parts.mixture, tasks=names, evaluate=evaluate))
+        own: Any = _OwnScores(evaluate)
+        found.append(FollowLosses(parts.mixture, tasks=names, evaluate=own))
     return found
+
+
+def _is_own(evaluate: Evaluate) -> bool:
+    """Return whether the newest scores are those of one of the recipe's intervals.
+
+    Others are for whoever looks on: at a run's end nothing is left to decide, and where a search
+    compares its candidates a run as a whole has no scores, and must come to the same weights.
+    """
+    return bool(evaluate.every) and evaluate.done_at % evaluate.every == 0
+
+
+class _OwnScores:
+    """What a mixture sees of the evaluation."""
+
+    def __init__(self, evaluate: Evaluate) -> None:
+        self._evaluate = evaluate
+        self.recorder = evaluate.recorder
+
+    @property
+    def last(self) -> dict[str, Scores]:
+        """The newest scores; none if they are not its own."""
+        return self._evaluate.last if _is_own(self._evaluate) else {}
+
+
+class DecideByOwnScore(DecideByScore):
+    """Shows a plateau policy the scores of the recipe's intervals, and no others."""
+
+    def on_scores(self, run: Run) -> None:
+        """Decide, if it is time to."""
+        if _is_own(self.evaluate):
+            super().on_scores(run)
 
 
 def _freeze_deciders(recipe: Recipe, parts: Parts, evaluate: Evaluate) -> list[Watcher]:
@@ -56,9 +91,8 @@ def _freeze_deciders(recipe: Recipe, parts: Parts, evaluate: Evaluate) -> list[W
         names = [d.task.name for d in evaluate.data]
         tasks = names if config.task is None else [config.task]
         _check_metric(config.metric, tasks, recipe)
-        return [
-            DecideByScore(policy, evaluate, partial(mean_score, tasks=tasks, metric=config.metric))
-        ]
+        score = partial(mean_score, tasks=tasks, metric=config.metric)
+        return [DecideByOwnScore(policy, evaluate, score)]
     if isinstance(config, AdaptiveFreezing) and isinstance(policy, SettledPolicy):
         measure: Measure = gradient_norms
         if config.signal == "plasticity":

@@ -18,14 +18,15 @@ from dist_ft.config import (
     PlateauFreezing,
     Recipe,
 )
+from dist_ft.config_freezing import FreezingBase
 from dist_ft.freezing.policies import BlockPolicy, FreezePolicy, ScheduledPolicy
 from dist_ft.freezing.schedule import Phase, make_phases
 from dist_ft.train.console import Console
 from dist_ft.train.parts import Parts, make_parts
 from dist_ft.wording import counted
 
-# What an explicit schedule has in common with every other policy.
-COMMON = ("returning", "prefix_dropout", "layer_groups")
+# What an explicit schedule has in common with every other policy; how phases change is its own.
+COMMON = tuple(name for name in FreezingBase.model_fields if name != "switch")
 _WIDTH = 96
 
 

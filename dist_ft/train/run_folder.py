@@ -31,6 +31,12 @@ FREE_ON_RESUME = {
 }
 
 
+def scores_decide(recipe: Mapping[str, Any]) -> bool:
+    """Return whether scores on validation decide what trains, layer groups or tasks."""
+    mixture = recipe.get("mixture") or {}
+    return recipe["freezing"]["policy"] == "plateau" or mixture.get("reward") == "gain"
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Paths inside ``runs/<name>``."""
@@ -94,15 +100,19 @@ class RunFolder:
                 f"name: {self.root} holds a run already: go on with it by --resume, or choose "
                 "another name"
             )
-        free = set(FREE_ON_RESUME)
-        if recipe["freezing"]["policy"] == "plateau":
-            free.discard("evaluation")  # its scores decide what trains
-        changed = sorted(_differences(self.read_recipe(), recipe, free=free))
+        changed = sorted(_differences(self.read_recipe(), recipe, free=self.free_on_resume(recipe)))
         if changed:
             raise ValueError(
                 f"{self.root} was started with another recipe; what differs: {', '.join(changed)}."
                 " Resume with the recipe that it was started with, or choose another name"
             )
+
+    def free_on_resume(self, recipe: Mapping[str, Any]) -> set[str]:
+        """Return the keys of `recipe` that may change when what is in the folder goes on."""
+        free = set(FREE_ON_RESUME)
+        if scores_decide(recipe):
+            free.discard("evaluation")
+        return free
 
     def write_json(self, name: str, body: Mapping[str, Any]) -> None:
         """Write a JSON file into the folder, whole or not at all: any moment may be the last."""

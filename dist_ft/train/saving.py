@@ -187,15 +187,23 @@ class CheckpointWriter:
         return write_rank_file(temporary, rank=dist.rank(), tensors=self._copy)
 
     def poll(self) -> Saved | None:
-        """Commit if all ranks have written; return on rank 0 how the save went, once it is over."""
+        """Commit if all ranks have written; return how the save went, once it is over.
+
+        Every rank hears of it after the same step: what they keep follows from what is saved.
+        """
+        if self._saving is None:
+            return None
+        began = time.monotonic()
         if self._write is not None:
-            began = time.monotonic()
             (busy,) = dist.all_reduce_max([int(not self._write.done())])
             if not busy:
                 self._start_commit()
-            self._stalled_since(began)
-        if self._commit is not None and self._commit.done():
-            return self._over()
+        else:
+            done = self._commit is not None and self._commit.done()
+            (is_over,) = dist.all_reduce_max([int(done)])
+            if is_over:
+                return self._hear()
+        self._stalled_since(began)
         return None
 
     def wait(self) -> Saved | None:
@@ -209,11 +217,7 @@ class CheckpointWriter:
         began = time.monotonic()
         if self._write is not None:
             self._start_commit()
-        saved = self._over() if self._commit is not None else None
-        saved = dist.broadcast_object(saved)
-        self._saving = None
-        if saved is None:
-            return None
+        saved = self._hear()
         return replace(saved, stall_s=saved.stall_s + time.monotonic() - began)
 
     def _start_commit(self) -> None:
@@ -245,6 +249,12 @@ class CheckpointWriter:
                 remove_old(self._root, step=saved.step, retention=self._retention)
         size = sum(entry.get("bytes", 0) for entry in files)
         return replace(saved, bytes=size, save_s=time.monotonic() - self._began, problem=problem)
+
+    def _hear(self) -> Saved:
+        """Return on every rank how the save went, which only rank 0 knows."""
+        saved: Saved = dist.broadcast_object(self._over() if dist.rank() == 0 else None)
+        self._saving = None
+        return saved
 
     def _over(self) -> Saved:
         assert self._commit is not None

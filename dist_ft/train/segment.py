@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -11,7 +12,9 @@ import torch
 
 from dist_ft import dist
 from dist_ft.config import Recipe
+from dist_ft.config_evaluation import EvaluationConfig
 from dist_ft.train.adapt import mean_score
+from dist_ft.train.best import Decision
 from dist_ft.train.build import checkpoint_of, make_run
 from dist_ft.train.callbacks import Evaluate
 from dist_ft.train.console import Console
@@ -51,7 +54,8 @@ class Segment:
     """What a run has come to at the end of a segment; the same on every rank.
 
     Attributes:
-        score: Mean of the tasks' deciding metrics on validation, larger is better.
+        score: What the tasks' deciding metrics on validation come to by evaluation.decide_by,
+            their mean for ``each``; larger is better.
         metrics: All validation metrics by task.
         seconds: Wall time of this segment, with everything that it took to begin and score it.
     """
@@ -101,7 +105,9 @@ def train_until(recipe: Recipe, *, step: int, place: Place) -> Segment:
             recorder.event("stop", step=run.progress.step, signal=run.stopped_by)
             raise PreemptedError
         recorder.event("end" if is_last else "segment", step=step)
-        segment = _segment(run, seconds=time.monotonic() - began)
+        segment = _segment(run, recipe.evaluation, seconds=time.monotonic() - began)
+        if is_last:  # until then the next segment must find what it would as part of one run
+            run.discard()
         run.engine.close()
         return segment
 
@@ -129,13 +135,23 @@ def _fit(run: Run, memory: FitMemory) -> None:
             fit(run)
     except BadNumbersError:  # raised by every rank, after the same step
         checkpoint_of(run).settle(run)
+        run.discard()
         run.engine.close()
         raise
 
 
-def _segment(run: Run, *, seconds: float) -> Segment:
+def _segment(run: Run, config: EvaluationConfig, *, seconds: float) -> Segment:
     evaluate = next(c for c in run.callbacks if isinstance(c, Evaluate))
     tasks = [data.task.name for data in evaluate.data]
-    score = mean_score(evaluate, tasks=tasks, metric=None)
+    scores = {task: mean_score(evaluate, tasks=[task], metric=None) for task in tasks}
+    score = one_score(scores, config)
     metrics = {task: dict(evaluate.last[task].metrics) for task in tasks}
     return dist.broadcast_object(Segment(score, metrics, seconds))
+
+
+def one_score(of_tasks: Mapping[str, float], config: EvaluationConfig) -> float:
+    """Return the score by which runs are compared: the run's own, or the mean for ``each``."""
+    if any(map(math.isnan, of_tasks.values())):
+        return math.nan  # a minimum would depend on the order of the tasks
+    by = "mean" if config.decide_by == "each" else config.decide_by
+    return Decision(by, config.weights).scores(of_tasks)[by]

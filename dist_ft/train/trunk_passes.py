@@ -19,7 +19,7 @@ from dist_ft.data.loader import StepBatch
 from dist_ft.engine.base import DTYPES
 from dist_ft.engine.cache_probe import CacheDecision, CacheProbe
 from dist_ft.engine.trunk_passes import TrunkPasses
-from dist_ft.freezing.activation_cache import ActivationCache, CachedTask
+from dist_ft.freezing.activation_cache import ActivationCache, CachedTask, cache_folder
 from dist_ft.freezing.policies import ScheduledPolicy
 from dist_ft.freezing.schedule import frozen_prefix
 from dist_ft.model.trunk import Trunk
@@ -279,14 +279,9 @@ def _steps_with_prefix(parts: Parts) -> list[tuple[int, int]]:
 def _cache(
     recipe: Recipe, parts: Parts, *, tasks: Collection[str], folder: RunFolder, width: int
 ) -> ActivationCache:
-    root = folder.root / "cache"
-    if recipe.cache.dir is not None:
-        # Runs of one name may use one disk; each deletes what it does not know.
-        place = xxhash.xxh3_64_hexdigest(str(folder.root.resolve()).encode())
-        root = recipe.cache.dir / f"{recipe.name}-{place[:8]}"
     return ActivationCache(
         # Of one host: processes of several may not write into one file of a network file system.
-        root / (platform.node() or "host"),
+        cache_folder(folder.root, elsewhere=recipe.cache.dir) / (platform.node() or "host"),
         tasks={
             t.task.name: cached_task(config, t, recipe)
             for config, t in zip(recipe.tasks, parts.tasks, strict=True)

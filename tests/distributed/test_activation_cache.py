@@ -7,6 +7,7 @@ import platform
 import resource
 import signal
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,37 @@ def test_files_of_a_phase_that_is_over_stay_until_a_checkpoint_and_within_the_bu
     assert left(2 * one - 1, saved=4) == ["a.2.f"]
 
 
+def _says_what_is_saved(path: Path) -> None:
+    """Train; write down what this rank takes for saved whenever a phase opens the cache."""
+    found: list[tuple[int, int]] = []
+    open_cache = ActivationCache.open
+
+    def watched(self: ActivationCache, *args: Any, **kwargs: Any) -> int:
+        found.append((kwargs["step"], self.saved_step))
+        return open_cache(self, *args, **kwargs)
+
+    ActivationCache.open = watched
+    # What is written beside the training is there before the next step ends.
+    before(DeepSpeedEngine, "train_step", lambda _: time.sleep(0.1))
+    assert build.train(load_recipe(path), resume=False) == 0
+    (path.parent / f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
+
+
+def test_every_rank_knows_what_is_saved_when_a_phase_changes(tmp_path: Path) -> None:
+    path = write_recipe(
+        tmp_path,
+        checkpoint={"every": "5step", "in_background": True},
+        evaluation={"every": None},
+        cache={"policy": "on"},
+    )
+    run_distributed(_says_what_is_saved, path)
+    ranks = [json.loads((tmp_path / f"rank{i}.json").read_text()) for i in range(2)]
+    assert ranks[0] == ranks[1]
+    assert [step for step, _ in ranks[0]] == [0, 8, 16]
+    # Heard of between two saves, where nobody waits for one: at step 16 at the latest.
+    assert ranks[0][2][1] in (5, 10, 15)
+
+
 def _damage(path: Path) -> None:
     content = bytearray(path.read_bytes())
     place = next(i for i, byte in enumerate(content) if byte)
@@ -321,6 +353,26 @@ def test_a_row_is_there_from_the_next_step_on(tmp_path: Path) -> None:
     other = _cache(tmp_path, a=CachedTask(task.room, data="others"))
     other.open([(2, "g")])  # other data under the same name
     assert not list((tmp_path / "c").glob("a.2.g.data"))
+
+
+def test_what_is_deleted_is_closed_before_anything_new_takes_its_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[list[str]] = []
+    make = ActivationCache._make
+
+    def looked(self: ActivationCache, *arguments: Any, **options: Any) -> Any:
+        files = [str(link.resolve()) for link in Path("/proc/self/fd").iterdir()]
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        held.append([x for x in (*maps, *files) if f"{tmp_path}/c/" in x])
+        return make(self, *arguments, **options)
+
+    cache = _cache(tmp_path, a=CachedTask(np.array([3, 1, 2])))
+    cache.open([(2, "f")])
+    cache.write(2, keys=_keys([2]), hidden=torch.randn(2, 4), step=1)
+    monkeypatch.setattr(ActivationCache, "_make", looked)
+    cache.open([(2, "g")])
+    assert held == [[]]
 
 
 def test_a_folder_that_can_not_be_made_keeps_nothing(tmp_path: Path) -> None:

@@ -20,10 +20,12 @@ from dist_ft.config import Recipe
 from dist_ft.engine.base import PhaseReport
 from dist_ft.engine.ds_gradients import OwnedGradients
 from dist_ft.freezing.schedule import Phase
+from dist_ft.planning.cost import Cluster
+from dist_ft.planning.hardware import HARDWARE
 from dist_ft.planning.memory import memory_of
 from dist_ft.planning.meta import read_shape
 from dist_ft.planning.phases import schedule_of
-from dist_ft.planning.settings import setting_of
+from dist_ft.planning.settings import make_plan, setting_of
 from dist_ft.recipe import load_recipe
 from dist_ft.train import build
 from dist_ft.train.callbacks import Watcher
@@ -244,6 +246,54 @@ def _plan(recipe: Recipe, *, world_size: int) -> dict[str, int]:
         "activations": memory.activations,
         "trainable": shape.numel_of(trainable),
     }
+
+
+EXPLICIT = (
+    "freezing={policy: explicit, phases: [{at: 0step, trainable: [block.0, head.*]}, "
+    "{at: 2step, trainable: [block.1, block.2, head.*]}]}"
+)
+KEEPING = {
+    "fp32": [],
+    "bf16": ["engine.precision=bf16"],
+    "bf16, in place": ["engine.precision=bf16", "freezing.switch=in_place"],
+}
+
+
+def _compare_what_is_kept(path: Path) -> None:
+    """Compare with what waits on the host, and is saved, of groups that trained before."""
+    world = dist.world_from_environment()
+    for name, overrides in KEEPING.items():
+        recipe = load_recipe(path, overrides=[EXPLICIT, *overrides])
+        run = _make_run(recipe, path.parent, world=world)
+        reports: list[PhaseReport] = []
+        run.callbacks = [_Remember(reports)]
+        batches = run.loader.iterate(0)
+        for start in (0, 2):
+            enter_phase(run, run.policy.phase_at(start))
+            batch = next(batches)
+            run.engine.train_step(
+                start,
+                task=batch.task,
+                micro_batches=batch.micro_batches,
+                global_count=batch.global_count,
+                learning_rates=run.learning_rates(start, {}),
+            )
+        batches.close()
+        mine = _nbytes(t for s in run.engine.state().slices for t in s.values.values())
+        (saved,) = dist.all_reduce_sum([float(mine)])
+        shape = read_shape(recipe, on_gpu=False)
+        schedule = schedule_of(recipe, shape)
+        setting = setting_of(recipe, schedule, world_size=world.world_size)
+        cluster = Cluster(HARDWARE["cpu-8g"], nodes=1, per_node=world.world_size)
+        plan = make_plan(shape, schedule=schedule, setting=setting, cluster=cluster)
+        assert saved == plan.checkpoint_bytes, name
+        planned = [p.memory.host for p in plan.phases]
+        assert [r.parked_bytes for r in reports] == planned, name
+        assert planned[1] > 0
+
+
+def test_what_is_kept_of_groups_that_trained_before_is_planned(recipe: Path) -> None:
+    run_distributed(_compare_what_is_kept, recipe)
 
 
 WORLD = 512

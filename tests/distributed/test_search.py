@@ -109,6 +109,22 @@ def test_a_search_that_is_there_is_not_mixed_with_another(tmp_path: Path) -> Non
         run_search(recipe, ["optim.lr=0.5"], resume=True)
 
 
+def test_a_segment_is_scored_by_what_the_recipe_decides_by(tmp_path: Path) -> None:
+    recipe = write_tiny_recipe(tmp_path, evaluation={"decide_by": "worst"})
+    run_distributed(_rank_is_scored, recipe, world_size=1)
+
+
+def _rank_is_scored(path: Path) -> None:
+    recipe = load_recipe(path)
+    world = dist.world_from_environment()
+    device = dist.init_process_group(world, timeout_s=60, join_timeout_s=60)
+    segment = train_until(recipe, step=3, place=Place(world, device))
+    found = segment.metrics
+    each = (found["text"]["accuracy"], found["tags"]["f1"], found["spans"]["f1"])
+    assert min(each) < max(each)
+    assert segment.score == min(each)
+
+
 @pytest.mark.parametrize("stage", [2, 3])
 def test_segments_leave_no_weights_behind(tmp_path: Path, stage: int) -> None:
     recipe = write_recipe(tmp_path)

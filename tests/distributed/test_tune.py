@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers.models.bert.modeling_bert import BertLayer
 
 from dist_ft.config import Recipe
+from dist_ft.freezing.activation_cache import ActivationCache
 from dist_ft.recipe import load_recipe
 from dist_ft.search import session
 from dist_ft.search.population import tune_population
@@ -24,7 +25,7 @@ from dist_ft.search.tune import TuneOptions, tune
 from dist_ft.train import run_lock
 from dist_ft.train.build import PREEMPTED
 from tests.helpers.run_distributed import run_distributed
-from tests.helpers.tiny_run import events, state_hash, terminate_after, write_recipe
+from tests.helpers.tiny_run import events, state_hash, terminate_after, train, write_recipe
 
 OPTIONS = TuneOptions(
     ("optim.lr=log:1e-6:1e-2", "regularization.label_smoothing=choice:null|0.1"),
@@ -73,6 +74,85 @@ def test_the_best_values_win_and_the_log_has_it_all(tmp_path: Path) -> None:
     run_distributed(_rank_tunes, path, True)
     assert (folder / "table.csv").read_text() == before
     assert counts == {run: len(events(run)) for run in (folder / "runs").iterdir()}
+
+
+def _rank_tunes_with_a_cache(path: Path) -> None:
+    def load(overrides: Sequence[str]) -> Recipe:
+        return load_recipe(path, overrides=overrides)
+
+    opened: list[Path] = []
+    open_cache = ActivationCache.open
+
+    def watched(self: ActivationCache, *args: Any, **kwargs: Any) -> int:
+        opened.append(self.folder)
+        return open_cache(self, *args, **kwargs)
+
+    ActivationCache.open = watched
+    assert tune(load, options=CACHED, resume=False).exit_code == 0
+    # The candidates' caches were there, and on a disk of their own if the recipe says so.
+    elsewhere = load(()).cache.dir
+    assert len(set(opened)) == 4
+    assert all((elsewhere or path.parent / "runs") in folder.parents for folder in opened)
+
+
+CACHED = TuneOptions(("optim.lr=choice:1e-3|2e-3|1e25",), trials=4, budget=0.75)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_search_leaves_no_candidates_cache(elsewhere: bool, tmp_path: Path) -> None:
+    path = write_recipe(
+        tmp_path,
+        tasks=[TASK],
+        checkpoint={},
+        train={"max_duration": "8step"},
+        optim={"schedule": {"type": "constant", "warmup": "0step"}},
+        cache={"policy": "on", **({"dir": "disk"} if elsewhere else {})},
+    )
+    recipe = yaml.safe_load(path.read_text())
+    recipe["freezing"] = {"policy": "static", "depth": 2}
+    path.write_text(yaml.safe_dump(recipe))
+    run_distributed(_rank_tunes_with_a_cache, path)
+    assert list(tmp_path.rglob("step-*"))
+    assert not list(tmp_path.rglob("*.data"))
+    assert not list(tmp_path.rglob("cache/*"))
+
+
+def _rank_tunes_by_scores(path: Path) -> None:
+    def load(overrides: Sequence[str]) -> Recipe:
+        return load_recipe(path, overrides=overrides)
+
+    # Compared after 12 steps, where the recipe has no evaluation.
+    options = TuneOptions(("optim.lr=choice:1e-2",), trials=2, budget=0.75)
+    assert tune(load, options=options, resume=False).exit_code == 0
+
+
+def test_candidates_train_what_the_recipe_does_where_scores_decide_it(tmp_path: Path) -> None:
+    path = write_recipe(
+        tmp_path,
+        checkpoint={},
+        evaluation={"every": "5step", "early_stopping": {"patience": 1}},
+        mixture={"policy": "bandit", "every": 8, "reward": "gain", "rate": 4.0, "smoothing": 0.0},
+    )
+    recipe = yaml.safe_load(path.read_text())
+    recipe["freezing"] = {"policy": "plateau", "first": 1, "patience": 1, "min_delta": 0.5}
+    path.write_text(yaml.safe_dump(recipe))
+    run_distributed(_rank_tunes_by_scores, path)
+    folder = tmp_path / "runs/tiny-search"
+    rows = list(csv.DictReader((folder / "table.csv").open()))
+    assert [r["steps"] for r in rows] == ["24", "12"]
+    winner = folder / f"runs/trial-{'000' if rows[0]['values'] == 'the recipe itself' else '001'}"
+
+    train(folder / "recipe.yaml", ["evaluation.early_stopping=null"])
+    whole = tmp_path / "runs/tiny-chosen"
+    for kind in ("mixture", "phase"):
+        one, other = (
+            [{k: v for k, v in e.items() if k in ("step", "shares", "trainable_groups")}
+             for e in events(run) if e["event"] == kind]
+            for run in (winner, whole)
+        )  # fmt: skip
+        assert one == other
+        assert len(one) > 1
+    assert state_hash(winner) == state_hash(whole)
 
 
 DIVERGING = TuneOptions(("optim.lr=choice:1e-3|1e25",), trials=3, budget=0.75)

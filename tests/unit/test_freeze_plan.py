@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from dist_ft import cli
-from dist_ft.train.freeze_plan import in_runs
+from dist_ft.config_freezing import FreezingBase
+from dist_ft.train.freeze_plan import COMMON, in_runs
 from tests.helpers.tiny_run import write_recipe
 
 
@@ -42,6 +43,17 @@ def test_the_plan_is_printed_and_written(
     assert "exists already" in capsys.readouterr().err
     assert cli.main(words[:3]) == 0
     assert capsys.readouterr().out == text
+
+
+def test_all_that_policies_share_goes_into_the_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert {*COMMON, "switch"} == set(FreezingBase.model_fields)
+    shared = {"returning": "reset", "frozen_embedding_rows": [[0, 5], [7, 9]]}
+    recipe = recipe_with(tmp_path, {"policy": "gradual", "phases": 3, **shared})
+    assert cli.main(["freeze-plan", str(recipe)]) == 0
+    plan = yaml.safe_load(capsys.readouterr().out)["freezing"]
+    assert {key: plan.get(key) for key in shared} == shared
 
 
 def test_what_a_schedule_never_reaches_is_said(

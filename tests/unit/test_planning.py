@@ -15,15 +15,16 @@ import yaml
 from transformers import AutoConfig, BertConfig
 
 from dist_ft import cli
-from dist_ft.config import Recipe
+from dist_ft.config import RandomBlockFreezing, Recipe
 from dist_ft.model.backbone import HeadSpec, build_model
-from dist_ft.planning.cost import Cluster, flops_of, traffic_of
+from dist_ft.planning.cost import Cluster, flops_of, step_time, traffic_of
 from dist_ft.planning.hardware import HARDWARE
 from dist_ft.planning.known import KNOWN
-from dist_ft.planning.memory import Setting, activation_bytes, memory_of
+from dist_ft.planning.memory import Setting, activation_bytes, gradient_bytes, memory_of
 from dist_ft.planning.meta import read_shape
+from dist_ft.planning.phases import PlannedPhase, Schedule, schedule_of
 from dist_ft.planning.run import PlanRequest, plan_recipe
-from dist_ft.planning.settings import cheapest, make_plan, with_whole_rows
+from dist_ft.planning.settings import cheapest, make_plan, setting_of, with_whole_rows
 from dist_ft.planning.shape import GroupShape, GroupWork, ModelShape, ParameterShape, TaskWork
 from dist_ft.recipe import load_recipe
 from dist_ft.tasks import build_task
@@ -169,6 +170,76 @@ def test_arithmetic_and_traffic_by_hand() -> None:
     assert traffic_of(shape, trainable=ALL, setting=_setting(world_size=1)).reduced == 0
 
 
+def test_a_step_of_several_turns_does_the_work_of_all() -> None:
+    shape, cluster = _shape(), Cluster(HARDWARE["cpu-8g"], nodes=1, per_node=4)
+    one, three = _setting(accumulation=1), _setting(accumulation=1, turns=3)
+    assert traffic_of(shape, trainable=ALL, setting=three).reduced == 3 * 6000
+    seconds = [
+        step_time(shape, trainable=ALL, setting=s, cluster=cluster).compute_s for s in (one, three)
+    ]
+    assert seconds[1] == pytest.approx(3 * seconds[0])
+
+    def waiting(**changes: object) -> int:
+        setting = _setting(zero_stage=1, accumulation=1, **changes)
+        return gradient_bytes(shape, trainable=ALL, held=ALL, setting=setting)
+
+    # Between turns, too, whole gradients are there.
+    assert (waiting(), waiting(turns=2)) == (2 * 4 * 252, 2 * 4000)
+
+
+def test_a_checkpoint_has_the_state_of_all_that_ever_trained() -> None:
+    shape, cluster = _shape(), Cluster(HARDWARE["cpu-8g"], nodes=1, per_node=4)
+    low, high = frozenset({"block.0", "head.t"}), frozenset({"block.1", "head.t"})
+    phases = PlannedPhase("0", low, 0.5), PlannedPhase("1", high, 0.5, before=low)
+    schedule = Schedule(phases, low | high, "rebuild", 10, None, ())
+
+    def found(**changes: object) -> tuple[int, list[int]]:
+        setting = _setting(**changes)
+        plan = make_plan(shape, schedule=schedule, setting=setting, cluster=cluster)
+        return plan.checkpoint_bytes, [p.memory.host for p in plan.phases]
+
+    assert found() == (2 * 4000 + 12 * 3000, [0, 12 * 252])
+    # In fp32 weights are their own masters; in place masters stay where they are.
+    assert found(precision="fp32") == (4 * 4000 + 8 * 3000, [0, 8 * 252])
+    assert found(switch="in_place") == (2 * 4000 + 12 * 3000, [0, 8 * 252])
+
+
+def test_phases_know_what_trained_before(tmp_path: Path) -> None:
+    explicit = {"policy": "explicit", "phases": [
+        {"at": "0step", "trainable": ["block.0", "head.*"]},
+        {"at": "4step", "trainable": ["block.1", "head.*"]},
+        {"at": "8step", "trainable": ["block.2", "head.*"]},
+    ]}  # fmt: skip
+    recipe = load_recipe(_big(tmp_path, model={"path": "google-bert/bert-base-uncased"},
+            tasks=[{"name": "t", "type": "text_classification", "data": {"train": "absent.csv"}}],
+            freezing=explicit,
+            train={"max_duration": "12step", "global_batch_size": 8, "micro_batch_size": 8}),
+        needs_files=False)  # fmt: skip
+    shape = read_shape(recipe, on_gpu=False)
+    phases = schedule_of(recipe, shape).phases
+    blocks = [sorted(n for n in p.before if n.startswith("block")) for p in phases]
+    assert blocks == [[], ["block.0"], ["block.0", "block.1"]]
+    drawn = recipe.model_copy(
+        update={"freezing": RandomBlockFreezing.model_validate(
+            {"policy": "random_block", "blocks": 1, "every": "2step"})})  # fmt: skip
+    schedule = schedule_of(drawn, shape)
+    assert all(p.before == schedule.universe for p in schedule.phases)
+
+
+def test_bucket_sizes_may_be_written_with_an_exponent(tmp_path: Path) -> None:
+    section = {"reduce_bucket_size": 5e8, "overlap_comm": True, "stage3_max_live_parameters": 1e9,
+               "offload_optimizer": {"device": "none"}, "ratio": 0.5}  # fmt: skip
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": section}))
+    recipe = load_recipe("quickstart", needs_files=False)
+    engine = recipe.engine.model_copy(update={"deepspeed": tmp_path / "ds.json"})
+    recipe = recipe.model_copy(update={"engine": engine})
+    schedule = Schedule((), frozenset(), "rebuild", 1, None, ())
+    found = setting_of(recipe, schedule, world_size=1).deepspeed
+    assert found == {"reduce_bucket_size": 500_000_000, "overlap_comm": True,
+                     "stage3_max_live_parameters": 1_000_000_000}  # fmt: skip
+    assert all(isinstance(value, int) for value in found.values())
+
+
 def _big(tmp_path: Path, **changes: object) -> Path:
     recipe = {
         "name": "big",
@@ -264,6 +335,15 @@ def test_an_epoch_is_as_long_as_the_prepared_rows_say(
     assert f"by the {kept} rows in data_dir)" in headline()
     assert headline("--epoch-steps", "7").startswith("21 steps: ")
     assert "(" not in headline("train.max_duration=50step")
+
+    def seconds(*more: str) -> float:
+        recipe = load_recipe(path, overrides=more)
+        return plan_recipe(recipe, PlanRequest(gpu="cpu-8g")).plan.run_s
+
+    # As many rows in fewer steps, or as many steps of more rows; updates are few seconds of it.
+    turns, steps = "mixture.tasks_per_step=3", "train.max_duration=30step"
+    assert seconds(turns) == pytest.approx(seconds(), rel=0.1)
+    assert seconds(turns, steps) == pytest.approx(3 * seconds(steps), rel=0.1)
 
 
 @pytest.mark.parametrize("width", [80, 120])

@@ -24,6 +24,7 @@ from dist_ft.search.halving import (
     plan_rungs,
     rung_steps,
 )
+from dist_ft.search.run import Blocks, Model
 from dist_ft.search.study import BlockCodes, SearchRecord
 from dist_ft.search.writing import Findings, write_findings
 from tests.helpers.tiny_run import write_recipe
@@ -156,6 +157,26 @@ def test_who_has_diverged_goes_no_further_even_if_nobody_else_is_there() -> None
         race.halve([late, early])
 
 
+def test_newcomers_that_all_diverge_late_do_not_end_a_search() -> None:
+    trained: list[tuple[Block, int]] = []
+    dropped: list[Block] = []
+    coarse = {Block(lo, hi) for lo in range(0, 9, 2) for hi in range(0, 9, 2)}
+
+    def score(block: Block, step: int) -> Score:
+        trained.append((block, step))
+        if block in coarse:
+            return Score(0.6 - 0.01 * abs(block.lo - 2) - 0.01 * abs(block.hi - 6))
+        return Score(0.9) if step == 10 else DIVERGED
+
+    race = Race(Space((10,) * 8), (10, 20, 40), score, dropped.append, allowance=1e9)
+    assert race.run() == race.best == Block(2, 6)
+    newcomers = [b for b, step in trained if step == 20 and b not in coarse]
+    assert newcomers
+    assert set(newcomers) <= set(dropped)
+    assert Block(2, 6) not in dropped
+    assert race.ranking()[0] == Block(2, 6)
+
+
 def test_the_best_so_far_defends_itself_without_being_trained_again() -> None:
     dropped: list[Block] = []
     race = race_of(QUALITY, dropped=dropped)
@@ -253,6 +274,18 @@ def test_a_journal_whose_end_was_never_written_goes_on(tmp_path: Path, lost: int
     assert again.score(Block(4, 4), 3) == Score(0.7, 0.2)
 
 
+def test_a_block_keeps_what_every_policy_has(tmp_path: Path) -> None:
+    recipe = load_recipe(
+        write_recipe(tmp_path),
+        overrides=["freezing.returning=reset", "freezing.frozen_embedding_rows=[[0, 5]]"],
+    )
+    subject = Blocks(recipe, Model(ORDER, dict.fromkeys(ORDER.everything, 10), total_steps=24))
+    freezing = subject.recipe_for(Block(0, 2)).freezing
+    assert freezing.policy == "static"
+    assert freezing.returning == "reset"
+    assert freezing.frozen_embedding_rows == [(0, 5)]
+
+
 def test_table_plot_and_recipe_are_written(tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(tmp_path))
     race = race_of(QUALITY)
@@ -287,6 +320,11 @@ def test_table_plot_and_recipe_are_written(tmp_path: Path) -> None:
         (["--budget", "2"], "--budget is a share above 0 and at most 1, got 2"),
         (["--budget", "0.05"], "--budget: 0.05 of training 11 candidates"),
         (["--granule", "5"], "--granule must be between 1 and the number of transformer blocks"),
+        (
+            ["tasks.0.problem=regression"],
+            "evaluation.decide_by: a search ranks by one score, for each the mean over the tasks, "
+            "and task text is decided by mse, which has no bound",
+        ),
     ],
 )
 def test_bad_options_end_with_2_before_anything_is_written(
