@@ -22,6 +22,7 @@ __all__ = [
     "QuestionAnswering",
     "RecipeError",
     "RunHandle",
+    "Stopped",
     "TextClassification",
     "TokenClassification",
     "__version__",
@@ -32,7 +33,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "dist_ft.api": ("RunHandle", "fine_tune", "open_run", "plan"),
+    "dist_ft.api": ("RunHandle", "Stopped", "fine_tune", "open_run", "plan"),
     "dist_ft.freezing.policies": ("FreezePolicy",),
     "dist_ft.freezing.schedule": ("LayerOrder", "Phase"),
     "dist_ft.tasks.base": ("Choice",),

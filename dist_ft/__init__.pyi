@@ -1,6 +1,6 @@
 """What ``dist_ft`` offers, for type checkers: at run time a name is loaded on first use."""
 
-from dist_ft.api import RunHandle, fine_tune, open_run, plan
+from dist_ft.api import RunHandle, Stopped, fine_tune, open_run, plan
 from dist_ft.freezing.policies import FreezePolicy
 from dist_ft.freezing.schedule import LayerOrder, Phase
 from dist_ft.recipe import RecipeError, load_recipe
@@ -20,6 +20,7 @@ __all__ = [
     "QuestionAnswering",
     "RecipeError",
     "RunHandle",
+    "Stopped",
     "TextClassification",
     "TokenClassification",
     "__version__",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -16,9 +18,25 @@ if TYPE_CHECKING:
     from dist_ft.train.extensions import Extensions, MakePolicy, MakeTask
 
 
+class Stopped(SystemExit):
+    """Training was asked to stop by a signal, and has saved; ends the program if nobody catches it.
+
+    What comes after `fine_tune` in a program must not take the run for finished, and whoever starts
+    the program again looks at its exit code, 75.
+
+    Attributes:
+        run: The run's handle; `fine_tune` with ``resume=True`` goes on with it.
+    """
+
+    def __init__(self, code: int, run: RunHandle) -> None:
+        """Keep the exit code and the handle."""
+        super().__init__(code)
+        self.run = run
+
+
 @dataclass(frozen=True)
 class RunHandle:
-    """A run in its folder, and what can be done with it.
+    """A run in its folder, and what can be done with it, by one process.
 
     Attributes:
         path: The run's folder.
@@ -27,6 +45,11 @@ class RunHandle:
 
     path: Path
     extensions: Extensions
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is rank 0, or the only one: the one that goes on with the run."""
+        return os.environ.get("RANK", "0") == "0"
 
     @property
     def outcome(self) -> str:
@@ -46,7 +69,8 @@ class RunHandle:
         """Score validation and test splits with the latest weights; return them by task, split."""
         from dist_ft.train import finished
 
-        return finished.evaluate(self.path, extensions=self.extensions)
+        with self._by_one("evaluate"):
+            return finished.evaluate(self.path, extensions=self.extensions)
 
     def export(
         self,
@@ -67,13 +91,27 @@ class RunHandle:
         from dist_ft.train import finished
 
         how = finished.ExportOptions(best=best, lora=lora, replace=replace)
-        return finished.export(self.path, task=task, how=how, extensions=self.extensions)
+        with self._by_one("export"):
+            return finished.export(self.path, task=task, how=how, extensions=self.extensions)
 
     def report(self, *, beside: Sequence[Path] = ()) -> Path:
         """Write the HTML page, compared with the runs `beside` it; return its path."""
         from dist_ft.report import write_report
 
-        return write_report([self.path, *beside])
+        with self._by_one("report"):
+            return write_report([self.path, *beside])
+
+    @contextmanager
+    def _by_one(self, what: str) -> Iterator[None]:
+        from dist_ft import dist
+
+        if not self.is_main:
+            raise RuntimeError(
+                f"{what}: rank {os.environ['RANK']} would write what rank 0 writes: call it where "
+                "run.is_main is true"
+            )
+        with dist.alone():  # the program may have a process group of its own
+            yield
 
 
 def fine_tune(
@@ -100,14 +138,18 @@ def fine_tune(
 
     Raises:
         ValueError: If the recipe is wrong, or does not fit the model, the data or the ranks.
+        Stopped: If a signal (Ctrl-C, SIGTERM, SIGUSR1) has stopped the run; it has been saved.
     """
     from dist_ft.train import build
     from dist_ft.train.extensions import Extensions
 
     loaded = _load(recipe, overrides)
     extensions = Extensions(dict(tasks or {}), policy, dict(regularizers or {}))
-    build.train(loaded, resume=resume, extensions=extensions)
-    return RunHandle(loaded.output_dir / loaded.name, extensions)
+    code = build.train(loaded, resume=resume, extensions=extensions)
+    run = RunHandle(loaded.output_dir / loaded.name, extensions)
+    if code != build.DONE:
+        raise Stopped(code, run)
+    return run
 
 
 def open_run(

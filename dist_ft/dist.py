@@ -6,7 +6,9 @@ import datetime
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,6 +18,10 @@ from torch import Tensor
 from torch._C._distributed_c10d import TCPStore
 
 T = TypeVar("T")
+# Whether other ranks are left out; see `alone`.
+_ALONE: ContextVar[bool] = ContextVar("alone", default=False)
+# Environment variables that say which rank this is.
+_PLACE = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE")
 # Between looks at whether the store of an earlier start is gone.
 _STORE_PAUSE_S = 0.5
 
@@ -41,6 +47,16 @@ def world_from_environment() -> World:
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
     )
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Leave the other ranks of a process group that is there out of what is done inside."""
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
 
 
 def init_process_group(world: World, *, timeout_s: int, join_timeout_s: int) -> torch.device:
@@ -73,6 +89,23 @@ def init_process_group(world: World, *, timeout_s: int, join_timeout_s: int) -> 
                 backend, store=store, rank=world.rank, world_size=world.world_size, timeout=timeout
             )
     return torch.device("cuda", world.local_rank) if use_cuda else torch.device("cpu")
+
+
+@contextmanager
+def process_group(world: World, *, timeout_s: int, join_timeout_s: int) -> Iterator[torch.device]:
+    """Yield this rank's device, in the default process group; see `init_process_group`.
+
+    A group that was there before stays. What else this process starts later, another trainer in a
+    notebook, must not find the place of a rank in its environment.
+    """
+    was_there, before = dist.is_initialized(), {n: os.environ.get(n) for n in _PLACE}
+    try:
+        yield init_process_group(world, timeout_s=timeout_s, join_timeout_s=join_timeout_s)
+    finally:
+        if not was_there:
+            shut_down()
+        for name in (n for n, value in before.items() if value is None):
+            os.environ.pop(name, None)
 
 
 def _meet(world: World, *, join_timeout_s: float) -> TCPStore:
@@ -146,7 +179,8 @@ def _joined(rank: int) -> str:
 
 def is_distributed() -> bool:
     """Return whether more than one rank takes part."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    there = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return there and not _ALONE.get()
 
 
 def rank() -> int:

@@ -35,6 +35,14 @@ def refusal(text: str, *, key: str = "on_error") -> str:
     return f"{text}: repair or remove the row, or leave bad rows out ({key}: skip)"
 
 
+def is_outage(error: BaseException) -> bool:
+    """Returns whether a disk or the network failed behind an error: the data may be good."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__
+    return cause is not None
+
+
 # Called with a row that can't be read; it raises, or counts and lets reading go on.
 OnBadRow = Callable[[BadRow], None]
 

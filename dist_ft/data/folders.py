@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,7 +33,14 @@ def restore_folder(folder: Path) -> None:
     old = folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():
         old.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    kept = folder.parent.glob(f"{glob.escape(old.name)}-*")
+    for leftover in [old, *kept]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    if old.exists():
+        # NFS keeps files that a process has open, and another user's can't be removed: what stays
+        # must not have the name that the next replacement needs.
+        with contextlib.suppress(OSError):
+            old.rename(old.with_name(f"{old.name}-{secrets.token_hex(4)}"))
 
 
 def replace_folder(folder: Path, *, by: Path) -> None:

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from dist_ft.data.bad_rows import BadRows
 from dist_ft.data.encoding import BatchEncoder, EncodedBatch, encode_batches
-from dist_ft.data.files import Row
+from dist_ft.data.files import Row, is_outage
 from dist_ft.data.folders import locked, replace_folder, restore_folder
 from dist_ft.data.manifest import (
     MANIFEST_NAME,
@@ -181,12 +181,14 @@ def prepare_split(
                 processes=processes,
                 progress=progress,
             )
-        except ValueError:
+        except ValueError as error:
             # Bad data stay bad; after anything else, the next call goes on from here.
-            shutil.rmtree(temporary, ignore_errors=True)
+            if not is_outage(error):
+                shutil.rmtree(temporary, ignore_errors=True)
             raise
-        (temporary / _PROGRESS_NAME).unlink(missing_ok=True)
         replace_folder(folder, by=temporary)
+        # Not before: if the folder can't get its name, the next call need not encode again.
+        (folder / _PROGRESS_NAME).unlink(missing_ok=True)
     return PreparedSplit(folder, manifest, reused=False)
 
 
@@ -230,7 +232,8 @@ def _existing(folder: Path, *, wanted: Mapping[str, Any], replacing: Replacing) 
             "the folder or choose another data folder"
         )
     try:
-        manifest = ShardedDataset(folder, verify="size").manifest
+        # As when it is opened: what is refused there must not be used again here.
+        manifest = ShardedDataset(folder, verify="cached").manifest
     except ValueError:
         if replacing != "nothing":
             return None
@@ -301,6 +304,7 @@ def _write(
             f"task {spec.task!r}: the split {split!r} is empty ({counts}): give more data "
             "or other fractions"
         )
+    _save_progress(folder, done=done, writer=writer, key=key)
     manifest = Manifest(
         task=spec.task,
         split=split,

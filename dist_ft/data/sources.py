@@ -7,7 +7,7 @@ import hashlib
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -266,7 +266,7 @@ def _hub_source(spec: SourceSpec) -> RawSource:
                 spec.path,
                 spec.subset,
                 split=spec.split or "train",
-                revision=spec.revision,
+                revision=_hub_commit(spec.path, spec.revision),
                 streaming=True,
             )
             # Images and sounds as they are stored: an object made of one differs each time.
@@ -292,16 +292,29 @@ def _hub_source(spec: SourceSpec) -> RawSource:
 
 
 def _hub_revision(spec: SourceSpec) -> str:
-    """Returns the commit behind the revision: a branch moves, a commit doesn't."""
-    import huggingface_hub
-
     try:
-        info = huggingface_hub.HfApi().dataset_info(spec.path, revision=spec.revision)
+        return _hub_commit(spec.path, spec.revision)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"the revision of hub data set {spec.path!r} can't be looked up ({error}): check the "
             "id, the revision and the network"
         ) from error
+
+
+@cache
+def _hub_commit(path: str, revision: str | None) -> str:
+    """Returns the commit behind a revision, the same one for the life of this process.
+
+    A branch moves: the rows of each pass and the fingerprint must be of one commit.
+    """
+    import huggingface_hub
+
+    try:
+        info = huggingface_hub.HfApi().dataset_info(path, revision=revision)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of the hub's HTTP library, which has changed before
+        raise ConnectionError(str(error)) from error
     return str(info.sha)
 
 

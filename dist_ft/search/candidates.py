@@ -118,13 +118,13 @@ class Candidates(Generic[C]):
             dist.on_main(lock.acquire)
             check_shared(self.folder.root)
             dist.on_main(open_folder)
-            self._open_record(codes, total_steps=total_steps)
-            yield
+            with self.folder.logging_to_file(self._place.world):
+                self._open_record(codes, total_steps=total_steps)
+                yield
         finally:
             lock.release()
 
     def _open_record(self, codes: Codes[C], *, total_steps: int) -> None:
-        self.folder.log_to_file(self._place.world)
         if self._place.world.is_main:
             self.record = SearchRecord(
                 self.folder.root,

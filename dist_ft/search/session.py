@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import TypeVar
 
 from dist_ft import dist
@@ -47,15 +46,13 @@ def run_session(
         check_ranks(recipe, world.world_size)
         console = Console(main=world.is_main)
         seen = look(console)
-        device = dist.init_process_group(
+        group = dist.process_group(
             world,
             timeout_s=recipe.engine.collective_timeout_s,
             join_timeout_s=recipe.engine.join_timeout_s,
         )
-        place = Place(world, device, stop_signal=lambda: stop.signal)
-        with ExitStack() as at_end:
-            at_end.callback(dist.shut_down)
-            at_end.enter_context(noting_errors())
+        with group as device, noting_errors():
+            place = Place(world, device, stop_signal=lambda: stop.signal)
             try:
                 return search(seen, place, console)
             except PreemptedError:

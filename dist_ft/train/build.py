@@ -50,7 +50,7 @@ from dist_ft.train.run_data import keep_data
 from dist_ft.train.run_folder import RunFolder
 from dist_ft.train.run_lock import RunLock
 from dist_ft.train.saving import CheckpointWriter
-from dist_ft.train.shared_folder import check_shared
+from dist_ft.train.shared_folder import check_same_data, check_shared
 from dist_ft.train.signals import StopRequest, stop_name
 from dist_ft.train.stragglers import slow_ranks
 from dist_ft.train.trackers import make_trackers
@@ -97,18 +97,19 @@ def _train(recipe: Recipe, *, resume: bool, stop: StopRequest, extensions: Exten
         goes_on=resume,
     )
     reach = reach_text(recipe.freezing, parts)
-    device = dist.init_process_group(
-        world,
-        timeout_s=recipe.engine.collective_timeout_s,
-        join_timeout_s=recipe.engine.join_timeout_s,
-    )
-    at_end = ExitStack()
-    at_end.callback(dist.shut_down)
-    lock = RunLock(folder.root)
-    at_end.callback(lock.release)
-    with at_end, noting_errors():
+    with ExitStack() as at_end, noting_errors():
+        limits = recipe.engine
+        device = at_end.enter_context(
+            dist.process_group(
+                world,
+                timeout_s=limits.collective_timeout_s,
+                join_timeout_s=limits.join_timeout_s,
+            )
+        )
+        lock = RunLock(folder.root)
+        at_end.callback(lock.release)
         _open_folder(folder, recipe, parts, lock=lock, resume=resume, device=device)
-        folder.log_to_file(world)
+        at_end.enter_context(folder.logging_to_file(world))
         recorder = _recorder(recipe, folder=folder, world=world)
         memory = fit_memory(recipe, parts, folder=folder, recorder=recorder, console=console)
         if resume:
@@ -167,6 +168,7 @@ def _open_folder(
     # Every rank must hear of what is wrong, or the others would wait in their first collective.
     dist.on_main(lock.acquire)
     check_shared(folder.root)
+    check_same_data(parts.tasks, data_dir=recipe.data_dir)
     dist.on_main(open_folder)
 
 

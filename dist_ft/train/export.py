@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 import uuid
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dist_ft.engine.ds_setup import choose_accelerator
 from dist_ft.model.backbone import MultiTaskModel, quiet_transformers
+from dist_ft.tasks.end_tokens import stop_tokens
 from dist_ft.train.file_mode import follow_umask
 from dist_ft.train.model_card import CUSTOM_PIPELINES, PIPELINES, model_card
 
@@ -62,7 +64,8 @@ def export_task(
             auto_class = _auto_class(task_model)
             config = _export_config(task_model, auto_class=auto_class, task=task, card=card)
             state = _state(task_model, model=model, weights=weights)
-            _save(task_model, config=config, state=state, folder=temporary)
+            ends = _ends(task_model, tokenizer, auto_class=auto_class, task=task, card=card)
+            _save(task_model, config=config, ends=ends, state=state, folder=temporary)
         tokenizer.save_pretrained(temporary)
         _add_pipeline(PIPELINES[auto_class], folder=temporary)
         labels = _labels(config, auto_class=auto_class)
@@ -115,17 +118,40 @@ def _export_config(
     task_model: PreTrainedModel, *, auto_class: str, task: str, card: Mapping[str, Any]
 ) -> Any:
     config = copy.deepcopy(task_model.config)
+    settings = _settings(card, task=task)
     pipeline = PIPELINES[auto_class]
     if pipeline in CUSTOM_PIPELINES:
         module, name = _PIPELINE_FILES[pipeline]
         config.custom_pipelines = {pipeline: {"impl": f"{module}.{name}", "pt": [auto_class]}}
     if pipeline == "question-answering":
-        tasks = (card.get("recipe") or {}).get("tasks") or ()
-        settings = next((t for t in tasks if t.get("name") == task), {})
         config.question_answering = {
             key: settings.get(key, default) for key, default in _WINDOW_SETTINGS.items()
         }
     return config
+
+
+def _settings(card: Mapping[str, Any], *, task: str) -> Mapping[str, Any]:
+    """The task's section of the recipe."""
+    tasks = (card.get("recipe") or {}).get("tasks") or ()
+    return next((t for t in tasks if t.get("name") == task), {})
+
+
+def _ends(
+    task_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    auto_class: str,
+    task: str,
+    card: Mapping[str, Any],
+) -> list[int] | None:
+    """The tokens at which generation ends, as in evaluation; None for a model that writes none."""
+    generates = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+    if auto_class not in generates or task_model.generation_config is None:
+        return None
+    settings = _settings(card, task=task)
+    chat = bool(settings.get("chat")) or settings.get("messages") is not None
+    known = task_model.generation_config.eos_token_id
+    return stop_tokens(tokenizer, task=task, chat=chat, known=known)
 
 
 def _state(
@@ -152,7 +178,12 @@ def _state(
 
 
 def _save(
-    task_model: PreTrainedModel, *, config: Any, state: dict[str, Tensor], folder: Path
+    task_model: PreTrainedModel,
+    *,
+    config: Any,
+    ends: list[int] | None,
+    state: dict[str, Tensor],
+    folder: Path,
 ) -> None:
     own = task_model.config
     task_model.config = config
@@ -161,6 +192,12 @@ def _save(
             task_model.save_pretrained(folder, state_dict=state)
     finally:
         task_model.config = own
+    if ends is not None:
+        # In the file, as transformers refuses to save what it would not write itself any more.
+        path = folder / "generation_config.json"
+        body = json.loads(path.read_text()) if path.is_file() else {}
+        body["eos_token_id"] = ends[0] if len(ends) == 1 else ends
+        path.write_text(json.dumps(body, indent=2, sort_keys=True) + "\n")
 
 
 def _add_pipeline(pipeline: str, *, folder: Path) -> None:

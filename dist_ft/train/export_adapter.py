@@ -46,7 +46,8 @@ def export_adapter(
         task: name of the task.
         folder: folder to make; appears complete or not at all.
         settings: of the adapters.
-        card: what the README.md says; ``base_model`` is where the pre-trained model is.
+        card: what the README.md says; ``base_model`` is where the pre-trained model is, and
+            ``revision`` which of its commits or branches, if not the first.
 
     Raises:
         ValueError: the folder exists, the model has no adapters, or peft can't hold them beside
@@ -78,6 +79,7 @@ def export_adapter(
             **lora_options(settings),
             task_type=task_type,
             base_model_name_or_path=str(card.get("base_model")),
+            revision=card.get("revision"),
             modules_to_save=[*sorted({n.partition(".")[0] for n in head}), *fresh] or None,
             inference_mode=True,
         )

@@ -317,7 +317,11 @@ class _Exporter:
                 task=task,
                 folder=folder,
                 settings=LoraSettings(**lora.model_dump()),
-                card={**card, "base_model": resolve_model_path(self.recipe.model.path)},
+                card={
+                    **card,
+                    "base_model": resolve_model_path(self.recipe.model.path),
+                    "revision": self.recipe.model.revision,
+                },
             )
         with merged_lora(self.model):
             return export_task(self.model, self.tokenizer, task=task, folder=folder, card=card)

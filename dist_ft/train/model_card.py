@@ -33,7 +33,7 @@ _READERS = {  # the others have a tokenizer
     "image-classification": ("processor", "AutoImageProcessor"),
     "audio-classification": ("extractor", "AutoFeatureExtractor"),
 }
-_RESERVED = {"metrics", "recipe", "base_model"}
+_RESERVED = {"metrics", "recipe", "base_model", "revision"}
 
 
 def model_card(
@@ -81,6 +81,8 @@ def adapter_card(*, task: str, labels: Sequence[str], card: Mapping[str, Any]) -
     base = card.get("base_model") or _base_model(card.get("recipe") or {})
     front = {"library_name": "peft", "base_model": base, "tags": ["dist_ft", "lora"]}
     count = f", num_labels={len(labels)}" if labels else ""
+    if card.get("revision"):
+        count += f", revision={card['revision']!r}"
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n",
         f"# {task}\n",

@@ -91,7 +91,8 @@ class QuestionAnsweringPipeline(Pipeline):
         tokenizer: Any = self.tokenizer
         starts, ends = model_outputs["starts"].float(), model_outputs["ends"].float()
         inside = model_outputs["inside"].to(starts.device)
-        found = (model_outputs["ids"] == tokenizer.cls_token_id).int()
+        cls = -1 if tokenizer.cls_token_id is None else tokenizer.cls_token_id
+        found = (model_outputs["ids"] == cls).int()
         null_at = found.argmax(1, keepdim=True)  # the first token where there is no CLS
         null = (starts.gather(1, null_at) + ends.gather(1, null_at)).min()
         low = torch.finfo(starts.dtype).min / 4

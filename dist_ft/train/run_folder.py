@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,16 +127,25 @@ class RunFolder:
         if file.is_file():
             self.write_json(file.name, {**json.loads(file.read_text()), **more})
 
-    def log_to_file(self, world: dist.World) -> None:
-        """Send this rank's log to ``logs/rank<N>.log``."""
+    @contextmanager
+    def logging_to_file(self, world: dist.World) -> Iterator[None]:
+        """Send this rank's log to ``logs/rank<N>.log`` inside the context."""
         folder = self.root / "logs"
         folder.mkdir(parents=True, exist_ok=True)
         handler = logging.FileHandler(folder / f"rank{world.rank}.log")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logger = logging.getLogger("dist_ft")
+        level, propagates = logger.level, logger.propagate
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         logger.propagate = False
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            handler.close()
+            logger.setLevel(level)
+            logger.propagate = propagates
 
 
 def _differences(old: Any, new: Any, *, free: Collection[str], path: str = "") -> list[str]:

@@ -28,6 +28,7 @@ from dist_ft.train.restoring import restore
 from dist_ft.train.run_data import keep_data
 from dist_ft.train.run_folder import RunFolder
 from dist_ft.train.run_lock import RunLock
+from dist_ft.train.shared_folder import check_same_data
 
 
 class PreemptedError(Exception):
@@ -118,6 +119,7 @@ def _make(
     """Return the whole run, as far as it has come, and what fits it into memory."""
     console = Console(main=False)
     parts = make_parts(recipe, console.say)
+    check_same_data(parts.tasks, data_dir=recipe.data_dir)
     dist.on_main(lambda: keep_data(folder, recipe, parts.tasks))
     memory = fit_memory(recipe, parts, folder=folder, recorder=recorder, console=console)
     run = make_run(memory.resume(recipe), parts, folder=folder, world=place.world,

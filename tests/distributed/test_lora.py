@@ -209,8 +209,10 @@ def test_a_pooler_that_the_checkpoint_lacks_trains_and_is_exported_with_the_adap
         expected = model("a", inputs).logits
     folder = export_adapter(
         model, wordpiece(), task="a", folder=tmp_path / "out", settings=settings,
-        card={"base_model": str(base), "recipe": {"model": {"path": str(base)}}},
+        card={"base_model": str(base), "revision": "v2", "recipe": {"model": {"path": str(base)}}},
     )  # fmt: skip
+    assert json.loads((folder / "adapter_config.json").read_text())["revision"] == "v2"
+    assert "revision='v2'" in (folder / "README.md").read_text()
     torch.manual_seed(9)  # another pooler
     fresh: Any = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=3)
     loaded = peft.PeftModel.from_pretrained(fresh, str(folder)).eval()

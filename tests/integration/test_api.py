@@ -1,6 +1,7 @@
 """dist_ft from Python: the examples of the documentation, run as they stand."""
 
 import json
+import logging
 import math
 import os
 import runpy
@@ -60,6 +61,70 @@ def test_an_example_runs(name: str, folder: Path) -> None:
         assert phases[0] == ["block.2", "pooler", "head.kind"]
         assert phases[1] == ["block.1", "block.2", "block.3", "pooler", "head.kind"]
         assert len(phases) == 3
+
+
+def _with_two_ranks(folder: Path) -> None:
+    os.chdir(folder)
+    run = dist_ft.fine_tune("tickets.yaml", overrides=["name=pair", "engine.type=deepspeed"])
+    assert torch.distributed.is_initialized()  # opened by the caller, and still there
+    assert run.is_main == (torch.distributed.get_rank() == 0)
+    if run.is_main:
+        run.export()
+        run.evaluate()
+        return
+    for what in ("evaluate", "export", "report"):
+        with pytest.raises(RuntimeError, match=f"{what}: rank 1 would write what rank 0 writes"):
+            getattr(run, what)()
+
+
+def test_one_rank_goes_on_with_a_run(folder: Path) -> None:
+    run_distributed(_with_two_ranks, folder, world_size=2)
+    assert (folder / "runs" / "pair" / "export" / "kind" / "config.json").is_file()
+
+
+STOPPED = """
+import os, signal, threading, time
+from pathlib import Path
+import dist_ft
+def stop():
+    record = Path("runs/cut/metrics.jsonl")
+    while not (record.is_file() and '"event": "step"' in record.read_text()):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=stop, daemon=True).start()
+dist_ft.fine_tune("tickets.yaml", overrides=["name=cut", "train.max_duration=5000step"])
+print("went on")
+"""
+
+
+def test_a_program_that_is_stopped_does_not_go_on(folder: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED], cwd=folder, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 75, done.stderr[-2000:]
+    assert "went on" not in done.stdout
+    assert list((folder / "runs" / "cut" / "checkpoints").glob("step*"))
+
+
+def _twice(folder: Path) -> None:
+    os.chdir(folder)
+    place = {n: os.environ.pop(n, None) for n in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    torch.distributed.destroy_process_group()
+    logger = logging.getLogger("dist_ft")
+    before = (list(logger.handlers), logger.propagate, dict.fromkeys(place, None))
+    sizes: list[int] = []
+    for name in ("first", "second"):
+        dist_ft.fine_tune("tickets.yaml", overrides=[f"name={name}"])
+        sizes.append((folder / "runs" / "first" / "logs" / "rank0.log").stat().st_size)
+        left = {n: os.environ.get(n) for n in place}
+        assert (list(logger.handlers), logger.propagate, left) == before
+        assert not torch.distributed.is_initialized()
+    assert sizes[0] == sizes[1] > 0
+
+
+def test_a_run_leaves_its_process_as_it_was(folder: Path) -> None:
+    run_distributed(_twice, folder, world_size=1)
 
 
 def test_an_own_task_trains_otherwise_and_has_shards_of_its_own(folder: Path) -> None:

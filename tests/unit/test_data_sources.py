@@ -3,9 +3,11 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
@@ -235,12 +237,46 @@ def test_images_of_the_hub_are_read_as_they_are_stored(
         return stored.to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "dataset_info", lambda *_, **__: SimpleNamespace(sha="one")
+    )
     source = open_source(SourceSpec("owner/images"), base_dir=tmp_path)
     task = ImageClassification(name="t", labels=("a", "b"))
     keys = [[task.split_key(row) for row in source.rows()] for _ in range(2)]
     assert keys[0] == keys[1]  # and not where an object lay in memory
     assert len(set(keys[0])) == 3
     assert [row["label"] for row in source.rows()] == ["a", "b", "a"]
+
+
+def test_a_branch_of_the_hub_that_moves_is_read_at_one_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits = iter(["one", "two", "three", "four"])
+    asked: list[tuple[str, str | None]] = []
+    read: list[str] = []
+
+    def dataset_info(_: Any, path: str, revision: str | None = None) -> Any:
+        asked.append((path, revision))
+        if len(asked) == 1:
+            raise RuntimeError("no route to host")  # the HTTP library's own, no OSError
+        return SimpleNamespace(sha=next(commits))
+
+    def load(*_: Any, revision: str, **__: Any) -> Any:
+        read.append(revision)
+        return datasets.Dataset.from_dict({"text": ["a", "b"]}).to_iterable_dataset()
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    sources = [open_source(SourceSpec("owner/moving"), base_dir=tmp_path) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"can't be read as a hub data set \(no route to host\)"):
+        list(sources[0].rows())
+    for source in sources:  # the labels' pass, the rows' pass, and each split's source
+        assert len(list(source.rows())) == len(list(source.rows())) == 2
+        assert source.fingerprint["revision"] == "one"
+    assert read == ["one"] * 4
+    assert asked == [("owner/moving", None)] * 2
+    tagged = open_source(SourceSpec("owner/moving", revision="v1"), base_dir=tmp_path)
+    assert tagged.fingerprint["revision"] == "two"
 
 
 def test_class_numbers_become_names() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dist_ft.data.loader import MicroBatch
 from dist_ft.model.backbone import HeadSpec, MultiTaskModel, build_model
@@ -34,7 +34,10 @@ CARD = {
     "metrics": {"accuracy": 0.5},
     "recipe": {
         "model": {"path": "some/model"},
-        "tasks": [{"name": "qa", "max_length": 24, "doc_stride": 6, "max_answer_length": 7}],
+        "tasks": [
+            {"name": "qa", "max_length": 24, "doc_stride": 6, "max_answer_length": 7},
+            {"name": "causal_qa", "max_length": 48, "doc_stride": 6, "max_answer_length": 7},
+        ],
     },
     "training_data": "rows made for a test",
 }
@@ -101,7 +104,13 @@ CASES: list[tuple[str, list[Any]]] = [
             TextClassification(name="decoder_cls", labels=["a", "b", "c"]),
         ],
     ),
-    ("gpt2", [Generation(name="tied")]),
+    (
+        "gpt2",
+        [
+            Generation(name="tied"),
+            QuestionAnswering(name="causal_qa", max_length=48, doc_stride=6, max_answer_length=7),
+        ],
+    ),
     ("t5", [Generation(name="pair", style="seq2seq")]),
 ]
 PIPELINES = {
@@ -304,6 +313,23 @@ def test_a_card_names_no_folder_of_this_machine() -> None:
         )
         assert shown["tasks"][0]["data"]["train"]["path"] == "rows.csv"
         assert shown["tasks"][1] == recipe["tasks"][1]
+
+
+def test_an_exported_model_ends_its_answers_as_it_was_taught(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    task = Generation(name="talk", chat=True)
+    model = build("llama", [task], tokenizer)
+    card = {"recipe": {"tasks": [{"name": "talk", "chat": True}]}}
+    with model.task_model("talk") as task_model:
+        before: Any = task_model.generation_config.eos_token_id
+    folder = export_task(model, tokenizer, task="talk", folder=tmp_path / "talk", card=card)
+    found: Any = GenerationConfig.from_pretrained(folder).eos_token_id
+    taught: Any = tokenizer.convert_tokens_to_ids(["<eos>", "<|im_end|>"])
+    assert found == sorted({*taught} if before is None else {*taught, before})
+    with model.task_model("talk") as task_model:
+        assert task_model.generation_config.eos_token_id == before
 
 
 @pytest.fixture
