@@ -138,7 +138,7 @@ def fine_tune(
 
     Raises:
         ValueError: If the recipe is wrong, or does not fit the model, the data or the ranks.
-        Stopped: If a signal (Ctrl-C, SIGTERM, SIGUSR1) has stopped the run; it has been saved.
+        Stopped: If a signal has stopped the run (SIGINT, SIGTERM, SIGUSR1, SIGHUP); it is saved.
     """
     from dist_ft.train import build
     from dist_ft.train.extensions import Extensions

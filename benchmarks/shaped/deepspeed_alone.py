@@ -1,7 +1,7 @@
 """The peer of `network.py`: DeepSpeed by itself, its model frozen before it is initialized.
 
 The same model, rows a step, optimizer, precision and clipping as ours, in padded batches; the
-configuration is that of `hf_trainer`, from accelerate's documentation.
+configuration is that of `hf_trainer`, without `overlap_comm`.
 """
 
 from __future__ import annotations

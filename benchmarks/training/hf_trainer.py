@@ -36,7 +36,7 @@ from benchmarks.training.workload import (
 )
 
 TUNED: dict[str, Any] = {"bf16": True, "train_sampling_strategy": "group_by_length"}
-# As accelerate's documentation has it; the Trainer fills in what is "auto".
+# After accelerate's documentation, without `overlap_comm`; the Trainer fills in what is "auto".
 DEEPSPEED: dict[str, Any] = {
     "zero_optimization": {"stage": 2, "overlap_comm": False, "contiguous_gradients": True},
     "bf16": {"enabled": True},

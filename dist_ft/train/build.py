@@ -257,8 +257,7 @@ def make_run(
 class TrainableGroups:
     """Reads from the parameters which layer groups require a gradient.
 
-    Where the parameters are is looked up once: to walk through all modules in every step takes as
-    long as a cached step's forward pass.
+    Where the parameters are is looked up once, not by a walk through all modules in every step.
     """
 
     def __init__(self, module: torch.nn.Module, groups: Sequence[LayerGroup]) -> None:

@@ -7,10 +7,11 @@ import os
 import shutil
 import subprocess
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tests.helpers.forked import in_a_fork
 
 ROOT = Path(__file__).parents[2]
 _CLONE_NEWNET = 0x40000000
@@ -33,22 +34,14 @@ def why_not(*, slurm: bool) -> str | None:
 
 def in_own_network(action: Callable[[], None]) -> None:
     """Run `action` in a fork with a network of its own, which has the loopback device only."""
-    child = os.fork()
-    if child:
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, "see its output above"
-        return
-    code = 1
-    try:
+
+    def apart() -> None:
         assert ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET) == 0
         set_loopback("up")
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         action()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-        raise
-    finally:
-        os._exit(code)
+
+    in_a_fork(apart)
 
 
 def set_loopback(state: str) -> None:

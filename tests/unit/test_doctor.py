@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import tempfile
-import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from dist_ft.doctor import (
 from dist_ft.doctor.situation import Situation, look_around
 from dist_ft.launcher.processes import fork_rank
 from dist_ft.recipe import load_recipe
+from tests.helpers.forked import in_a_fork
 from tests.helpers.run_distributed import run_distributed
 
 TWO = ("NVIDIA GeForce RTX 4090", "NVIDIA GeForce RTX 4090")
@@ -140,24 +140,17 @@ def test_a_folder_that_cannot_be_written_is_told_though_its_disk_is_known() -> N
         closed.mkdir(mode=0o555)
         for folder in (run.parent, run):
             folder.chmod(0o777)
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                if os.geteuid() == 0:  # who may write everywhere
-                    os.setuid(65534)
-                tempfile.tempdir = str(run)
-                found = list(machine.disks({"run": run, "data": closed / "shards", "cache": run}))
-                assert [f.name for f in found if f.is_broken] == ["disk of data"]
-                assert "can't be written" in found[-2].value
-                assert "the same as of run" in found[-1].value
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-                raise
-            finally:
-                os._exit(code)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+        def look() -> None:
+            if os.geteuid() == 0:  # who may write everywhere
+                os.setuid(65534)
+            tempfile.tempdir = str(run)
+            found = list(machine.disks({"run": run, "data": closed / "shards", "cache": run}))
+            assert [f.name for f in found if f.is_broken] == ["disk of data"]
+            assert "can't be written" in found[-2].value
+            assert "the same as of run" in found[-1].value
+
+        in_a_fork(look)
 
 
 def test_a_compiler_that_does_not_answer_is_none(
