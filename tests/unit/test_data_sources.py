@@ -183,7 +183,10 @@ def test_cut_files_are_refused(files: Path) -> None:
     [
         (SourceSpec("absent.csv"), "'absent.csv' matches no file.*relative paths start"),
         (SourceSpec("none-*.csv"), "the glob 'none-.*' matches no file"),
-        (SourceSpec("package:absent"), "'absent' is unknown: choose one of boolq, "),
+        (
+            SourceSpec("package:absent"),
+            "'absent' is unknown: choose one of amazon_sentiment, boolq, ",
+        ),
         (SourceSpec("package:trec", split="train"), "only hub data sets have"),
         (SourceSpec("a.jsonl", revision="main"), "only hub data sets have"),
         (SourceSpec("odd.txt"), "format of .*odd.txt can't be told"),
@@ -299,6 +302,9 @@ COUNTS = {
     "trec": 15_452,
     "sms_spam": 4_837,
     "movie_sentiment": 10_072,
+    "amazon_sentiment": 2_985,
+    "news_sentiment": 2_970,
+    "tweet_sentiment": 3_432,
     "movie_rating": 10_605,
     "boolq": 12_697,
     "quac": 3_000,
@@ -325,6 +331,8 @@ def test_packaged_sets(tmp_path: Path, name: str) -> None:
     if name == "trec":
         assert len({row["question"] for row in rows}) == 5_381
         assert len({row["fine"] for row in rows}) == 50
+    if name.endswith("_sentiment"):
+        assert all((row["label"] == "pos") == (row["rating"] > 0) for row in rows)
     if name == "wnut16":
         tags = Counter(tag for row in rows for tag in row["tags"])
         assert sum(tags.values()) == 46_469
