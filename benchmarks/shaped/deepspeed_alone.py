@@ -1,7 +1,7 @@
 """The peer of `network.py`: DeepSpeed by itself, its model frozen before it is initialized.
 
 The same model, rows a step, optimizer, precision and clipping as ours, in padded batches; the
-configuration is that of `hf_trainer`, without `overlap_comm`.
+configuration is that of `hf_trainer` with `overlap_comm`, which is quicker on such a link.
 """
 
 from __future__ import annotations
@@ -71,7 +71,11 @@ class DeepSpeedAlone:
 def _config(stage: int) -> dict[str, Any]:
     return {
         **DEEPSPEED,
-        "zero_optimization": {**DEEPSPEED["zero_optimization"], "stage": stage},
+        "zero_optimization": {
+            **DEEPSPEED["zero_optimization"],
+            "stage": stage,
+            "overlap_comm": True,
+        },
         "gradient_clipping": CLIP,
         "train_batch_size": RANKS * MICRO_BATCH,
         "train_micro_batch_size_per_gpu": MICRO_BATCH,

@@ -156,7 +156,7 @@ class DeepSpeedEngine:
     @property
     def module(self) -> nn.Module:
         """The model, with the weights that the last step has left."""
-        self._arriving.settle()
+        self._have_all_weights()
         return self._module
 
     def _have_all_weights(self) -> None:
@@ -268,9 +268,8 @@ class DeepSpeedEngine:
             engine, run=self._run, passes=passes, own_time=self._own_time, probe=self._probe,
             options=self.options, deepspeed_options=self._ds, gradients=self._stepper.gradients,
         )  # fmt: skip
-        with self._probe.watching(self._shared(), turns=len(turns)):
+        with self._mixing.ending(), self._probe.watching(self._shared(), turns=len(turns)):
             losses = accumulation.over(step, turns=turns, ways=ways)
-        self._mixing.end()
         self.before_change()
         shares = losses.tolist()
         done = self._stepper.update(

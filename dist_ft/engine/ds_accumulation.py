@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -102,4 +103,25 @@ class Accumulation:
         if self._ds.zero_stage == 1 and self._engine.optimizer._backward_active_depth:
             # Left by a backward pass that memory ended; nothing of it was reduced.
             self._engine.optimizer._backward_active_depth = 0
-        self._engine.backward(share * self._factor, scale_wrt_gas=False)
+        with self._noting_reduction():
+            self._engine.backward(share * self._factor, scale_wrt_gas=False)
+
+    @contextmanager
+    def _noting_reduction(self) -> Iterator[None]:
+        """Note when a backward pass has come to what DeepSpeed reduces at the end of the last one.
+
+        Memory that lacks there is no reason to do the pass again: others have gone on.
+        """
+        engine = self._engine
+        reduce = engine.allreduce_gradients
+
+        def noted(*arguments: Any, **options: Any) -> None:
+            self._guard.reducing = True
+            reduce(*arguments, **options)
+            self._guard.reducing = False
+
+        engine.allreduce_gradients = noted
+        try:
+            yield
+        finally:
+            del engine.allreduce_gradients

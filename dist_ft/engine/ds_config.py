@@ -85,6 +85,8 @@ def build_ds_config(
             **config.get(options.precision, {}),
             "enabled": True,
         }
+    if options.precision == "bf16":  # a step of infinite gradients is to be refused, not taken
+        config["bf16"]["check_grad_overflow"] = True
     return config
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -71,6 +72,14 @@ class Mixing:
                 key = mixout_key(self.seed, step=step, parameter=name)
                 hook = _masked(key, probability=probability)
                 self._hooks.append(parameters[name].register_hook(hook))
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Let what was begun end with the context, also by an error: shares may be masters."""
+        try:
+            yield
+        finally:
+            self.end()
 
     @torch.no_grad()
     def end(self) -> None:

@@ -59,11 +59,13 @@ class MemoryGuard:
     Attributes:
         zero_stage: 0 to 3.
         overlaps: Whether DeepSpeed reduces gradients while the backward pass runs, in every stage.
+        reducing: Whether others wait for this rank in the reduction that ends its backward pass.
         lacked: What did not fit, or None.
     """
 
     zero_stage: int = 0
     overlaps: bool = False
+    reducing: bool = False
     lacked: str | None = None
 
     def run(
@@ -108,7 +110,7 @@ class MemoryGuard:
             backward(loss)
             return loss.detach()
         except torch.OutOfMemoryError as error:
-            if self.zero_stage >= first_stage:
+            if self.reducing or self.zero_stage >= first_stage:
                 raise
             rows = len(next(iter(batch.inputs.values())))
             self.lacked = f"{where} pass of {rows} rows: {str(error).splitlines()[0]}"

@@ -122,9 +122,8 @@ class ReferenceEngine:
         if mixed:
             self.before_change()
         self._mixing.begin(step, groups=mixed, parameters=self._parameters)
-        with self._probe.watching(self._shared(), turns=len(turns)):
+        with self._mixing.ending(), self._probe.watching(self._shared(), turns=len(turns)):
             losses, lacked = self._accumulate(step, turns=turns, ways=ways)
-        self._mixing.end()
         norm = self._clip()
         shares = losses.tolist()
         refused = loss_problem(sum(shares), limit=loss_limit) or gradient_problem(norm)

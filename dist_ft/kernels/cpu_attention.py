@@ -53,7 +53,9 @@ def attend(
         heads=query.shape[0], key_heads=key.shape[0], causal=causal,
         dtype=_wide(query.dtype),
     )  # fmt: skip
-    return _Attend.apply(query, key, value, layout, factor, dropout)
+    inputs = (query, key, value)
+    kept = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    return _Attend.apply(*inputs, layout, factor, dropout, kept)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -72,16 +74,20 @@ class _Attend(torch.autograd.Function):
         layout: Layout,
         scale: float,
         dropout: float,
+        kept: bool,
     ) -> Tensor:
         heads, _, size = query.shape
         key_heads = key.shape[0]
         q = _gathered(query.transpose(0, 1), layout.queries)
         k, v = (_gathered(t.transpose(0, 1), layout.keys) for t in (key, value))
-        saved, result = q.new_empty(layout.pairs), torch.empty_like(q)
+        # A frozen prefix has no backward pass: one group's probabilities are enough at a time.
+        saved = q.new_empty(layout.pairs if kept else layout.most_pairs)
+        result = torch.empty_like(q)
         room = q.new_empty(layout.most_pairs)
         for group in layout.groups:
             queries, keys, pairs = _shapes(group, heads=heads, key_heads=key_heads, size=size)
-            scores, probabilities = _part(room, pairs), saved[group.pairs].view(pairs)
+            scores = _part(room, pairs)
+            probabilities = saved[group.pairs].view(pairs) if kept else _part(saved, pairs)
             _multiply(
                 q[group.queries].view(queries), k[group.keys].view(keys).transpose(1, 2),
                 factor=scale, out=scores, bias=group.bias,
@@ -100,7 +106,8 @@ class _Attend(torch.autograd.Function):
             if dropout:
                 # Half of each, negative where it was dropped, says both in the room of one tensor.
                 torch.sub(weights, probabilities, alpha=0.5, out=probabilities)
-        ctx.save_for_backward(q, k, v, saved)
+        if kept:
+            ctx.save_for_backward(q, k, v, saved)
         ctx.about = layout, scale, dropout, heads, key_heads
         return _returned(result, layout.queries, heads=heads, dtype=query.dtype)
 
@@ -152,7 +159,7 @@ class _Attend(torch.autograd.Function):
             _returned(of_key, layout.keys, heads=key_heads, dtype=dtype),
             _returned(of_value, layout.keys, heads=key_heads, dtype=dtype),
         )
-        return (*(t.transpose(0, 1) for t in found), None, None, None)
+        return (*(t.transpose(0, 1) for t in found), None, None, None, None)
 
 
 def _part(room: Tensor, shape: tuple[int, int, int]) -> Tensor:

@@ -145,7 +145,7 @@ def _settings(width: int, p: float) -> dict[str, Any]:
         "N": width,
         "BLOCK": block,
         "ROWS": _ROWS,
-        "LEAST": round(p * 2**24),
+        "LEAST": _least(p),
         "num_warps": next(warps for widest, warps in _WARPS if block <= widest),
     }
 
@@ -237,7 +237,8 @@ class _DropoutResidualNorm(torch.autograd.Function):
         width, rows = kept.shape[-1], len(mean)
         programs = min(max(1, triton.cdiv(rows, _ROWS)), _programs(kept.device))
         by_residual = torch.empty_like(kept)
-        by_hidden = torch.empty_like(kept) if p else by_residual
+        # Below the smallest share that is drawn, the kernel has nothing to write there.
+        by_hidden = torch.empty_like(kept) if _least(p) else by_residual
         by_weight, by_bias = mean.new_empty(2, programs, width)
         _backward_kernel[(programs,)](
             grad, kept, mean, scale, weight, by_hidden, by_residual, by_weight, by_bias, seed, rows,
@@ -245,6 +246,11 @@ class _DropoutResidualNorm(torch.autograd.Function):
         )  # fmt: skip
         shares = (by_weight.sum(0).to(weight.dtype), by_bias.sum(0).to(weight.dtype))
         return by_hidden, by_residual, *shares, None
+
+
+def _least(p: float) -> int:
+    """Return the smallest of 2**24 draws that keeps an element."""
+    return round(p * 2**24)
 
 
 def _programs(device: torch.device) -> int:

@@ -28,7 +28,7 @@ IMPLEMENTATION = "dist_ft_unpadded"
 
 # Arguments of transformers' attention functions that change nothing here.
 _IGNORED = {
-    "is_causal", "position_ids", "position_embeddings", "sliding_window", "cache_position",
+    "is_causal", "position_ids", "position_embeddings", "cache_position",
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "use_cache", "deterministic",
     "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
     "token_type_ids",
@@ -127,14 +127,16 @@ def unpadded_attention(
     Raises:
         ValueError: the model wants something that is not supported, naming it.
     """
+    source: Any = module.row_source
+    rows: RowRuns = source.rows.runs
+    if (kwargs.get("sliding_window") or rows.longest) >= rows.longest:
+        kwargs.pop("sliding_window", None)  # every token sees its whole row
     wanted = sorted(k for k, v in kwargs.items() if v is not None and k not in _IGNORED)
     if attention_mask is not None or wanted:
         raise ValueError(
             f"{type(module).__name__} passes {wanted or 'a mask'} to its attention, which rows "
             "without padding do not support: set model.padding: padded"
         )
-    source: Any = module.row_source
-    rows: RowRuns = source.rows.runs
     causal = kwargs.get("is_causal")
     causal = bool(getattr(module, "is_causal", False) if causal is None else causal)
     if position_bias is not None and (causal or position_bias.shape[-1] < rows.longest):

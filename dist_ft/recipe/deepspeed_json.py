@@ -39,6 +39,14 @@ def check_deepspeed(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
     if engine.offload_optimizer and engine.zero_stage == 0 and _sure(draft, "engine.zero_stage"):
         text = "needs zero_stage 1 or more, got true with zero_stage 0: raise zero_stage"
         yield Finding(("engine", "offload_optimizer"), text)
+    if engine.offload_optimizer and recipe.mixture.tasks_per_step > 1 and engine.zero_stage > 1:
+        text = (
+            "DeepSpeed keeps the gradients of offloaded parameters from the last pass of a step "
+            f"only, got true with mixture.tasks_per_step={recipe.mixture.tasks_per_step}: set that "
+            "to 1, zero_stage to 1 or this to false"
+        )
+        if _sure(draft, "engine.zero_stage") and draft.is_sure("mixture"):
+            yield Finding(("engine", "offload_optimizer"), text)
     if engine.precision == "fp16" and engine.zero_stage == 0 and _sure(draft, "engine.precision"):
         text = "fp16 needs zero_stage 1 or more, got zero_stage 0: raise it, or use bf16"
         yield Finding(("engine", "precision"), text)

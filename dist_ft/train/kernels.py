@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from dist_ft.config import Recipe
 from dist_ft.engine.base import DTYPES
@@ -25,7 +26,12 @@ from dist_ft.tasks.generation import Generation
 FLASH, BY_RUN = "flash_varlen", "by_run"
 FIRST_TOKENS = "first_tokens"
 _NORM, _DROPOUT = "dropout_residual_norm", "dropout"
-_ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
+_ATTENTION_DROPOUTS = (
+    "attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "dropout_rate",
+)  # fmt: skip
+# What flash attention is made for; see `TORCH_CHECK`s of torch's mha_varlen_fwd.
+_FLASH_MULTIPLE, _FLASH_WIDEST = 8, 256
+_HEAD_SIZES = ("head_dim", "attention_head_size")
 # Parts of `regularization` whose losses are made of outputs, in more than one forward.
 _WHOLE_LOGITS = ("r_drop", "adversarial", "cutoff", "mixup")
 
@@ -51,7 +57,8 @@ class Kernels:
         """Let a trunk without padding run the attention that was chosen, and note what will run.
 
         Padded rows are transformers' affair. A bias by position, as T5 has, is beyond flash
-        attention. Under ``last_block`` is noted whether some task's runs for first tokens only.
+        attention, and so are some sizes of heads. Under ``last_block`` is noted whether some task's
+        runs for first tokens only.
         """
         narrow = trunk is not None and trunk.last is not None and "firsts" in trunk.forms.values()
         self.chosen["last_block"] = FIRST_TOKENS if narrow else REFERENCE
@@ -59,7 +66,8 @@ class Kernels:
             self.chosen["attention"] = REFERENCE
             return
         biased = any(modules_with_bias(block) for block in trunk.blocks)
-        trunk.flash = self.chosen["attention"] == FLASH and not biased
+        fits = all(_suits_flash(block) for block in trunk.blocks)
+        trunk.flash = self.chosen["attention"] == FLASH and not biased and fits
         # Also where a recipe wants plain torch and no padding: then it is plain torch, by row.
         self.chosen["attention"] = FLASH if trunk.flash else BY_RUN
 
@@ -127,8 +135,30 @@ def attention_dropout(recipe: Recipe, model: MultiTaskModel) -> float:
     chosen = recipe.regularization.dropout.attention
     if chosen is not None:
         return chosen
-    config: Any = model.backbone.config
-    return max(getattr(config, name, 0.0) or 0.0 for name in _ATTENTION_DROPOUTS)
+    shares = [
+        getattr(c, name, 0.0) or 0.0 for c in configs_of(model) for name in _ATTENTION_DROPOUTS
+    ]
+    return max(shares)
+
+
+def configs_of(model: MultiTaskModel) -> list[Any]:
+    """Return the configurations of the backbone and of its parts: encoder, decoder, towers."""
+    found = [model.backbone.config]
+    for module in model.backbone.modules():
+        config = getattr(module, "config", None)
+        if config is not None and all(config is not other for other in found):
+            found.append(config)
+    return found
+
+
+def _suits_flash(block: nn.Module) -> bool:
+    """Return whether flash attention has programs for the size of a block's attention heads."""
+    sizes = [getattr(m, name, None) for m in block.modules() for name in _HEAD_SIZES]
+    return all(
+        size % _FLASH_MULTIPLE == 0 and size <= _FLASH_WIDEST
+        for size in sizes
+        if isinstance(size, int)
+    )
 
 
 def _fused_losses(

@@ -22,12 +22,13 @@ from dist_ft.engine.trunk_passes import TrunkPasses
 from dist_ft.freezing.activation_cache import ActivationCache, CachedTask, cache_folder
 from dist_ft.freezing.policies import ScheduledPolicy
 from dist_ft.freezing.schedule import frozen_prefix
+from dist_ft.model.backbone import MultiTaskModel
 from dist_ft.model.trunk import Trunk
 from dist_ft.tasks.question_answering import QuestionAnswering
 from dist_ft.tasks.token_classification import TokenClassification
 from dist_ft.train.augmentation import make_augmenter
 from dist_ft.train.data import PreparedTask
-from dist_ft.train.kernels import attention_dropout
+from dist_ft.train.kernels import attention_dropout, configs_of
 from dist_ft.train.parts import Parts
 from dist_ft.train.recorder import Recorder
 from dist_ft.train.regularization import changes_hidden_states
@@ -41,7 +42,10 @@ _LEAST_VISITS = 1.25
 # compute its loss itself, from hidden states among their padding.
 _PER_TOKEN = (TokenClassification, QuestionAnswering)
 # Settings by which transformers' models limit how far a token sees.
-_WINDOWS = ("sliding_window", "local_attention", "attention_window", "attention_chunk_size")
+_WINDOWS = (
+    "sliding_window", "sliding_window_size", "local_attention", "attention_window",
+    "attention_chunk_size",
+)  # fmt: skip
 
 
 def make_passes(
@@ -195,15 +199,24 @@ def _unsuited(recipe: Recipe, parts: Parts, *, device: torch.device) -> str | No
     """Return why running without padding would be wrong, slow or unwanted here."""
     if recipe.kernels == "reference" and recipe.model.padding == "auto":
         return "kernels: reference leaves the model as transformers made it"
-    config: Any = parts.model.backbone.config
     longest = max(t.max_length for t in recipe.tasks)
-    windows = [w for name in _WINDOWS if isinstance(w := getattr(config, name, None), int)]
+    windows = _windows(parts.model)
     if windows and min(windows) < longest:
         return f"its tokens see {min(windows)} others and rows may have {longest} tokens"
     dropout = attention_dropout(recipe, parts.model)
     if device.type == "cuda" and recipe.model.padding == "auto" and dropout > 0:
         return "torch's attention for rows without padding has no dropout on GPUs"
     return None
+
+
+def _windows(model: MultiTaskModel) -> list[int]:
+    """Return how many tokens a token sees, wherever a part of the backbone has such a limit.
+
+    A probe of a few short rows would not meet it.
+    """
+    owners: list[Any] = [*configs_of(model), *model.backbone.modules()]
+    values = [getattr(owner, name, None) for owner in owners for name in _WINDOWS]
+    return [value for value in values if isinstance(value, int)]
 
 
 def _refuse(

@@ -138,6 +138,39 @@ def _stays_in_step() -> None:
                 assert largest_difference(*ends) <= most, (precision, stage, where)
 
 
+def _ends_in_the_reduction() -> None:
+    import deepspeed
+
+    whole = deepspeed.DeepSpeedEngine.allreduce_gradients
+    calls: list[int] = []
+
+    def no_room_once(self: Any, *arguments: Any, **options: Any) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            _no_room()
+        whole(self, *arguments, **options)
+
+    engine = make_deepspeed(EngineOptions(), zero_stage=0)
+    engine.set_trainable(ALL)
+    batches = global_batch(0, micro_batches=4)
+    with (
+        mock.patch.object(deepspeed.DeepSpeedEngine, "allreduce_gradients", no_room_once),
+        pytest.raises(torch.OutOfMemoryError, match="fake allocator"),
+    ):
+        engine.train_step(
+            0,
+            task=TASKS[0],
+            micro_batches=batches[dist.get_rank() :: 2],
+            global_count=sum(len(b.targets["y"]) for b in batches),
+            learning_rates=learning_rates(tiny_groups(TinyModel(), lr=1e-3), 0),
+        )
+    assert calls == [1], "the reduction was begun again, which the other ranks do not expect"
+
+
+def test_memory_that_ends_while_gradients_are_reduced_ends_the_run() -> None:
+    run_distributed(_ends_in_the_reduction)
+
+
 def test_the_ranks_stay_in_step_and_take_it_again_in_halves() -> None:
     run_distributed(_stays_in_step)
 

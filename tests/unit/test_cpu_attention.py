@@ -154,6 +154,20 @@ def test_a_row_gets_the_same_bits_in_any_micro_batch(lengths: list[int], size: i
         begin += length
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_pass_without_gradients_keeps_nothing_and_gives_the_same_bits(dropout: float) -> None:
+    rows = RowGroups((9, 3, 40, 7, 7, 1))
+    q, k, v = torch.randn(3, 2, 67, 8).unbind()
+    found: list[Tensor] = []
+    for grad in (True, False):
+        torch.manual_seed(1)
+        with torch.set_grad_enabled(grad):
+            out = attend(q.requires_grad_(), k, v, rows=rows, dropout=dropout)
+        assert out.requires_grad == grad
+        found.append(out.detach())
+    assert torch.equal(*found)
+
+
 def test_large_groups_are_split_for_the_cache() -> None:
     found = groups_of([64] * 100, heads=12)
     assert len(found) > 1

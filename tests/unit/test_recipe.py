@@ -406,6 +406,14 @@ GOLDEN: dict[str, tuple[list[str], list[str]]] = {
         ["evaluation.every=0step"],
         ["evaluation.every: must be longer than nothing, got '0step': raise it"],
     ),
+    "offload with several turns": (
+        ["engine.offload_optimizer=true", "engine.zero_stage=2", "mixture.tasks_per_step=2"],
+        [
+            "engine.offload_optimizer: DeepSpeed keeps the gradients of offloaded parameters from "
+            "the last pass of a step only, got true with mixture.tasks_per_step=2: set that to 1, "
+            "zero_stage to 1 or this to false"
+        ],
+    ),
     "offload without partitions": (
         ["engine.offload_optimizer=true", "engine.zero_stage=0"],
         [
