@@ -3,14 +3,16 @@
 The hosts are network namespaces of this machine whose virtual Ethernet is shaped to 250 Mbit/s in
 each direction by the kernel's token bucket (tc tbf). Each runs one rank of one thread; MiniLM-L6
 fine-tunes in bf16. "half" freezes the embeddings, which are half of the parameters; "3 of 6" half
-of the blocks besides; "head" everything but pooler and classifier. Beside them, on the same link in
-the same run, DeepSpeed by itself (`shaped/deepspeed_alone.py`), with all training and with the
-embeddings frozen. Needs root, iproute2 and util-linux, and says so otherwise.
+of the blocks besides; "head" everything but pooler and classifier. "all" and "half" take turns, in
+three rounds of five steps; the others take five. Beside them, on the same link in the same run,
+DeepSpeed by itself (`shaped/deepspeed_alone.py`), with all training and with the embeddings frozen.
+Needs root, iproute2 and util-linux, and says so otherwise.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -31,7 +33,7 @@ from tests.helpers.cluster import Cluster, running_cluster, why_not
 
 MBIT_PER_S = 250
 # Longest time that both ranks together may take, seconds; the cluster ends itself soon after.
-PATIENCE_S = 720
+PATIENCE_S = 1200
 FREEZING: dict[str, dict[str, Any]] = {
     "all": {"policy": "none"},
     "half": {"policy": "static", "frozen": ["embeddings"]},
@@ -107,7 +109,7 @@ def measure(
                 f"node{n + 1}", "env", f"RANK={n}", "LOCAL_RANK=0", f"WORLD_SIZE={RANKS}",
                 "MASTER_ADDR=node1", f"MASTER_PORT={port}", "GLOO_SOCKET_IFNAME=eth0",
                 sys.executable, "-m", "benchmarks.shaped.rank", "--out", str(out),
-                "--steps", str(steps), "--alone", *alone, "--recipes", *map(str, recipes),
+                "--steps", str(steps), "--alone", *alone, "--recipes", *_in_turn(recipes),
                 cwd=folder, log=logs[n],
             )
             for n in range(RANKS)
@@ -117,6 +119,16 @@ def measure(
         ends = "\n".join(log.read_text()[-1500:] for log in logs)
         raise RuntimeError(f"the ranks ended with {codes}:\n{ends}")
     return json.loads(out.read_text())
+
+
+def _in_turn(recipes: Sequence[Path]) -> list[str]:
+    """Return arguments of `shaped.rank`: all and half of a stage, which are compared, as one."""
+    compared = [name_of(stage, s, cached=False) for stage in STAGES for s in PEER_SHARES]
+    key = {name: name.partition("-")[0] for name in compared}
+    items: dict[str, list[str]] = {}
+    for recipe in recipes:
+        items.setdefault(key.get(recipe.stem, recipe.stem), []).append(str(recipe))
+    return [os.pathsep.join(item) for item in items.values()]
 
 
 def _shape(cluster: Cluster, node: str, *, folder: Path) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +22,8 @@ from benchmarks.stepping import Stepper, step_seconds
 
 PAYLOAD_BYTES = 8 * 2**20
 LINK = "eth0"
+# Of recipes that are timed in turn.
+ROUNDS = 3
 
 
 def sent_bytes() -> int:
@@ -42,34 +46,62 @@ def link_bits_per_s() -> float:
     return 8 * PAYLOAD_BYTES / (time.perf_counter() - began)
 
 
-def time_recipe(recipe: Path, *, folder: Path, steps: int) -> dict[str, object]:
-    """Return the times of a recipe's steps."""
-    stepper = Stepper(recipe, folder=folder, steps=steps)
-    report = stepper.train()
-    found = _time(stepper.seconds)
-    stepper.close()
-    total = report.trainable_params + report.frozen_params
+def time_recipes(recipes: Sequence[Path], *, steps: int) -> dict[str, dict[str, object]]:
+    """Return the times of recipes' steps by name; several are timed in turn, in rounds.
+
+    A shaped link is not the same from minute to minute; what is compared must share its minutes.
+    """
+    steppers = {r.stem: Stepper(r, folder=r.with_suffix(".run"), steps=steps) for r in recipes}
+    reports = {name: stepper.train() for name, stepper in steppers.items()}
+    passes = {name: functools.partial(_settled, stepper) for name, stepper in steppers.items()}
+    found = _time(passes, rounds=1 if len(recipes) == 1 else ROUNDS)
+    for stepper in steppers.values():
+        stepper.close()
     return {
-        **found,
-        "trainable_share": report.trainable_params / total,
-        "cached_blocks": report.cached_blocks,
+        name: {
+            **found[name],
+            "trainable_share": r.trainable_params / (r.trainable_params + r.frozen_params),
+            "cached_blocks": r.cached_blocks,
+        }
+        for name, r in reports.items()
     }
 
 
 def time_deepspeed(folder: Path, *, stage: int, share: str, steps: int) -> dict[str, object]:
     """Return the times of DeepSpeed's own steps, with the embeddings frozen or not."""
     alone = DeepSpeedAlone(folder, stage=stage, freeze_embeddings=share == "half", steps=steps)
-    found = _time(functools.partial(step_seconds, alone.one, alone.batches))
+    found = _time({share: functools.partial(step_seconds, alone.one, alone.batches)}, rounds=1)
     alone.close()
-    return {**found, "trainable_share": alone.trainable_share, "cached_blocks": 0}
+    return {**found[share], "trainable_share": alone.trainable_share, "cached_blocks": 0}
 
 
-def _time(seconds: Callable[[], list[float]]) -> dict[str, object]:
-    """Return step times and what they sent, after a pass that allocates and fills the cache."""
-    seconds()
-    before = sent_bytes()
-    times = seconds()
-    return {"times": times, "sent_bytes": (sent_bytes() - before) / len(times)}
+def _time(
+    passes: Mapping[str, Callable[[], list[float]]], *, rounds: int
+) -> dict[str, dict[str, object]]:
+    """Return step times and what a step sent, after a pass of each that fills caches.
+
+    Of several that take turns, the first step of a pass does not count: it waits for no weights.
+    """
+    for seconds in passes.values():
+        seconds()
+    times: dict[str, list[float]] = {name: [] for name in passes}
+    sent: dict[str, list[float]] = {name: [] for name in passes}
+    for _ in range(rounds):
+        for name, seconds in passes.items():
+            before = sent_bytes()
+            done = seconds()
+            sent[name].append((sent_bytes() - before) / len(done))
+            times[name] += done[1:] if rounds > 1 else done
+    return {
+        name: {"times": times[name], "sent_bytes": statistics.mean(sent[name])} for name in passes
+    }
+
+
+def _settled(stepper: Stepper) -> list[float]:
+    """Return the times of a pass; its last weights have arrived before another begins."""
+    times = stepper.seconds()
+    _ = stepper.run.engine.module
+    return times
 
 
 def main() -> None:
@@ -78,15 +110,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--alone", nargs="*", default=[], help="stage:share of DeepSpeed's own")
-    parser.add_argument("--recipes", type=Path, nargs="+", required=True)
+    parser.add_argument("--recipes", nargs="+", required=True, help="those of an item in turn")
     options = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     found = {"link_bits_per_s": link_bits_per_s()}
-    runs = {
-        recipe.stem: time_recipe(recipe, folder=recipe.with_suffix(".run"), steps=options.steps)
-        for recipe in options.recipes
-    }
+    runs: dict[str, dict[str, object]] = {}
+    for together in options.recipes:
+        paths = [Path(path) for path in together.split(os.pathsep)]
+        runs |= time_recipes(paths, steps=options.steps)
     for setting in options.alone:
         stage, _, share = setting.partition(":")
         runs[alone_name(int(stage), share)] = time_deepspeed(

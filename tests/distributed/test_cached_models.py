@@ -99,7 +99,7 @@ def _compare(folder: Path) -> None:
 
 
 def _held(engine: DeepSpeedEngine) -> int:
-    return sum(p.untyped_storage().nbytes() for p in engine.module.parameters())
+    return sum(p.untyped_storage().nbytes() for p in engine._module.parameters())
 
 
 def _drop(folder: Path, *, stage: int) -> None:
@@ -122,6 +122,9 @@ def _drop(folder: Path, *, stage: int) -> None:
     assert torch.equal(engine.eval_forward("a", batch)[0], expected)
     own, other = engine.full_weights(), plain.full_weights()
     assert all(torch.equal(own[name], value) for name, value in other.items())
+    assert [_step(engine, step, batch).parked_bytes for step in range(13, 24)][-1] == blocks
+    whole, here = ([p.numel() for p in e.module.parameters()] for e in (plain, engine))
+    assert whole == here
     dist.barrier()
     engine._modes.passes.discard()
     for one in (engine, plain):
