@@ -32,7 +32,7 @@ from benchmarks.training.workload import RANKS, Job, write_mixed
 from tests.helpers.cluster import Cluster, running_cluster, why_not
 
 MBIT_PER_S = 250
-# Longest time that both ranks together may take, seconds; the cluster ends itself soon after.
+# Longest time that both ranks together may take, seconds; the cluster ends itself then.
 PATIENCE_S = 1200
 FREEZING: dict[str, dict[str, Any]] = {
     "all": {"policy": "none"},
@@ -101,7 +101,7 @@ def measure(
     """
     out, port = folder / "found.json", str(free_port())
     logs = [folder / f"node{n + 1}.log" for n in range(RANKS)]
-    with running_cluster(folder / "cluster", slurm=False) as cluster:
+    with running_cluster(folder / "cluster", slurm=False, most_s=PATIENCE_S) as cluster:
         for n in range(RANKS):
             _shape(cluster, f"node{n + 1}", folder=folder)
         started = [

@@ -93,9 +93,11 @@ class Cluster:
 
 
 @contextmanager
-def running_cluster(folder: Path, *, slurm: bool, nodes: int = 2) -> Iterator[Cluster]:
-    """Start some nodes, and end everything on them afterwards."""
-    environment = {**os.environ, "BARE": "0" if slurm else "1"}
+def running_cluster(
+    folder: Path, *, slurm: bool, nodes: int = 2, most_s: int = 600
+) -> Iterator[Cluster]:
+    """Start some nodes, and end everything on them afterwards, or after `most_s` seconds."""
+    environment = {**os.environ, "BARE": "0" if slurm else "1", "MAX_S": str(most_s)}
     subprocess.run(
         ["bash", str(CLUSTER), "up", folder, str(nodes)], check=True, timeout=60, env=environment
     )
