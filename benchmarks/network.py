@@ -4,9 +4,9 @@ The hosts are network namespaces of this machine whose virtual Ethernet is shape
 each direction by the kernel's token bucket (tc tbf). Each runs one rank of one thread; MiniLM-L6
 fine-tunes in bf16. "half" freezes the embeddings, which are half of the parameters; "3 of 6" half
 of the blocks besides; "head" everything but pooler and classifier. "all" and "half" take turns, in
-three rounds of five steps; the others take five. Beside them, on the same link in the same run,
-DeepSpeed by itself (`shaped/deepspeed_alone.py`), with all training and with the embeddings frozen.
-Needs root, iproute2 and util-linux, and says so otherwise.
+three rounds of five steps, the first of which does not count; the others take five. Beside them, on
+the same link in the same run, DeepSpeed by itself (`shaped/deepspeed_alone.py`), with all training
+and with the embeddings frozen. Needs root, iproute2 and util-linux, and says so otherwise.
 """
 
 from __future__ import annotations

@@ -210,7 +210,11 @@ def claims_of(rows: Sequence[Mapping[str, Any]]) -> list[Claim]:
 
 def _add_sets(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--sets", nargs="+", choices=SETS, default=SETS, help="of these; all take 90 minutes"
+        "--sets",
+        nargs="+",
+        choices=SETS,
+        default=SETS,
+        help="of these; each takes about 15 minutes",
     )
 
 

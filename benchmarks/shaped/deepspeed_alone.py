@@ -1,7 +1,7 @@
 """The peer of `network.py`: DeepSpeed by itself, its model frozen before it is initialized.
 
 The same model, rows a step, optimizer, precision and clipping as ours, in padded batches; the
-configuration is that of `hf_trainer` with `overlap_comm`, which is quicker on such a link.
+configuration is that of `hf_trainer` with `overlap_comm`, which is for such links.
 """
 
 from __future__ import annotations

@@ -53,8 +53,11 @@ def time_recipes(recipes: Sequence[Path], *, steps: int) -> dict[str, dict[str, 
     """
     steppers = {r.stem: Stepper(r, folder=r.with_suffix(".run"), steps=steps) for r in recipes}
     reports = {name: stepper.train() for name, stepper in steppers.items()}
-    passes = {name: functools.partial(_settled, stepper) for name, stepper in steppers.items()}
-    found = _time(passes, rounds=1 if len(recipes) == 1 else ROUNDS)
+    in_turn = len(recipes) > 1
+    found = _time(
+        {n: functools.partial(_settled, s) if in_turn else s.seconds for n, s in steppers.items()},
+        rounds=ROUNDS if in_turn else 1,
+    )
     for stepper in steppers.values():
         stepper.close()
     return {

@@ -75,20 +75,19 @@ class Mixing:
 
     @contextmanager
     def ending(self) -> Iterator[None]:
-        """Let what was begun end with the context, also by an error: shares may be masters."""
+        """Give this rank's share of the weights its true values again at the end of the context.
+
+        Also after an error: shares may be masters.
+        """
         try:
             yield
         finally:
-            self.end()
-
-    @torch.no_grad()
-    def end(self) -> None:
-        """Give this rank's share of the weights its true values again."""
-        for share, true in self._true:
-            share.copy_(true)
-        for hook in self._hooks:
-            hook.remove()
-        self._true, self._hooks = [], []
+            with torch.no_grad():
+                for share, true in self._true:
+                    share.copy_(true)
+            for hook in self._hooks:
+                hook.remove()
+            self._true, self._hooks = [], []
 
 
 def _masked(key: int, *, probability: float) -> Callable[[Tensor], Tensor]:

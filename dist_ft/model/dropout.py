@@ -56,6 +56,12 @@ def has_dropout(model: MultiTaskModel, *, groups: Sequence[LayerGroup]) -> bool:
     return any(probability > 0 for _, probability, _ in _places(model, groups))
 
 
+def largest_dropout(model: MultiTaskModel, *, groups: Sequence[LayerGroup], part: str) -> float:
+    """Return the largest dropout that `model` has in a part of it; 0 if it has none there."""
+    places = _places(model, groups)
+    return max((probability for where, probability, _ in places if where == part), default=0.0)
+
+
 def _places(model: MultiTaskModel, groups: Sequence[LayerGroup]) -> Iterator[_Place]:
     blocks = {id(m) for m in _block_modules(model, groups)}
     inside = {id(m) for m in model.backbone.modules()}

@@ -206,7 +206,9 @@ def make_run(
     tasks = [t.task for t in parts.tasks]
     names = [task.name for task in tasks]
     balancer = make_balancer(recipe.balancing, tasks=names)
-    kernels = take_kernels(recipe, parts.model, tasks=tasks, device=device, say=console.say)
+    kernels = take_kernels(
+        recipe, parts.model, groups=parts.groups, tasks=tasks, device=device, say=console.say
+    )
     weights = dict.fromkeys(names, 1.0) | getattr(recipe.balancing, "weights", {})
     extra = in_training(recipe, parts, weights=weights)
     module = LossModule(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +14,9 @@ from dist_ft.engine.loss_module import FusedLoss, InTraining
 from dist_ft.kernels.dropout_norm import WIDEST
 from dist_ft.kernels.ops import REFERENCE, Choice, Place, choose
 from dist_ft.model.backbone import MultiTaskModel
+from dist_ft.model.dropout import largest_dropout
 from dist_ft.model.dropout_modules import find_dropouts, use_byte_dropout
+from dist_ft.model.layer_groups import LayerGroup
 from dist_ft.model.post_norm import find_post_norms, fuse_post_norms
 from dist_ft.model.relative_positions import modules_with_bias
 from dist_ft.model.scoring_head import ScoringHead
@@ -26,10 +27,7 @@ from dist_ft.tasks.generation import Generation
 FLASH, BY_RUN = "flash_varlen", "by_run"
 FIRST_TOKENS = "first_tokens"
 _NORM, _DROPOUT = "dropout_residual_norm", "dropout"
-_ATTENTION_DROPOUTS = (
-    "attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "dropout_rate",
-)  # fmt: skip
-# What flash attention is made for; see `TORCH_CHECK`s of torch's mha_varlen_fwd.
+# Head sizes of FlashAttention-2; torch's sdpa pads others to a multiple, its varlen call doesn't.
 _FLASH_MULTIPLE, _FLASH_WIDEST = 8, 256
 _HEAD_SIZES = ("head_dim", "attention_head_size")
 # Parts of `regularization` whose losses are made of outputs, in more than one forward.
@@ -76,6 +74,7 @@ def take_kernels(
     recipe: Recipe,
     model: MultiTaskModel,
     *,
+    groups: Sequence[LayerGroup],
     tasks: Sequence[Task],
     device: torch.device,
     say: Callable[[str], None],
@@ -85,6 +84,7 @@ def take_kernels(
     Args:
         recipe: the recipe.
         model: the model in full precision, not yet partitioned.
+        groups: its layer groups.
         tasks: its tasks.
         device: where it will run.
         say: tells a person.
@@ -92,7 +92,7 @@ def take_kernels(
     Raises:
         ValueError: `kernels` is ``strict`` and something would fall back to plain torch.
     """
-    dropout = attention_dropout(recipe, model)
+    dropout = attention_dropout(recipe, model, groups=groups)
     place = Place(device.type, DTYPES[recipe.engine.precision], dropout)
     choices = choose(place, policy=recipe.kernels, device=device)
     problems = {op: c.problem for op, c in choices.items() if c.problem}
@@ -130,25 +130,12 @@ def _is_asked(choice: Choice) -> bool:
     return choice != Choice(REFERENCE)
 
 
-def attention_dropout(recipe: Recipe, model: MultiTaskModel) -> float:
+def attention_dropout(
+    recipe: Recipe, model: MultiTaskModel, *, groups: Sequence[LayerGroup]
+) -> float:
     """Return the largest share of attention weights that training drops."""
     chosen = recipe.regularization.dropout.attention
-    if chosen is not None:
-        return chosen
-    shares = [
-        getattr(c, name, 0.0) or 0.0 for c in configs_of(model) for name in _ATTENTION_DROPOUTS
-    ]
-    return max(shares)
-
-
-def configs_of(model: MultiTaskModel) -> list[Any]:
-    """Return the configurations of the backbone and of its parts: encoder, decoder, towers."""
-    found = [model.backbone.config]
-    for module in model.backbone.modules():
-        config = getattr(module, "config", None)
-        if config is not None and all(config is not other for other in found):
-            found.append(config)
-    return found
+    return largest_dropout(model, groups=groups, part="attention") if chosen is None else chosen
 
 
 def _suits_flash(block: nn.Module) -> bool:

@@ -28,7 +28,7 @@ from dist_ft.tasks.question_answering import QuestionAnswering
 from dist_ft.tasks.token_classification import TokenClassification
 from dist_ft.train.augmentation import make_augmenter
 from dist_ft.train.data import PreparedTask
-from dist_ft.train.kernels import attention_dropout, configs_of
+from dist_ft.train.kernels import attention_dropout
 from dist_ft.train.parts import Parts
 from dist_ft.train.recorder import Recorder
 from dist_ft.train.regularization import changes_hidden_states
@@ -203,7 +203,7 @@ def _unsuited(recipe: Recipe, parts: Parts, *, device: torch.device) -> str | No
     windows = _windows(parts.model)
     if windows and min(windows) < longest:
         return f"its tokens see {min(windows)} others and rows may have {longest} tokens"
-    dropout = attention_dropout(recipe, parts.model)
+    dropout = attention_dropout(recipe, parts.model, groups=parts.groups)
     if device.type == "cuda" and recipe.model.padding == "auto" and dropout > 0:
         return "torch's attention for rows without padding has no dropout on GPUs"
     return None
@@ -214,7 +214,8 @@ def _windows(model: MultiTaskModel) -> list[int]:
 
     A probe of a few short rows would not meet it.
     """
-    owners: list[Any] = [*configs_of(model), *model.backbone.modules()]
+    modules = list(model.backbone.modules())
+    owners: list[Any] = [*modules, *(getattr(module, "config", None) for module in modules)]
     values = [getattr(owner, name, None) for owner in owners for name in _WINDOWS]
     return [value for value in values if isinstance(value, int)]
 

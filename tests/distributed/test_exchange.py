@@ -136,6 +136,14 @@ def test_partitions_lie_as_their_sizes_say_whatever_a_user_sets() -> None:
     assert config["zero_optimization"]["overlap_comm"]
 
 
+def test_no_setting_lets_an_infinite_gradient_through() -> None:
+    options = DeepSpeedOptions(2, 1, 1, base={"bf16": {"check_grad_overflow": False}})
+    config = build_ds_config(
+        EngineOptions(precision="bf16"), deepspeed=options, trainable_elements=9
+    )
+    assert config["bf16"] == {"check_grad_overflow": True, "enabled": True}
+
+
 def _like_one_process() -> None:
     world = dist.get_world_size()
     for stage in (1, 2):

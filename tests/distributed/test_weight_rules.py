@@ -12,11 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_ft.engine.base import EngineOptions, EngineState
 from dist_ft.engine.deepspeed_engine import DeepSpeedEngine
 from dist_ft.engine.ds_config import DeepSpeedOptions
+from dist_ft.engine.ds_state import OwnerLayout
+from dist_ft.engine.layout import Piece
+from dist_ft.engine.mixing import MixedGroup, Mixing
 from dist_ft.engine.reference import ReferenceEngine
 from dist_ft.optim.averaging import Averaging
 from dist_ft.optim.mixout import kept_elements, mix, mixout_key
@@ -267,6 +270,28 @@ def test_a_save_is_of_its_step_while_mixout_or_averages_take_the_weights_place(
 ) -> None:
     run_distributed(_saves_beside_changes, tmp_path, [0, 1, 2, 3])
     run_distributed(_saves_beside_changes, tmp_path, [None], world_size=1)
+
+
+def test_mixout_gives_the_true_weights_back_also_after_an_error() -> None:
+    weight = nn.Parameter(torch.ones(64))
+    share, start = weight.data, torch.zeros(64)
+    group = ParamGroup("g", "block.0", ("w",), 0.0, 1e-3, frozenset({"a"}), mixout=0.5)
+    layout = OwnerLayout(64, (Piece("w", 0, 64, 0),))
+    mixing = Mixing(seed=3)
+    mixed = MixedGroup(group, [share], [start], [layout])
+
+    def break_off() -> None:
+        with mixing.ending():
+            mixing.begin(0, groups=[mixed], parameters={"w": weight})
+            assert not torch.equal(share, torch.ones(64))
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        break_off()
+    assert torch.equal(share, torch.ones(64))
+    weight.sum().backward()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.ones(64)), "a hook was left"
 
 
 def test_mixout_draws_are_uniform_and_of_their_own() -> None:

@@ -32,7 +32,9 @@ def _take(model: str, said: list[str], policy: str = "auto", **settings: Any) ->
     task = Generation(name="a")
     heads = [HeadSpec("a", task.auto_class, {})]
     built = build_model(tiny_config(model), heads=heads, dtype=torch.float32, seed=0)
-    return take_kernels(recipe, built, tasks=[task], device=CPU, say=said.append)
+    return take_kernels(
+        recipe, built, groups=find_layer_groups(built), tasks=[task], device=CPU, say=said.append
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -23,7 +23,7 @@ from dist_ft.engine.trunk_passes import TrunkPasses
 from dist_ft.engine.turns import OwnTurn, work_of
 from dist_ft.freezing.activation_cache import ActivationCache, CachedTask
 from dist_ft.model.backbone import HeadSpec, MultiTaskModel, build_model
-from dist_ft.model.dropout import set_dropout
+from dist_ft.model.dropout import largest_dropout, set_dropout
 from dist_ft.model.embedding_noise import EmbeddingNoise
 from dist_ft.model.layer_groups import find_layer_groups
 from dist_ft.model.new_blocks import reinitialize_top
@@ -204,6 +204,15 @@ def test_each_part_has_the_dropout_that_is_set(architecture: str) -> None:
         set_dropout(model, groups=groups, probabilities={**parts, part: 0.5})
         hidden = [model.backbone(**ids)[0] for _ in range(2)]
         assert not torch.equal(*hidden), part
+
+
+@pytest.mark.parametrize("architecture", ["bert", "gpt2", "t5", "modernbert"])
+def test_the_largest_dropout_of_a_part_is_found(architecture: str) -> None:
+    model = _model(architecture)
+    groups = find_layer_groups(model)
+    set_dropout(model, groups=groups, probabilities={"attention": 0.25, "hidden": 0.5})
+    assert largest_dropout(model, groups=groups, part="attention") == 0.25
+    assert largest_dropout(model, groups=groups, part="none such") == 0.0
 
 
 def test_a_part_without_dropout_is_refused() -> None:
