@@ -3,10 +3,12 @@
 The hosts are network namespaces of this machine whose virtual Ethernet is shaped to 250 Mbit/s in
 each direction by the kernel's token bucket (tc tbf). Each runs one rank of one thread; MiniLM-L6
 fine-tunes in bf16. "half" freezes the embeddings, which are half of the parameters; "3 of 6" half
-of the blocks besides; "head" everything but pooler and classifier. "all" and "half" take turns, in
-three rounds of five steps, the first of which does not count; the others take five. Beside them, on
-the same link in the same run, DeepSpeed by itself (`shaped/deepspeed_alone.py`), with all training
-and with the embeddings frozen. Needs root, iproute2 and util-linux, and says so otherwise.
+of the blocks besides; "head" everything but pooler and classifier. "small" is a model of as many
+parameters as a prototype's that was measured on such a link: its milliseconds bound ours. "all" and
+"half" take turns, in three rounds of five steps, the first of which does not count; the others take
+five. Beside them, on the same link in the same run, DeepSpeed by itself
+(`shaped/deepspeed_alone.py`), with all training and with the embeddings frozen. Needs root,
+iproute2 and util-linux, and says so otherwise.
 """
 
 from __future__ import annotations
@@ -26,7 +28,15 @@ if not __package__:  # run as a file: the repository is not on the path
 
 from benchmarks.common import Claim, claim, markdown_table, parse_arguments, report, say
 from benchmarks.ranks import free_port
-from benchmarks.shaped.deepspeed_alone import alone_name
+from benchmarks.shaped.settings import (
+    FREEZING,
+    PAIRS,
+    alone_name,
+    model_of,
+    name_of,
+    whole_of,
+    write_small_model,
+)
 from benchmarks.training.own_run import prepare_shards, write_recipe
 from benchmarks.training.workload import RANKS, Job, write_mixed
 from tests.helpers.cluster import Cluster, running_cluster, why_not
@@ -34,22 +44,15 @@ from tests.helpers.cluster import Cluster, running_cluster, why_not
 MBIT_PER_S = 250
 # Longest time that both ranks together may take, seconds; the cluster ends itself then.
 PATIENCE_S = 1200
-FREEZING: dict[str, dict[str, Any]] = {
-    "all": {"policy": "none"},
-    "half": {"policy": "static", "frozen": ["embeddings"]},
-    "3 of 6": {"policy": "static", "depth": 3},
-    "head": {"policy": "static", "depth": 6},
-}
 # Share, whether the frozen prefix is cached.
 SETTINGS = (
     ("all", False), ("half", False), ("3 of 6", False), ("3 of 6", True), ("head", False),
-    ("head", True),
+    ("head", True), ("small, all", False), ("small, half", False),
 )  # fmt: skip
 STAGES = (1, 2, 3)
-# What DeepSpeed by itself is timed with.
-PEER_SHARES = ("all", "half")
-# A prototype's step on such a link with half of its parameters frozen, x all of them training.
-PROTOTYPE = {1: 723 / 1557, 2: 839 / 1607, 3: 1176 / 1606}
+# A prototype's step on such a link, DeepSpeed with 6.3 million parameters: milliseconds with all of
+# them training, and with half of them frozen.
+PROTOTYPE = {1: (1557, 723), 2: (1607, 839), 3: (1606, 1176)}
 COLUMNS = {
     "stage": "ZeRO stage",
     "share": "trains",
@@ -64,16 +67,11 @@ COLUMNS = {
 }
 
 
-def name_of(stage: int, share: str, *, cached: bool) -> str:
-    """Return the name of a setting's recipe."""
-    return f"z{stage}-{share.replace(' ', '-')}{'-cached' if cached else ''}"
-
-
 def write_recipes(folder: Path, *, settings: Sequence[tuple[int, str, bool]]) -> list[Path]:
     """Write a recipe for each setting, and prepare their data."""
     recipes = [
         write_recipe(
-            Job(folder, 0, 100),
+            Job(folder, 0, 100, model=model_of(folder, share)),
             name=name_of(stage, share, cached=cached),
             freezing=FREEZING[share],
             cache={"policy": "on" if cached else "off"},
@@ -81,7 +79,8 @@ def write_recipes(folder: Path, *, settings: Sequence[tuple[int, str, bool]]) ->
         )
         for stage, share, cached in settings
     ]
-    prepare_shards(recipes[0])
+    for recipe in (recipes[0], recipes[-1]):  # one of each model, if there are two
+        prepare_shards(recipe)
     return recipes
 
 
@@ -123,8 +122,12 @@ def measure(
 
 def _in_turn(recipes: Sequence[Path]) -> list[str]:
     """Return arguments of `shaped.rank`: all and half of a stage, which are compared, as one."""
-    compared = [name_of(stage, s, cached=False) for stage in STAGES for s in PEER_SHARES]
-    key = {name: name.partition("-")[0] for name in compared}
+    key = {
+        name_of(stage, share, cached=False): f"{stage} {pair}"
+        for stage in STAGES
+        for pair in PAIRS
+        for share in pair
+    }
     items: dict[str, list[str]] = {}
     for recipe in recipes:
         items.setdefault(key.get(recipe.stem, recipe.stem), []).append(str(recipe))
@@ -162,7 +165,7 @@ def rows_of(
             "cached": cached,
             "sent_mb": runs[name]["sent_bytes"] / 1e6,
             "step_ms": 1000 * medians[name],
-            "of_all": medians[name] / medians[name_of(stage, "all", cached=False)],
+            "of_all": medians[name] / medians[name_of(stage, whole_of(share), cached=False)],
             **({} if cached else _alone(runs, medians, stage=stage, share=share)),
         }
         for stage, share, cached in settings
@@ -174,7 +177,7 @@ def _alone(
     runs: Mapping[str, Any], medians: Mapping[str, float], *, stage: int, share: str
 ) -> dict[str, float]:
     """Return the columns of DeepSpeed by itself, none if it was not timed."""
-    name, whole = alone_name(stage, share), alone_name(stage, "all")
+    name, whole = alone_name(stage, share), alone_name(stage, whole_of(share))
     if name not in runs:
         return {}
     return {
@@ -195,17 +198,10 @@ def claims_of(rows: Sequence[Mapping[str, Any]], *, link_bits_per_s: float) -> l
             direction="at most",
         )
     ]
-    for stage, bound in PROTOTYPE.items():
-        row = by.get((stage, "half", False))
-        claims.append(
-            claim(
-                f"ZeRO-{stage}, half of the parameters frozen, step of all training",
-                value=None if row is None else row["of_all"],
-                bound=bound,
-                direction="at most",
-            )
-        )
-    claims += [_beside_deepspeed(by, stage=stage, share=s) for stage in STAGES for s in PEER_SHARES]
+    claims += [c for stage in STAGES for c in _beside_prototype(by, stage=stage)]
+    claims += [
+        _beside_deepspeed(by, stage=stage, share=s) for stage in STAGES for p in PAIRS for s in p
+    ]
     bare, cached = (by.get((3, "3 of 6", c)) for c in (False, True))
     gain = bare["step_ms"] / cached["step_ms"] if bare and cached else None
     claims.append(
@@ -217,6 +213,31 @@ def claims_of(rows: Sequence[Mapping[str, Any]], *, link_bits_per_s: float) -> l
         )
     )
     return claims
+
+
+def _beside_prototype(
+    by: Mapping[tuple[int, str, bool], Mapping[str, Any]], *, stage: int
+) -> list[Claim]:
+    """Return that half takes as small a share of all, and a model of its size no longer."""
+    half = by.get((stage, "half", False), {})
+    milliseconds = PROTOTYPE[stage]
+    return [
+        claim(
+            f"ZeRO-{stage}, half of the parameters frozen, step of all training",
+            value=half.get("of_all"),
+            bound=milliseconds[1] / milliseconds[0],
+            direction="at most",
+        ),
+        *(
+            claim(
+                f"ZeRO-{stage}, {share}, ms",
+                value=by.get((stage, share, False), {}).get("step_ms"),
+                bound=bound,
+                direction="at most",
+            )
+            for share, bound in zip(PAIRS[1], milliseconds, strict=True)
+        ),
+    ]
 
 
 def _beside_deepspeed(
@@ -246,8 +267,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_mixed(folder, rows=512)
+        write_small_model(folder)
         recipes = write_recipes(folder, settings=settings)
-        alone = [f"{stage}:{share}" for stage in stages for share in PEER_SHARES]
+        alone = [f"{s}:{x}" for s in stages for p in PAIRS for x in p if (x, False) in shares]
         found = measure(folder, recipes=recipes, alone=alone, steps=steps)
     rows = rows_of(found, settings=settings)
     say(markdown_table(rows, columns=COLUMNS))

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from transformers import DataCollatorWithPadding
 
+from benchmarks.shaped.settings import FREEZING, model_of
 from benchmarks.training.hf_trainer import DEEPSPEED
 from benchmarks.training.workload import (
     MICRO_BATCH,
@@ -29,22 +30,18 @@ from dist_ft.engine.ds_setup import set_up_deepspeed
 CLIP = 1.0
 
 
-def alone_name(stage: int, share: str) -> str:
-    """Return the name of a setting's run."""
-    return f"alone-z{stage}-{share}"
-
-
 class DeepSpeedAlone:
     """Steps of DeepSpeed's own engine on this rank; the process group must be up."""
 
-    def __init__(self, folder: Path, *, stage: int, freeze_embeddings: bool, steps: int) -> None:
+    def __init__(self, folder: Path, *, stage: int, share: str, steps: int) -> None:
         """Make the engine and the batches of so many steps."""
         set_up_deepspeed()
         import deepspeed
 
         data = encode(folder)
-        model = load_model(Job(folder, 0, 1), labels=len(data.labels))
-        if freeze_embeddings:
+        job = Job(folder, 0, 1, model=model_of(folder, share))
+        model = load_model(job, labels=len(data.labels))
+        if FREEZING[share] != FREEZING["all"]:  # the embeddings, in what the peer is timed with
             model.bert.embeddings.requires_grad_(False)
         trainable = [p for p in model.parameters() if p.requires_grad]
         self.trainable_share = sum(map(torch.numel, trainable)) / sum(

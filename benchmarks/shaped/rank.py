@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks.shaped.deepspeed_alone import DeepSpeedAlone, alone_name
+from benchmarks.shaped.deepspeed_alone import DeepSpeedAlone
+from benchmarks.shaped.settings import alone_name
 from benchmarks.stepping import Stepper, step_seconds
 
 PAYLOAD_BYTES = 8 * 2**20
@@ -71,8 +72,8 @@ def time_recipes(recipes: Sequence[Path], *, steps: int) -> dict[str, dict[str, 
 
 
 def time_deepspeed(folder: Path, *, stage: int, share: str, steps: int) -> dict[str, object]:
-    """Return the times of DeepSpeed's own steps, with the embeddings frozen or not."""
-    alone = DeepSpeedAlone(folder, stage=stage, freeze_embeddings=share == "half", steps=steps)
+    """Return the times of DeepSpeed's own steps with a share of the parameters training."""
+    alone = DeepSpeedAlone(folder, stage=stage, share=share, steps=steps)
     found = _time({share: functools.partial(step_seconds, alone.one, alone.batches)}, rounds=1)
     alone.close()
     return {**found[share], "trainable_share": alone.trainable_share, "cached_blocks": 0}

@@ -13,7 +13,6 @@ import yaml
 
 from benchmarks.training.workload import (
     MAX_LENGTH,
-    MODEL,
     RANKS,
     WEIGHT_DECAY,
     Clock,
@@ -57,7 +56,7 @@ def write_recipe(
         "seed": job.seed,
         "output_dir": str(job.folder / "runs"),
         "data_dir": str(job.folder / "shards"),
-        "model": {"path": MODEL},
+        "model": {"path": job.model},
         "tasks": [
             {"name": TASK, "type": "text_classification", "max_length": MAX_LENGTH, "data": files}
         ],

@@ -48,6 +48,7 @@ class Job:
         seed: Of the head, the order of the rows and dropout.
         score_every: Steps between scores on validation; None scores the end only.
         micro_batch: Rows of a rank in a step.
+        model: Path of the pre-trained model and its tokenizer.
     """
 
     folder: Path
@@ -57,6 +58,7 @@ class Job:
     seed: int = 0
     score_every: int | None = None
     micro_batch: int = MICRO_BATCH
+    model: str = MODEL
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def load_tokenizer() -> Any:
 def load_model(job: Job, *, labels: int) -> Any:
     """Return the pre-trained model with a new head, the bottom frozen as the job says."""
     torch.manual_seed(job.seed)
-    path = resolve_model_path(MODEL)
+    path = resolve_model_path(job.model)
     with quiet_transformers():
         model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=labels)
     if job.depth:
