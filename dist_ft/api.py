@@ -140,14 +140,14 @@ def fine_tune(
         ValueError: If the recipe is wrong, or does not fit the model, the data or the ranks.
         Stopped: If a signal has stopped the run (SIGINT, SIGTERM, SIGUSR1, SIGHUP); it is saved.
     """
-    from dist_ft.train import build
+    from dist_ft.train import build, ending
     from dist_ft.train.extensions import Extensions
 
     loaded = _load(recipe, overrides)
     extensions = Extensions(dict(tasks or {}), policy, dict(regularizers or {}))
     code = build.train(loaded, resume=resume, extensions=extensions)
     run = RunHandle(loaded.output_dir / loaded.name, extensions)
-    if code != build.DONE:
+    if code != ending.DONE:
         raise Stopped(code, run)
     return run
 

@@ -44,7 +44,7 @@ __all__ = ["PrepareSpec", "PreparedSplit", "RowFunctions", "SplitPlan", "prepare
            "split_inputs"]  # fmt: skip
 
 # Any change of what rows come out needs a new version: older folders are then not used again.
-PREPARE_VERSION = 2
+PREPARE_VERSION = 3
 _PROGRESS_NAME = "progress.json"
 
 _LOG = logging.getLogger(__name__)

@@ -120,6 +120,9 @@ class RowFunctions:
             feature has input_ids, loss_count, source_row, the task's columns, and, if it lost
             tokens, how many under "truncated_tokens". Raises ValueError for a row it can't encode.
         rows_at_once: rows that are encoded together, so that what they become fits into memory.
+        named_columns: other columns that a source must have, though a row's value may be null.
+        check: raises ValueError for a row that `encode` would refuse, before its keys shadow those
+            of a good one.
     """
 
     schema: Any
@@ -128,6 +131,8 @@ class RowFunctions:
     dedupe_key: Callable[[Row], str]
     encode: Callable[[list[Row]], Sequence[dict[str, Any]]]
     rows_at_once: int = BATCH_ROWS
+    named_columns: tuple[str, ...] = ()
+    check: Callable[[Row], None] | None = None
 
 
 @dataclass
@@ -229,7 +234,7 @@ def select_rows(
     """
     counts = counts if counts is not None else SelectionCounts()
     source = plan.source_of(split)
-    source.require(functions.required_columns)
+    source.require((*functions.required_columns, *functions.named_columns))
     forbidden = _keys_of(plan, splits=plan.held_out(split), functions=functions)
     seen = KeySet()
     is_own = split in plan.sources
@@ -325,6 +330,8 @@ def _pieces(rows: Iterable[tuple[int, Row]], *, most: int) -> Iterator[list[tupl
 def _add_row(batch: _Batch, *, row: Row, functions: RowFunctions) -> None:
     if problem := _problem(row, required=functions.required_columns):
         raise ValueError(problem)
+    if functions.check is not None:
+        functions.check(row)
     split_key, dedupe_key = functions.split_key(row), functions.dedupe_key(row)
     if not isinstance(split_key, str) or not isinstance(dedupe_key, str):
         raise TypeError(f"split and dedupe keys must be text, got {split_key!r}, {dedupe_key!r}")

@@ -39,8 +39,8 @@ class HiddenMixup:
     The block is drawn from a set for each micro-batch, the share from Beta(alpha, alpha), and the
     larger part is the row's own (manifold mixup, Verma et al. 2019, mixes the same way). Positions
     where only one of the two has a token stay as they are, and a row attends to its own length:
-    the paper pads all rows to one length and mixes padding, too. Rows of one micro-batch are mixed,
-    whose rows are the same for any number of ranks.
+    the paper pads all rows to one length and mixes padding, too. Rows of one micro-batch are mixed;
+    those are the same for any number of ranks unless `train.micro_batch_tokens` makes them.
     """
 
     def __init__(

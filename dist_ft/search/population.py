@@ -26,8 +26,8 @@ from dist_ft.search.halving import AllDivergedError, Score
 from dist_ft.search.keys import Range, draw
 from dist_ft.search.session import run_session
 from dist_ft.search.writing import TABLE, as_csv
-from dist_ft.train.build import DONE
 from dist_ft.train.console import Console
+from dist_ft.train.ending import DONE
 from dist_ft.train.parts import make_parts
 from dist_ft.train.run_folder import RunFolder
 from dist_ft.train.segment import Place

@@ -14,8 +14,8 @@ from dist_ft.search.halving import Race, make_race
 from dist_ft.search.session import run_session
 from dist_ft.search.study import BlockCodes
 from dist_ft.search.writing import Findings, write_findings
-from dist_ft.train.build import DONE
 from dist_ft.train.console import Console
+from dist_ft.train.ending import DONE
 from dist_ft.train.freeze_plan import COMMON, as_patterns
 from dist_ft.train.parts import make_parts
 from dist_ft.train.segment import Place

@@ -12,8 +12,8 @@ from dist_ft.recipe.evaluation_checks import check_ranking
 from dist_ft.recipe.ranks import check_ranks
 from dist_ft.search.candidates import Outcome
 from dist_ft.search.study import import_optuna
-from dist_ft.train.build import PREEMPTED
 from dist_ft.train.console import Console
+from dist_ft.train.ending import PREEMPTED
 from dist_ft.train.segment import Place, PreemptedError
 from dist_ft.train.signals import StopRequest
 

@@ -15,8 +15,8 @@ from dist_ft.search.keys import Candidate, KeySpace, Range, draw
 from dist_ft.search.session import run_session
 from dist_ft.search.study import KeyCodes, import_optuna
 from dist_ft.search.writing import CHOSEN, TABLE, as_csv, metric_columns
-from dist_ft.train.build import DONE
 from dist_ft.train.console import Console
+from dist_ft.train.ending import DONE
 from dist_ft.train.parts import make_parts
 from dist_ft.train.segment import Place
 

@@ -342,7 +342,8 @@ class Generation:
         return [*kept, *tail], len(body) - len(kept)
 
     def _aligned(self, outputs: Any, targets: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        logits, labels = outputs["logits"], targets["labels"]
+        logits = outputs["logits"]
+        labels = targets["labels"].to(logits.device)  # those of an evaluation stay on the host
         return (logits[:, :-1], labels[:, 1:]) if self.style == "causal" else (logits, labels)
 
     def _decode(self, outputs: Any, batch: MicroBatch, texts: Sequence[str] | None) -> list[Record]:

@@ -10,6 +10,12 @@ import numpy as np
 _MOST_LABELS = 1000
 
 
+class FoundLabels(tuple[str, ...]):
+    """Labels that were found in the training rows: their order says nothing of class numbers."""
+
+    __slots__ = ()
+
+
 def label_name(value: Any) -> str:
     """Returns a raw label value as a label name: text as it is, numbers and booleans as text."""
     if isinstance(value, np.generic):
@@ -45,24 +51,29 @@ def discover_labels(names: Iterable[str], *, task: str) -> list[str]:
 
 def _by_value(name: str) -> tuple[int, int, str]:
     digits = name.removeprefix("-")
-    return (0, int(name), "") if digits.isdecimal() and digits.isascii() else (1, 0, name)
+    return (0, int(name), name) if digits.isdecimal() and digits.isascii() else (1, 0, name)
 
 
 def label_index(value: Any, *, labels: Sequence[str], task: str) -> int:
     """Returns the index of a raw label value.
 
-    An integer counts as an index where the labels are names, as in data sets with class numbers.
+    An integer counts as an index where the recipe lists names, as in data sets with class numbers.
 
     Raises:
-        ValueError: the label is not known.
+        ValueError: the label is not known, or a number beside names in an order of their own.
     """
     name = label_name(value)
     if name in labels:
         return labels.index(name)
+    known = ", ".join(labels[:10]) + (" ..." if len(labels) > 10 else "")
     numbered = any(label.isdecimal() for label in labels)
     if not numbered and name.isdecimal() and int(name) < len(labels):
-        return int(name)
-    known = ", ".join(labels[:10]) + (" ..." if len(labels) > 10 else "")
+        if not isinstance(labels, FoundLabels):
+            return int(name)
+        raise ValueError(
+            f"label {name!r} is a number where the training rows have names ({known}): list "
+            f"tasks.{task}.labels in the order of the numbers"
+        )
     raise ValueError(
         f"label {name!r} is not known (known: {known}; tasks.{task}.labels may list others)"
     )
@@ -79,7 +90,7 @@ def known_labels(labels: Sequence[str] | None, *, task: str) -> tuple[str, ...]:
             f"tasks.{task}.labels: the labels are not known yet; scan the training data, or give "
             "the list"
         )
-    return tuple(labels)
+    return labels if isinstance(labels, tuple) else tuple(labels)
 
 
 def check_labels(labels: Sequence[str] | None, *, task: str) -> None:

@@ -250,6 +250,14 @@ class QuestionAnswering(NoGeneration):
         ends = [max((end for _, end in row), default=0) for row in encoding["offset_mapping"]]
         return [question[:end] for question, end in zip(questions, ends, strict=True)]
 
+    def check_row(self, row: Row) -> None:
+        """Checks what encoding asks of the answers.
+
+        Raises:
+            ValueError: one is not where the row says.
+        """
+        self._answers(row)
+
     def _answers(self, row: Row) -> list[tuple[str, int]]:
         """The (text, first character) of each answer."""
         value, context = row.get(self.answers), text_of(row, self.context)

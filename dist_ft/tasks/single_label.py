@@ -13,6 +13,7 @@ from torch import Tensor
 import dist_ft.tasks.metrics as metrics
 from dist_ft.tasks.base import Choice, LossSum, Record, RecordMetrics, Row, choose_metric
 from dist_ft.tasks.labels import (
+    FoundLabels,
     check_labels,
     discover_labels,
     known_labels,
@@ -50,7 +51,7 @@ class LabelScan(ABC):
     def with_state(self, state: Mapping[str, Any]) -> Self:
         """Returns the task with the labels that ``scan`` found."""
         task: Any = self
-        return replace(task, labels=tuple(state["labels"])) if self.needs_scan else task
+        return replace(task, labels=FoundLabels(state["labels"])) if self.needs_scan else task
 
     def has_labels(self, row: Row) -> bool:
         """Returns whether the row's labels can be read; ``scan`` raises at others."""
@@ -125,6 +126,14 @@ class SingleLabel(LabelScan):
 
     def _names(self, row: Row) -> list[str]:
         return [label_name(row.get(self.label))]
+
+    def check_row(self, row: Row) -> None:
+        """Checks what encoding asks of the label.
+
+        Raises:
+            ValueError: it is not known.
+        """
+        self._label_index(row)
 
     def _label_index(self, row: Row) -> int:
         labels = known_labels(self.labels, task=self.name)

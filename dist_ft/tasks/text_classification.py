@@ -224,6 +224,14 @@ class TextClassification(LabelScan, NoGeneration):
             )
         return [label_name(item) for item in value]
 
+    def check_row(self, row: Row) -> None:
+        """Checks what encoding asks of the label.
+
+        Raises:
+            ValueError: it is not known, or no number.
+        """
+        self._target(row)
+
     def _target(self, row: Row) -> int | float | list[int]:
         if self.problem == "regression":
             return self._number(row)

@@ -141,6 +141,16 @@ class TokenClassification(LabelScan, NoGeneration):
         check_max_length(self.max_length, task=self.name, tokenizer=tokenizer)
         check_fast(tokenizer, task=self.name)
 
+    def check_row(self, row: Row) -> None:
+        """Checks what encoding asks of words and tags.
+
+        Raises:
+            ValueError: they differ in number, or a tag is not known.
+        """
+        labels = known_labels(self.labels, task=self.name)
+        for tag in self._words(row)[1]:
+            label_index(tag, labels=labels, task=self.name)
+
     def encode(self, rows: list[Row], *, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
         """Returns one feature per raw row.
 

@@ -1,9 +1,10 @@
-"""One small collective per step by which the ranks prove that they are doing the same."""
+"""Small collectives by which the ranks prove that they do the same: at the start, and each step."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dist_ft import dist
@@ -11,6 +12,32 @@ from dist_ft import dist
 
 class DisagreementError(RuntimeError):
     """Ranks that were about to do different things in the same step."""
+
+
+def check_same_choices(own: Mapping[str, str]) -> None:
+    """Check that all ranks will run the same code, where each has tested what it can run.
+
+    Args:
+        own: What this rank has chosen, by what it is chosen for.
+
+    Raises:
+        ValueError: On every rank, naming the ranks that differ from rank 0, their nodes and
+            choices.
+    """
+    found = dist.all_gather_object((socket.gethostname(), dict(own)))
+    host, first = found[0]
+    others = [
+        f"rank {rank} on {its_host} has {what} {chosen.get(what)}, not {first.get(what)}"
+        for rank, (its_host, chosen) in enumerate(found)
+        for what in first | chosen
+        if chosen.get(what) != first.get(what)
+    ]
+    if others:
+        raise ValueError(
+            f"the ranks would not run what rank 0 on {host} runs: {'; '.join(others)}. A test of a "
+            "kernel or of the model has failed on some: give all nodes the same hardware and "
+            "packages, or set kernels: reference, model.padding: padded and cache.policy: off"
+        )
 
 
 @dataclass(frozen=True)

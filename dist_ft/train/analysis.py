@@ -52,15 +52,16 @@ class _Seen:
         """Add the choices of a micro-batch."""
         for choice in choices:
             probabilities = choice.logits.float().softmax(-1)
+            labels = choice.labels.to(probabilities.device)  # an evaluation's stay on the host
             best, prediction = probabilities.max(-1)
             self.confidence.append(best.cpu())
-            self.correct.append((prediction == choice.labels).float().cpu())
-            if len(choices) == 1 and len(choice.labels) == len(batch.rows):
-                right = probabilities.gather(1, choice.labels[:, None])[:, 0]
+            self.correct.append((prediction == labels).float().cpu())
+            if len(choices) == 1 and len(labels) == len(batch.rows):
+                right = probabilities.gather(1, labels[:, None])[:, 0]
                 losses = (-right.clamp_min(1e-30).log()).tolist()
                 self.losses += zip(losses, batch.rows.tolist(), strict=True)
                 self.predictions += prediction.tolist()
-                self.references += choice.labels.tolist()
+                self.references += labels.tolist()
                 self.classes = choice.logits.shape[-1]
 
 

@@ -40,7 +40,13 @@ from dist_ft.data.augment.noise import (
     KeyboardTypos,
     PunctuationInsertion,
 )
-from dist_ft.data.augment.samples import ContextFields, Fields, TaggedFields, TextFields
+from dist_ft.data.augment.samples import (
+    ContextFields,
+    Fields,
+    TaggedFields,
+    TextFields,
+    outside_of,
+)
 from dist_ft.data.augment.sentences import SentenceShuffling
 from dist_ft.data.augment.words import WordDropout, WordReplacement
 from dist_ft.data.augmented import Augmentation
@@ -119,13 +125,11 @@ def _fields(config: TaskConfig, *, task: Task) -> Fields:
     if config.type == "text_classification":
         return TextFields(tuple(c for c in (config.text, config.text_pair) if c is not None))
     if config.type == "token_classification":
-        is_bio = isinstance(task, TokenClassification) and task.is_bio
-        fields = TaggedFields(config.tokens, config.tags, outside="O" if is_bio else None)
+        fields = TaggedFields(config.tokens, config.tags, outside=None)
         if isinstance(task, TokenClassification):
             labels = known_labels(task.labels, task=task.name)
-            fields = replace(
-                fields, name=functools.partial(tag_name, labels=labels, task=task.name)
-            )
+            name = functools.partial(tag_name, labels=labels, task=task.name)
+            fields = replace(fields, outside=outside_of(labels), name=name)
         return fields
     if config.type == "question_answering":
         return ContextFields(config.question, config.context, config.answers)

@@ -35,16 +35,24 @@ class Decision:
             return dict(of_tasks)
         values = list(of_tasks.values())
         if self.by == "worst":
-            return {self.by: min(values)}
+            return {self.name: min(values)}
         weights = [(self.weights or {}).get(task, 1.0) for task in of_tasks]
         if self.by == "mean":
             weights = [1.0] * len(values)
         total = sum(w * v for w, v in zip(weights, values, strict=True))
-        return {self.by: total / sum(weights)}
+        return {self.name: total / sum(weights)}
+
+    @property
+    def name(self) -> str:
+        """The name of the score that decides for all; other weights make another score."""
+        if self.by != "weighted" or not self.weights:
+            return self.by
+        told = ", ".join(f"{task}: {weight:g}" for task, weight in sorted(self.weights.items()))
+        return f"{self.by} ({told})"
 
     def name_for(self, task: str) -> str:
         """Return the name of the score that decides for `task`."""
-        return task if self.by == "each" else self.by
+        return task if self.by == "each" else self.name
 
 
 def updated(
@@ -87,6 +95,16 @@ class TrackBest(Watcher):
     patience: int | None
     min_delta: float
 
+    def on_fit_start(self, run: Run) -> None:
+        """Let a run that had ended go on if it would not end by today's patience."""
+        if run.progress.ended and not self._has_stopped(run.progress.best):
+            run.progress.ended = False
+
+    def _has_stopped(self, best: Mapping[str, Best]) -> bool:
+        if self.patience is None or not best:
+            return False
+        return all(b["stale"] >= self.patience for b in best.values())
+
     def on_scores(self, run: Run) -> None:
         """Decide: rank 0 does, for all."""
         step = run.progress.step
@@ -97,9 +115,7 @@ class TrackBest(Watcher):
         run.progress.best = best
         if self.checkpoint is not None and any(b["step"] == step for b in best.values()):
             self.checkpoint.is_due = True
-        if self.patience is None or not best or step == run.total_steps:
-            return
-        if all(b["stale"] >= self.patience for b in best.values()):
+        if step < run.total_steps and self._has_stopped(best):
             run.progress.ended = True
             self.recorder.event("early_stop", step=step, best=best)
             told = ", ".join(f"{n} {b['score']:.4g} at {b['step']}" for n, b in best.items())

@@ -28,15 +28,16 @@ from dist_ft.train.best import Decision, TrackBest
 from dist_ft.train.callbacks import Checkpoint, Evaluate
 from dist_ft.train.console import Console
 from dist_ft.train.deciders import deciders
+from dist_ft.train.ending import finish, freed, train_to_end
 from dist_ft.train.engines import make_engine
 from dist_ft.train.environment import environment
 from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
 from dist_ft.train.freeze_plan import reach_text
 from dist_ft.train.held_rows import with_frozen_rows
-from dist_ft.train.kernels import take_kernels
+from dist_ft.train.kernels import settle, take_kernels
 from dist_ft.train.loading import make_loader
 from dist_ft.train.log_steps import LogSteps
-from dist_ft.train.loop import Run, fit
+from dist_ft.train.loop import Run
 from dist_ft.train.memory import fit_memory
 from dist_ft.train.numbers import GuardNumbers
 from dist_ft.train.objectives import in_training
@@ -51,14 +52,13 @@ from dist_ft.train.run_folder import RunFolder
 from dist_ft.train.run_lock import RunLock
 from dist_ft.train.saving import CheckpointWriter
 from dist_ft.train.shared_folder import check_same_data, check_shared
-from dist_ft.train.signals import StopRequest, stop_name
+from dist_ft.train.signals import StopRequest
 from dist_ft.train.stragglers import slow_ranks
 from dist_ft.train.trackers import make_trackers
 from dist_ft.train.trunk_passes import make_passes, reads_ahead
 
 log = logging.getLogger("dist_ft")
 
-DONE, PREEMPTED = 0, 75
 # Set by the launcher for ranks that are started again: what went wrong, as JSON.
 FAILURE = "DIST_FT_FAILURE"
 # Places in a run at which the record says what the mixture plans, for the report.
@@ -111,12 +111,14 @@ def _train(recipe: Recipe, *, resume: bool, stop: StopRequest, extensions: Exten
         _open_folder(folder, recipe, parts, lock=lock, resume=resume, device=device)
         at_end.enter_context(folder.logging_to_file(world))
         recorder = _recorder(recipe, folder=folder, world=world)
+        at_end.callback(recorder.close)  # a tracker that stays open would take the next run's
+        at_end.callback(console.stop)
         memory = fit_memory(recipe, parts, folder=folder, recorder=recorder, console=console)
         if resume:
             recipe = memory.resume(recipe)
         run = make_run(recipe, parts, folder=folder, world=world, device=device,
                        console=console, recorder=recorder)  # fmt: skip
-        at_end.callback(checkpoint_of(run).writer.close)
+        at_end.enter_context(freed(run, alone=world.world_size == 1))
         run.replan = memory.replan
         beat = make_beat(recipe, run, heartbeat)
         beat("start")
@@ -129,18 +131,8 @@ def _train(recipe: Recipe, *, resume: bool, stop: StopRequest, extensions: Exten
                           device=device.type, folder=folder.root)  # fmt: skip
         if reach is not None:
             console.say(reach)
-        with memory.watching(run):
-            fit(run)
-        exit_code = finish(run, recorder=recorder, console=console)
-        if exit_code == DONE:  # who is asked to stop leaves no time for it, and the process ends
-            run.engine.close()
-            console.end_run(folder.root)
-        return exit_code
-
-
-def checkpoint_of(run: Run) -> Checkpoint:
-    """Return what saves a run; its writer is closed before another may write the run's folder."""
-    return next(c for c in run.callbacks if isinstance(c, Checkpoint))
+        train_to_end(run, memory)
+        return finish(run, recorder=recorder, console=console, folder=folder.root)
 
 
 def _record_failure(recorder: Recorder) -> None:
@@ -219,7 +211,7 @@ def make_run(
     passes = make_passes(
         recipe, parts, folder=folder, device=device, say=console.say, recorder=recorder
     )
-    kernels.settle_attention(passes.trunk)
+    settle(kernels, passes)
     engine = make_engine(recipe, parts, module=module, param_groups=param_groups, passes=passes)
     loader = make_loader(
         recipe,
@@ -378,20 +370,3 @@ def _about(parts: Parts, world: dist.World) -> dict[str, Any]:
         "train_rows": {t.task.name: len(t.datasets["train"]) for t in parts.tasks},
         "layer_groups": {g.name: sum(numel[n] for n in g.parameters) for g in parts.groups},
     }
-
-
-def finish(run: Run, *, recorder: Recorder, console: Console) -> int:
-    """Write how the run ended; return the exit code."""
-    if run.stopped_by:
-        recorder.event("stop", step=run.progress.step, signal=run.stopped_by)
-        console.say(
-            f"step {run.progress.step}: stopped by {stop_name(run.stopped_by)}"
-            f"{' after saving' if run.progress.phase >= 0 else ''}; "
-            "start the same command with --resume to go on"
-        )
-        recorder.close()
-        return PREEMPTED
-    run.discard()
-    recorder.event("end", step=run.progress.step)
-    recorder.close()
-    return DONE

@@ -103,7 +103,11 @@ def _undo(replaced: Path, error: OSError) -> str:
 
 
 def remove_old(root: Path, *, step: int, retention: Retention) -> None:
-    """Remove what retention does not keep, now that the checkpoint of `step` exists."""
+    """Remove what retention does not keep, now that the checkpoint of `step` exists.
+
+    Raises:
+        OSError: If one can't be read just now: it might be one that stays, so nothing is removed.
+    """
     folders = checkpoints_by_step(root)
     whole = known_checkpoints(root)
     keep = retention.keeps(whole, newest=step)
@@ -115,7 +119,11 @@ def remove_old(root: Path, *, step: int, retention: Retention) -> None:
 
 
 def known_checkpoints(root: Path) -> list[Kept]:
-    """Return what retention knows of the checkpoints that are there."""
+    """Return what retention knows of the checkpoints that are there.
+
+    Raises:
+        OSError: If one can't be read, which says nothing of what is in it.
+    """
     return [
         kept for step, path in checkpoints_by_step(root) if (kept := _kept(step, path)) is not None
     ]
@@ -126,7 +134,7 @@ def _kept(step: int, folder: Path) -> Kept | None:
         return None
     try:
         trainer = json.loads((folder / TRAINER).read_text())
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return None
     # Checkpoints of earlier versions may have a NaN.
     scores = {name: worst_if_nan(score) for name, score in (trainer.get("scores") or {}).items()}

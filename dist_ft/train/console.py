@@ -167,12 +167,12 @@ class Console:
             f"{engine.precision}, {kind}"
         )
 
-    def end_run(self, folder: Path) -> None:
-        """Say that training is done, how long it took and what can be done with it."""
+    def end_run(self, folder: Path, *, step: int) -> None:
+        """Say that training is done, at which step, how long it took and what can be done then."""
         took = duration_text(time.monotonic() - self._started_s)
         run = _near(folder)
         self.say(
-            f"done: step {self._total:,} after {took}. Next: dist-ft evaluate {run}, dist-ft "
+            f"done: step {step:,} after {took}. Next: dist-ft evaluate {run}, dist-ft "
             f"export {run}, dist-ft report {run}"
         )
 

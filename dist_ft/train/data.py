@@ -185,6 +185,9 @@ def task_spec(
             dedupe_key=task.dedupe_key,
             encode=encode,
             rows_at_once=BATCH_ROWS if config.takes == "text" else _MEDIA_AT_ONCE,
+            named_columns=_named_columns(config),
+            # A program's own task need not have it; a scan looks for what a check would need.
+            check=None if task.needs_scan else getattr(task, "check_row", None),
         ),
         tokenizer=tokenizer_fingerprint(tokenizer),
         arguments={
@@ -196,6 +199,15 @@ def task_spec(
         # Only training rows are augmented, so only theirs are kept.
         raw_columns=raw_columns(config) if split == "train" else (),
     )
+
+
+def _named_columns(config: TaskConfig) -> tuple[str, ...]:
+    """Return the columns that the recipe names and a row need not have a value in."""
+    if config.type == "question_answering":
+        return (config.answers,)
+    if config.type == "generation" and config.context is not None:
+        return (config.context,)
+    return ()
 
 
 def raw_columns(config: TaskConfig) -> tuple[str, ...]:

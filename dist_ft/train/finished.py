@@ -302,7 +302,7 @@ class _Exporter:
     how: ExportOptions
 
     def write(self, task: str, *, step: int) -> Path:
-        """Write a task's folder, whose card tells the scores up to `step`; return its path."""
+        """Write a task's folder, whose card tells the scores at `step`; return its path."""
         folder = self.folder.export / task
         lora = self.recipe.model.lora
         card: dict[str, Any] = {
@@ -342,9 +342,12 @@ def best_checkpoint(
         ValueError: If no whole checkpoint was saved at an evaluation, or that of the best is gone.
     """
     known = known_checkpoints(root)
+    # What checkpoints say of themselves comes second: how scores decide may change at a resume.
+    saved = {kept.step: kept.scores[name] for kept in known if name in kept.scores}
+    saved.update(scores)
     scored = sorted(
-        (k for k in known if name in k.scores),
-        key=lambda kept: (-kept.scores[name], kept.step),
+        (kept for kept in known if kept.step in saved),
+        key=lambda kept: (-saved[kept.step], kept.step),
     )
     for kept in scored:
         folder = root / checkpoint_name(kept.step)
@@ -352,7 +355,7 @@ def best_checkpoint(
         if damage is None:
             gone = {step: s for step, s in scores.items() if step not in {k.step for k in known}}
             best = max(gone, key=lambda step: (gone[step], -step), default=kept.step)
-            if gone.get(best, -math.inf) > kept.scores[name] + min_delta:
+            if gone.get(best, -math.inf) > saved[kept.step] + min_delta:
                 raise ValueError(
                     f"--best: {name} was best at step {best}, and {root} has no checkpoint of it; "
                     f"the best that is left is of step {kept.step}: train with "
@@ -388,9 +391,9 @@ def _deciding_scores(
 
 
 def last_scores(metrics: Path, *, step: int) -> Mapping[str, dict[str, float]]:
-    """Return the latest validation metrics of each task up to step `step`, that of the weights."""
+    """Return the validation metrics of each task of the weights of step `step`; of no others."""
     return {
         e["task"]: e["metrics"]
         for e in surviving_events(metrics)
-        if e["event"] == "eval" and e["split"] == "validation" and e["step"] <= step
+        if e["event"] == "eval" and e["split"] == "validation" and e["step"] == step
     }

@@ -11,6 +11,7 @@ from torch import nn
 from dist_ft.config import Recipe
 from dist_ft.engine.base import DTYPES
 from dist_ft.engine.loss_module import FusedLoss, InTraining
+from dist_ft.engine.trunk_passes import TrunkPasses
 from dist_ft.kernels.dropout_norm import WIDEST
 from dist_ft.kernels.ops import REFERENCE, Choice, Place, choose
 from dist_ft.model.backbone import MultiTaskModel
@@ -23,6 +24,7 @@ from dist_ft.model.scoring_head import ScoringHead
 from dist_ft.model.trunk import Trunk
 from dist_ft.tasks.base import Task
 from dist_ft.tasks.generation import Generation
+from dist_ft.train.agreement import check_same_choices
 
 FLASH, BY_RUN = "flash_varlen", "by_run"
 FIRST_TOKENS = "first_tokens"
@@ -42,10 +44,12 @@ class Kernels:
         chosen: name of the implementation of each operation; of attention, what can run it until
             `settle_attention` says what does.
         fused: tasks whose heads compute the loss themselves in training.
+        strict: whether what was chosen must run.
     """
 
     chosen: dict[str, str]
     fused: dict[str, FusedLoss]
+    strict: bool = False
 
     def used_in(self, training: InTraining) -> InTraining:
         """Return what is different in training, with the losses that heads compute."""
@@ -57,17 +61,42 @@ class Kernels:
         Padded rows are transformers' affair. A bias by position, as T5 has, is beyond flash
         attention, and so are some sizes of heads. Under ``last_block`` is noted whether some task's
         runs for first tokens only.
+
+        Raises:
+            ValueError: Flash attention was chosen and can't run these blocks, and `strict` is set.
         """
         narrow = trunk is not None and trunk.last is not None and "firsts" in trunk.forms.values()
         self.chosen["last_block"] = FIRST_TOKENS if narrow else REFERENCE
         if trunk is None or not trunk.flat:
             self.chosen["attention"] = REFERENCE
             return
-        biased = any(modules_with_bias(block) for block in trunk.blocks)
-        fits = all(_suits_flash(block) for block in trunk.blocks)
-        trunk.flash = self.chosen["attention"] == FLASH and not biased and fits
+        wants_flash = self.chosen["attention"] == FLASH
+        problem = _beyond_flash(trunk.blocks) if wants_flash else None
+        if problem is not None and self.strict:
+            raise ValueError(
+                f"kernels: strict, but attention would be run by {BY_RUN}, as {problem}: use auto"
+            )
+        trunk.flash = wants_flash and problem is None
         # Also where a recipe wants plain torch and no padding: then it is plain torch, by row.
         self.chosen["attention"] = FLASH if trunk.flash else BY_RUN
+
+
+def settle(kernels: Kernels, passes: TrunkPasses) -> None:
+    """Note what runs attention, and check that all ranks have come to the same choices.
+
+    Raises:
+        ValueError: See `Kernels.settle_attention`; or on every rank, if one chose otherwise.
+    """
+    kernels.settle_attention(passes.trunk)
+    trunk = passes.trunk
+    check_same_choices(
+        {
+            **kernels.chosen,
+            "padding": "unpadded" if trunk is not None and trunk.flat else "padded",
+            "inputs of heads": str(sorted(trunk.forms.items()) if trunk is not None else []),
+            "activation cache": "off" if passes.cache is None else "on",
+        }
+    )
 
 
 def take_kernels(
@@ -122,7 +151,7 @@ def take_kernels(
         fuse_post_norms(sublayers, by=dropout_residual_norm)
     if chosen[_DROPOUT] != REFERENCE:
         use_byte_dropout(dropouts)
-    return Kernels(chosen, fused)
+    return Kernels(chosen, fused, strict=recipe.kernels == "strict")
 
 
 def _is_asked(choice: Choice) -> bool:
@@ -138,14 +167,19 @@ def attention_dropout(
     return largest_dropout(model, groups=groups, part="attention") if chosen is None else chosen
 
 
-def _suits_flash(block: nn.Module) -> bool:
-    """Return whether flash attention has programs for the size of a block's attention heads."""
-    sizes = [getattr(m, name, None) for m in block.modules() for name in _HEAD_SIZES]
-    return all(
-        size % _FLASH_MULTIPLE == 0 and size <= _FLASH_WIDEST
-        for size in sizes
-        if isinstance(size, int)
-    )
+def _beyond_flash(blocks: Sequence[nn.Module]) -> str | None:
+    """Return why flash attention has no programs for the attention of some block."""
+    for block in blocks:
+        if modules_with_bias(block):
+            return "it takes no bias by position"
+        sizes = [getattr(m, name, None) for m in block.modules() for name in _HEAD_SIZES]
+        for size in sizes:
+            if isinstance(size, int) and (size % _FLASH_MULTIPLE or size > _FLASH_WIDEST):
+                return (
+                    f"heads of {size} values are no multiple of {_FLASH_MULTIPLE} "
+                    f"up to {_FLASH_WIDEST}"
+                )
+    return None
 
 
 def _fused_losses(

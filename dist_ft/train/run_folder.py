@@ -77,15 +77,18 @@ class RunFolder:
         return json.loads(self.recipe.read_text())
 
     def start(self, recipe: Mapping[str, Any], *, resume: bool) -> None:
-        """Make the folder, or check that the run in it may go on with `recipe`.
+        """Make the folder, or check that the run in it may go on with `recipe`, and keep that.
+
+        What may change at a resume, such as how scores decide, holds from then on for who reads
+        the folder, too.
 
         Raises:
             ValueError: If a run is there and is not to be resumed, or its recipe differs in what
                 is computed.
         """
         self.check(recipe, resume=resume)
-        if not self.recipe.is_file():
-            self.root.mkdir(parents=True, exist_ok=True)
+        self.root.mkdir(parents=True, exist_ok=True)
+        if not self.recipe.is_file() or self.read_recipe() != recipe:
             self.write_json(self.recipe.name, recipe)
 
     def check(self, recipe: Mapping[str, Any], *, resume: bool) -> None:

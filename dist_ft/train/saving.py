@@ -11,6 +11,7 @@ the state in host memory.
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -76,7 +77,13 @@ class CheckpointWriter:
         """Write into `root`, the run's ``checkpoints`` folder, shared by all ranks."""
         self._root = root
         self._retention = retention
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="dist_ft-save")
+        # A thread begins on the first GPU, where its streams would be made and waited for.
+        device = torch.cuda.current_device() if _on_gpu() else None
+        self._thread = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="dist_ft-save",
+            initializer=functools.partial(_use_gpu, device),
+        )
         self._copy: dict[str, Tensor] = {}
         self._room: Future[dict[str, Tensor]] | None = None
         self._trainer: Mapping[str, Any] = {}
@@ -267,6 +274,11 @@ class CheckpointWriter:
         assert self._saving is not None
         stall = self._saving.stall_s + time.monotonic() - began
         self._saving = replace(self._saving, stall_s=stall)
+
+
+def _use_gpu(device: int | None) -> None:
+    if device is not None:
+        torch.cuda.set_device(device)
 
 
 def _on_gpu() -> bool:

@@ -15,11 +15,12 @@ from dist_ft.config import Recipe
 from dist_ft.config_evaluation import EvaluationConfig
 from dist_ft.train.adapt import mean_score
 from dist_ft.train.best import Decision
-from dist_ft.train.build import checkpoint_of, make_run
+from dist_ft.train.build import make_run
 from dist_ft.train.callbacks import Evaluate
 from dist_ft.train.console import Console
+from dist_ft.train.ending import checkpoint_of, train_to_end
 from dist_ft.train.environment import environment
-from dist_ft.train.loop import Run, fit
+from dist_ft.train.loop import Run
 from dist_ft.train.memory import FitMemory, fit_memory
 from dist_ft.train.numbers import BadNumbersError
 from dist_ft.train.parts import make_parts
@@ -133,10 +134,8 @@ def _make(
 def _fit(run: Run, memory: FitMemory) -> None:
     """Train; if the numbers stay bad, make room for the next run before that is raised."""
     try:
-        with memory.watching(run):
-            fit(run)
+        train_to_end(run, memory)
     except BadNumbersError:  # raised by every rank, after the same step
-        checkpoint_of(run).settle(run)
         run.discard()
         run.engine.close()
         raise
@@ -156,4 +155,5 @@ def one_score(of_tasks: Mapping[str, float], config: EvaluationConfig) -> float:
     if any(map(math.isnan, of_tasks.values())):
         return math.nan  # a minimum would depend on the order of the tasks
     by = "mean" if config.decide_by == "each" else config.decide_by
-    return Decision(by, config.weights).scores(of_tasks)[by]
+    decision = Decision(by, config.weights)
+    return decision.scores(of_tasks)[decision.name]

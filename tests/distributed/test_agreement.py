@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from dist_ft.freezing.policies import ScheduledPolicy
 from dist_ft.freezing.schedule import Phase
+from dist_ft.kernels import ops
 from dist_ft.recipe import load_recipe
 from dist_ft.train import build
 from dist_ft.train.agreement import DisagreementError, StepPlan, agree
@@ -92,3 +93,16 @@ def test_a_planted_disagreement_stops_all_ranks(kind: str, stage: int, tmp_path:
     recipe = write_recipe(tmp_path, engine={"zero_stage": stage})
     run_distributed(_planted, recipe, kind)
     assert all(e["step"] <= 9 for e in events(tmp_path / "runs/tiny"))
+
+
+def _self_test_fails_on_rank_1(path: Path) -> None:
+    if os.environ["RANK"] == "1":
+        ops.test = lambda *_, **__: "its self-test failed: wrong numbers"
+    expected = r"rank 1 on .* has dropout reference, not by_byte.*kernels: reference"
+    with pytest.raises(ValueError, match=expected):
+        build.train(load_recipe(path), resume=False)
+
+
+def test_ranks_that_would_run_other_kernels_say_so(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path)
+    run_distributed(_self_test_fails_on_rank_1, path, world_size=2)

@@ -23,7 +23,7 @@ from dist_ft.search import session
 from dist_ft.search.population import tune_population
 from dist_ft.search.tune import TuneOptions, tune
 from dist_ft.train import run_lock
-from dist_ft.train.build import PREEMPTED
+from dist_ft.train.ending import PREEMPTED
 from tests.helpers.run_distributed import run_distributed
 from tests.helpers.tiny_run import events, state_hash, terminate_after, train, write_recipe
 

@@ -29,7 +29,7 @@ from dist_ft.report.page import report_folder
 from dist_ft.report.raster import png_of
 from dist_ft.report.record import read_run
 from dist_ft.report.svg import Axes, Line, line_plot, ticks
-from dist_ft.train import build, finished
+from dist_ft.train import ending, finished
 from dist_ft.train.recorder import Recorder
 from dist_ft.train.trackers import make_trackers, numbers
 from dist_ft.watch import Follower, dashboard, sparkline, watch
@@ -44,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a run that was stopped, went on on two ranks and was evaluated."""
     folder = tmp_path_factory.mktemp("after")
     recipe = write_recipe(folder, logging={"every": 2, "groups_every": 4})
-    train(recipe, stop_at=6, exit_code=build.PREEMPTED)
+    train(recipe, stop_at=6, exit_code=ending.PREEMPTED)
     train(recipe, resume=True)
     finished.evaluate(folder / "runs" / "tiny")
     finished.analyse(folder / "runs" / "tiny")

@@ -1,5 +1,6 @@
 """dist_ft from Python: the examples of the documentation, run as they stand."""
 
+import gc
 import json
 import logging
 import math
@@ -10,6 +11,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ import yaml
 import dist_ft
 from dist_ft.tasks.base import Choice, LossSum
 from dist_ft.tasks.output_regularization import OutputRegularizer
+from dist_ft.train import build
 from tests.helpers.run_distributed import run_distributed
 from tests.helpers.tiny_run import events, write_recipe
 
@@ -125,6 +129,34 @@ def _twice(folder: Path) -> None:
 
 def test_a_run_leaves_its_process_as_it_was(folder: Path) -> None:
     run_distributed(_twice, folder, world_size=1)
+
+
+def _fails(folder: Path) -> None:
+    os.chdir(folder)
+    seen: list[Any] = []
+    tracker = Mock()
+
+    def broken(outputs: Any) -> torch.Tensor:
+        if len(seen) < 3:
+            seen.append(outputs)
+            return torch.zeros(())
+        raise RuntimeError("an error of the program's own")
+
+    # A notebook keeps the error, and with it whatever its frames refer to.
+    with (
+        mock.patch.object(build, "make_trackers", return_value=[tracker]),
+        pytest.raises(RuntimeError, match="own") as caught,
+    ):
+        dist_ft.fine_tune("tickets.yaml", overrides=["name=broken"], regularizers={"kind": broken})
+    parameters = [o for o in gc.get_objects() if isinstance(o, torch.nn.Parameter)]
+    assert caught.tb is not None
+    tracker.close.assert_called_once()
+    assert parameters
+    assert not any(p.numel() for p in parameters)
+
+
+def test_a_run_that_fails_frees_its_weights(folder: Path) -> None:
+    run_distributed(_fails, folder, world_size=1)
 
 
 def test_an_own_task_trains_otherwise_and_has_shards_of_its_own(folder: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
@@ -17,15 +19,17 @@ from hypothesis import strategies as st
 from dist_ft import dist
 from dist_ft.recipe import load_recipe
 from dist_ft.recipe.errors import RecipeError
-from dist_ft.train import finished
+from dist_ft.train import ending, finished, saving
 from dist_ft.train.best import Decision, updated
 from dist_ft.train.callbacks import Evaluate
-from dist_ft.train.checkpoint import CheckpointReader, known_checkpoints
+from dist_ft.train.checkpoint import CheckpointReader, known_checkpoints, remove_old
 from dist_ft.train.console import Console
 from dist_ft.train.evaluate import EvalData, Scores
 from dist_ft.train.loop import Best
+from dist_ft.train.numbers import BadNumbersError
 from dist_ft.train.recorder import Recorder
 from dist_ft.train.retention import Retention
+from dist_ft.train.run_folder import RunFolder
 from tests.helpers.tiny_run import events, train, write_recipe
 
 NAN = float("nan")
@@ -37,7 +41,7 @@ def test_scores_decide_each_or_together() -> None:
     assert Decision("mean").scores(SCORES) == {"mean": pytest.approx(0.7)}
     assert Decision("worst").scores(SCORES) == {"worst": 0.5}
     weighted = Decision("weighted", {"b": 3.0}).scores(SCORES)
-    assert weighted == {"weighted": pytest.approx(0.8)}
+    assert weighted == {"weighted (b: 3)": pytest.approx(0.8)}
     assert Decision("worst").scores({}) == {}
     assert [Decision(by).name_for("a") for by in ("each", "mean")] == ["a", "mean"]
 
@@ -127,6 +131,95 @@ def test_a_run_that_gets_no_better_ends_and_stays_ended(tmp_path: Path) -> None:
     [again] = finished.export(run, task="text", how=finished.ExportOptions(replace=True))
     assert {p.name for p in again.iterdir()} == before
     assert [p.name for p in again.parent.iterdir()] == ["text"]
+
+    patient = yaml.safe_load(path.read_text())
+    patient["evaluation"]["early_stopping"]["patience"] = 9
+    path.write_text(yaml.safe_dump(patient))
+    train(path, resume=True)
+    assert max(e["step"] for e in events(run) if e["event"] == "step") == 20
+
+
+def test_a_checkpoint_is_best_by_the_rule_that_holds_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finished, "verify_checkpoint", lambda _: None)
+    monkeypatch.setattr(finished, "CheckpointReader", lambda folder: folder)
+    # evaluation.decide_by was changed from each to mean at a resume at step 2.
+    for step, scores in ((2, {"text": 0.9, "tags": 0.1}), (6, {"mean": 0.7})):
+        folder = tmp_path / f"step-{step:08d}"
+        folder.mkdir()
+        (folder / "manifest.json").touch()
+        (folder / "trainer.json").write_text(json.dumps({"scores": scores}))
+    for name in ("mean", "text"):
+        best = finished.best_checkpoint(tmp_path, name=name, scores={2: 0.5, 6: 0.7})
+        assert best == tmp_path / "step-00000006"
+    assert Decision("weighted", {"b": 2.0, "a": 1.0}).name == "weighted (a: 1, b: 2)"
+    assert Decision("weighted", {"b": 2.0}).scores({"a": 0.0, "b": 1.0}) == {
+        "weighted (b: 2)": pytest.approx(2 / 3)
+    }
+
+
+def test_a_resume_keeps_the_recipe_that_holds_from_then_on(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    recipe = load_recipe(write_recipe(tmp_path)).model_dump(mode="json")
+    folder.start(recipe, resume=False)
+    changed = {**recipe, "evaluation": {**recipe["evaluation"], "decide_by": "mean"}}
+    folder.start(changed, resume=True)
+    assert folder.read_recipe() == changed
+
+
+def test_nothing_is_removed_while_a_checkpoint_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (2, 4, 6):
+        folder = tmp_path / f"step-{step:08d}"
+        folder.mkdir()
+        (folder / "manifest.json").touch()
+        (folder / "trainer.json").write_text("{}")
+    read_text, retention = Path.read_text, Retention(keep_last=1)
+
+    def failing(path: Path, *arguments: Any, **options: Any) -> str:
+        if path.parent.name == "step-00000002":
+            raise OSError(errno.EIO, "a network that is gone for a while")
+        return read_text(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", failing)
+        with pytest.raises(OSError, match="gone for a while"):
+            remove_old(tmp_path, step=6, retention=retention)
+    assert len(list(tmp_path.iterdir())) == 3
+    remove_old(tmp_path, step=6, retention=retention)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000006"]
+
+
+def test_a_card_has_no_scores_of_other_weights(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "metrics.jsonl")
+    recorder.event("eval", step=2, task="a", split="validation", metrics={"f1": 0.5})
+    recorder.close()
+    assert finished.last_scores(tmp_path / "metrics.jsonl", step=2) == {"a": {"f1": 0.5}}
+    assert finished.last_scores(tmp_path / "metrics.jsonl", step=3) == {}
+
+
+def test_bad_numbers_lose_no_save_that_was_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    saver = Mock()
+    monkeypatch.setattr(ending, "fit", Mock(side_effect=BadNumbersError("a loss that is none")))
+    monkeypatch.setattr(ending, "checkpoint_of", lambda _: saver)
+    run, memory = Mock(), MagicMock()
+    memory.watching.return_value.__exit__.return_value = None
+    with pytest.raises(BadNumbersError):
+        ending.train_to_end(run, memory)
+    saver.settle.assert_called_once_with(run)
+
+
+def test_a_save_is_made_on_this_ranks_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[int] = []
+    monkeypatch.setattr(saving, "_on_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    writer = saving.CheckpointWriter(tmp_path, retention=Retention())
+    writer._thread.submit(lambda: None).result()
+    writer.close()
+    assert devices == [3]
 
 
 def test_what_cannot_decide_is_refused(tmp_path: Path) -> None:

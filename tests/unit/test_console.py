@@ -58,9 +58,11 @@ def test_a_run_says_what_it_is_and_what_can_be_done_then(
     console.begin_run(
         recipe, total_steps=1200, world_size=1, device="cpu", folder=Path("runs/cpu-spam")
     )
-    console.end_run(Path("runs/cpu-spam"))
+    console.start(1200, done=0)
+    console.end_run(Path("runs/cpu-spam"), step=300)  # it got no better
     first, last = capsys.readouterr().err.splitlines()
     assert first == "runs/cpu-spam: 1,200 steps (1ep) of 32 rows on 1 rank, cpu, fp32, ZeRO-1"
+    assert last.startswith("done: step 300 after ")
     assert "dist-ft evaluate runs/cpu-spam, dist-ft export runs/cpu-spam" in last
 
 

@@ -113,6 +113,9 @@ def test_the_attention_that_is_named_is_the_one_that_runs(
     built = build_model(config, heads=[HeadSpec("a", kind, {})], dtype=torch.float32, seed=0)
     trunk = Trunk.find(built, groups=find_layer_groups(built))
     trunk.flat = flat
+    if flat and chosen == "flash_varlen" != runs:
+        with pytest.raises(ValueError, match=r"kernels: strict, but attention .* by by_run, as"):
+            Kernels({"attention": chosen}, {}, strict=True).settle_attention(trunk)
     kernels = Kernels({"attention": chosen}, {})
     kernels.settle_attention(trunk)
     assert kernels.chosen == {"attention": runs, "last_block": "reference"}

@@ -172,6 +172,12 @@ class ContextFields:
         return rebuilt
 
 
+def outside_of(labels: Sequence[str]) -> str | None:
+    """Returns the label of words in no entity; None if the labels mark no entities."""
+    marks = any(_ENTITY_TAG.fullmatch(label) for label in labels)
+    return "O" if marks and "O" in labels else None
+
+
 def is_valid(tags: Sequence[Any], *, outside: str = "O") -> bool:
     """Returns whether labels are BIO (or a relative), and no entity begins in its middle."""
     before = ""

@@ -1,0 +1,166 @@
+"""What a row must have is looked at before it counts, and what comes out has a version."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_ft.config_data import DataConfig, SourceConfig
+from dist_ft.config_tasks import (
+    GenerationConfig,
+    QuestionAnsweringConfig,
+    TextClassificationConfig,
+    TokenClassificationConfig,
+)
+from dist_ft.data.prepare import PREPARE_VERSION, prepare_split
+from dist_ft.data.shards import ShardedDataset
+from dist_ft.tasks import build_task
+from dist_ft.tasks.text_classification import TextClassification
+from dist_ft.tasks.token_classification import TokenClassification
+from dist_ft.train.augmentation import make_augmenter
+from dist_ft.train.data import selected_rows, task_spec
+from tests.helpers.batches import numbered
+from tests.helpers.tiny_tokenizers import wordpiece
+
+TOKENIZER = wordpiece()
+# Of what the tasks below make of the rows below: of another, older shards must not be used again.
+GOLDEN = {"version": 3, "digest": "656c47cc97cc2969"}
+TEXTS = [{"text": " Who wrote it? ", "label": "b"}, {"text": "Ada", "label": "a"}]
+TAGGED = [{"tokens": ["Ada", "wrote", "it"], "tags": ["B-PER", "O", "O"]}]
+ASKED = [
+    {
+        "id": str(n),
+        "question": "who wrote it ?",
+        "context": "the program . Ada wrote it in love . " * 3,
+        "answers": {"text": texts, "answer_start": starts},
+    }
+    for n, (texts, starts) in enumerate([(["Ada"], [14]), ([" Ada "], [13]), ([], [])])
+]
+SAID = [{"prompt": "who wrote it ?", "response": "Ada wrote it"}]
+
+
+def encoded() -> list[dict[str, Any]]:
+    made = [
+        ({"type": "text_classification", "labels": ["a", "b"], "max_length": 8}, TEXTS),
+        ({"type": "token_classification", "labels": ["O", "B-PER"]}, TAGGED),
+        ({"type": "question_answering", "max_length": 20, "doc_stride": 4}, ASKED),
+        ({"type": "generation", "max_length": 16, "max_target_length": 8}, SAID),
+        ({"type": "generation", "style": "seq2seq", "max_target_length": 8}, SAID),
+    ]
+    return [
+        feature
+        for settings, rows in made
+        for feature in build_task({"name": "t", **settings}).encode(
+            numbered(rows), tokenizer=TOKENIZER
+        )
+    ]
+
+
+def test_what_rows_become_has_a_version() -> None:
+    text = json.dumps(encoded(), sort_keys=True, default=lambda value: value.tolist())
+    found = {
+        "version": PREPARE_VERSION,
+        "digest": hashlib.blake2b(text.encode(), digest_size=8).hexdigest(),
+    }
+    assert found == GOLDEN, "rows are encoded otherwise: raise PREPARE_VERSION, too"
+
+
+def data_of(folder: Path, rows: list[dict[str, Any]]) -> DataConfig:
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return DataConfig(train=SourceConfig(path=str(path)))
+
+
+def test_a_row_that_is_refused_hides_none_of_its_text(tmp_path: Path) -> None:
+    rows = [
+        {"text": "hello", "label": "??"},
+        {"text": "hello", "label": "a"},
+        {"text": "it", "label": "b"},
+    ]
+    config = TextClassificationConfig(
+        type="text_classification", name="t", data=data_of(tmp_path, rows), labels=["a", "b"],
+        on_error="skip",
+    )  # fmt: skip
+    task = build_task(config.arguments())
+    spec = task_spec(config, task, tokenizer=TOKENIZER, own={}, split="train")
+    found = prepare_split(spec, split="train", data_dir=tmp_path / "data")
+    assert len(ShardedDataset(found.folder, verify="hash")) == 2
+    assert found.manifest.selection["invalid"] == 1
+    assert found.manifest.selection["duplicates"] == 0
+    kept = selected_rows(config, task, tokenizer=TOKENIZER, split="train")
+    assert [row["label"] for row in kept] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "rows", "message"),
+    [
+        (QuestionAnsweringConfig, {"answers": "anwsers"}, ASKED, "has no column 'anwsers'"),
+        (GenerationConfig, {"context": "inputs"}, SAID, "has no column 'inputs'"),
+    ],
+)
+def test_a_column_that_rows_may_leave_empty_must_be_there(
+    tmp_path: Path, kind: Any, settings: dict[str, Any], rows: list[Any], message: str
+) -> None:
+    name = "question_answering" if rows is ASKED else "generation"
+    config = kind(type=name, name="t", data=data_of(tmp_path, rows), **settings)
+    task = build_task(config.arguments())
+    spec = task_spec(config, task, tokenizer=TOKENIZER, own={}, split="train")
+    with pytest.raises(ValueError, match=message):
+        prepare_split(spec, split="train", data_dir=tmp_path / "data")
+
+
+def test_a_class_number_is_no_place_among_labels_that_were_found() -> None:
+    rows = [{"text": t, "label": t} for t in ("neutral", "entailment", "contradiction")]
+    task = TextClassification(name="t")
+    found = task.with_state(task.scan(rows))
+    found.check_row(rows[0])
+    with pytest.raises(ValueError, match=r"label '0' is a number where .* list tasks\.t\.labels"):
+        found.check_row({"text": "x", "label": 0})
+    listed = TextClassification(name="t", labels=["entailment", "neutral", "contradiction"])
+    listed.check_row({"text": "x", "label": 0})
+
+
+def test_labels_that_are_one_number_have_one_order() -> None:
+    assert TextClassification(name="t").scan(
+        [{"text": "x", "label": label} for label in ("1", "01", "001", "2")]
+    ) == {"labels": ["001", "01", "1", "2"]}
+
+
+@pytest.mark.parametrize(
+    ("labels", "tags"),
+    [
+        (("O", "B-PER", "E-PER", "S-PER"), ("B-PER", "E-PER", "O", "O")),
+        (("O", "B-PER", "I-PER", "X"), ("B-PER", "I-PER", "O", "O")),
+    ],
+)
+def test_entities_of_any_tags_stay_whole(
+    tmp_path: Path, labels: tuple[str, ...], tags: tuple[str, ...]
+) -> None:
+    row = {"tokens": ["Angela", "Merkel", "spoke", "twice"], "tags": list(tags)}
+    config = TokenClassificationConfig.model_validate(
+        {
+            "type": "token_classification",
+            "name": "t",
+            "data": data_of(tmp_path, [row]),
+            "augmentation": [{"type": "word_dropout", "share": 0.6}],
+        }
+    )
+    task = TokenClassification(name="t", labels=labels)
+    dataset: Any = None
+    augmenter = make_augmenter(config.augmentation, config=config, task=task, dataset=dataset)
+    after = [augmenter.apply(row, seed=0, epoch=0, row=n)[0] for n in range(40)]
+    assert all(changed["tokens"][:2] == ["Angela", "Merkel"] for changed in after)
+    assert any(len(changed["tokens"]) < 4 for changed in after)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_generation_is_scored_where_its_logits_are() -> None:
+    """An evaluation's targets stay on the host."""
+    task: Any = build_task({"name": "t", "type": "generation"})
+    targets = {"labels": torch.tensor([[1, 2, 3]])}
+    logits, labels = task._aligned({"logits": torch.zeros(1, 3, 5, device="cuda")}, targets)
+    assert logits.device == labels.device
