@@ -32,6 +32,7 @@ from dist_ft.cli_tables import print_differences, print_metrics
 from dist_ft.heartbeat import (
     error_text,
     is_first_to_tell,
+    is_passing,
     note_error,
     show_stacks_when_asked,
 )
@@ -48,7 +49,7 @@ app = typer.Typer(
     name="dist-ft",
     help="Fine-tune several tasks on one pre-trained transformer, on one or many ranks.\n\n"
     "Exit codes: 0 done, 1 failed, 2 bad recipe or arguments, 75 stopped after saving "
-    "(start again with --resume).",
+    "(start again with --resume), 143 (launch) stopped before all was saved.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -349,7 +350,7 @@ def _run(words: list[str], *, debug: bool) -> int:
         return exit_.code if isinstance(exit_.code, int) else int(exit_.code is not None)
     except ValueError as error:
         _report_error(error, debug=debug)
-        return BAD_INPUT
+        return FAILED if is_passing(error) else BAD_INPUT
     except (RuntimeError, OSError) as error:
         _report_error(error, debug=debug)
         return getattr(error, "exit_code", FAILED)

@@ -22,6 +22,8 @@ T = TypeVar("T")
 _ALONE: ContextVar[bool] = ContextVar("alone", default=False)
 # Environment variables that say which rank this is.
 _PLACE = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE")
+# Who adds numbers in host memory up, where the default group is a caller's for GPUs only.
+_HOST_GROUP: ContextVar[Any] = ContextVar("host_group", default=None)
 # Between looks at whether the store of an earlier start is gone.
 _STORE_PAUSE_S = 0.5
 
@@ -99,9 +101,17 @@ def process_group(world: World, *, timeout_s: int, join_timeout_s: int) -> Itera
     notebook, must not find the place of a rank in its environment.
     """
     was_there, before = dist.is_initialized(), {n: os.environ.get(n) for n in _PLACE}
+    host: Any = None
     try:
-        yield init_process_group(world, timeout_s=timeout_s, join_timeout_s=join_timeout_s)
+        device = init_process_group(world, timeout_s=timeout_s, join_timeout_s=join_timeout_s)
+        if was_there and dist.get_backend_config() == "cuda:nccl":
+            host = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=timeout_s))
+        _HOST_GROUP.set(host)
+        yield device
     finally:
+        _HOST_GROUP.set(None)
+        if host is not None:
+            dist.destroy_process_group(host)
         if not was_there:
             shut_down()
         for name in (n for n, value in before.items() if value is None):
@@ -198,14 +208,14 @@ def all_reduce_sum(values: list[float]) -> list[float]:
     if not is_distributed():
         return values
     tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor)
+    dist.all_reduce(tensor, group=_HOST_GROUP.get())
     return tensor.tolist()
 
 
 def sum_over_ranks(tensor: Tensor) -> None:
     """Replace a tensor by its sum over ranks, in place."""
     if is_distributed():
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=_HOST_GROUP.get() if tensor.is_cpu else None)
 
 
 def all_reduce_max(values: list[int]) -> list[int]:
@@ -213,7 +223,7 @@ def all_reduce_max(values: list[int]) -> list[int]:
     if not is_distributed():
         return values
     tensor = torch.tensor(values, dtype=torch.int64)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_HOST_GROUP.get())
     return tensor.tolist()
 
 

@@ -7,6 +7,7 @@ whether the counter still moves, by its own clock, so clocks of ranks and nodes 
 from __future__ import annotations
 
 import contextlib
+import errno
 import faulthandler
 import hashlib
 import math
@@ -25,6 +26,11 @@ _SIZE = 4096
 _REQUEST = "request"
 # Free in torch, DeepSpeed and Slurm; Python writes the stacks even if another thread holds the GIL.
 STACKS_SIGNAL = signal.SIGUSR2
+# What a network file system answers while its server is away, and a disk that begins to fail.
+_PASSING = {
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH,
+    errno.ENETDOWN, errno.ENETUNREACH, errno.ENOTCONN, errno.ESHUTDOWN, errno.EREMOTEIO,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,16 @@ def read_beat(path: Path) -> Beat:
     count, step, phase, timeout_s, section = _LAYOUT.unpack(data)
     text = section.rstrip(b"\0").decode(errors="replace")
     return Beat(count, step, phase, timeout_s, text or "start")
+
+
+def is_passing(error: BaseException) -> bool:
+    """Return whether a disk or a network failed behind an error, which may be over soon."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _PASSING:
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def error_text(error: BaseException) -> str:

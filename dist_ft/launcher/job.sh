@@ -33,8 +33,8 @@ job="${job:-$SLURM_JOB_ID}"
 # By name, not by address: a host often looks itself up as 127.0.1.1.
 HEAD_NODE="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 [ -n "$HEAD_NODE" ] || { echo "error: scontrol names no node" >&2; exit 1; }
-# Two jobs on one node must not meet.
-port=$((20000 + SLURM_JOB_ID % 20000))
+# Two jobs on one node must not meet, nor whoever lets the system choose a port: from 32768 on.
+port=$((20000 + SLURM_JOB_ID % 12000))
 # Whatever tasks the job was submitted with: one launcher on each node, with all cores of the node's
 # tasks. Slurm 22.05 to 23.02 don't hand --cpus-per-task to srun.
 one_each=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1)
@@ -172,7 +172,8 @@ while kill -0 "$step" 2>/dev/null; do wait "$step"; done
 wait "$step" || code=$?
 
 case $code in
-  75 | 143) requeue "saved" ;;
+  75) requeue "saved" ;;
+  143) requeue "asked to stop, and not all was saved" ;;
   0) say "done" ;;
   2) say "bad recipe" ;;
   *) [ -z "$asked_to_stop" ] || requeue "stopped" ;;

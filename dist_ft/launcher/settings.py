@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
 import subprocess
 from dataclasses import dataclass
 from itertools import takewhile
+from pathlib import Path
 
 HIGHEST_PORT = 65535
 
@@ -115,10 +117,21 @@ def count_gpus() -> int:
         # As CUDA reads it: up to the first name that is none, such as -1 or NoDevFiles.
         return sum(1 for _ in takewhile(_names_a_gpu, visible.split(",")))
     tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return 0
+    if tool is None:  # as in many containers, and with AMD's
+        nvidia = [p for p in Path("/dev").glob("nvidia*") if p.name[6:].isdecimal()]
+        return len(nvidia) or _count_amd()
     listed = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False)
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def _count_amd() -> int:
+    """Return the GPUs among the nodes that AMD's driver lists; a CPU's has the id 0."""
+    nodes = Path("/sys/class/kfd/kfd/topology/nodes")
+    count = 0
+    for file in nodes.glob("*/gpu_id"):
+        with contextlib.suppress(OSError):  # of one that this container may not use
+            count += file.read_text().strip() not in ("", "0")
+    return count
 
 
 def thread_settings(*, ranks: int, gpus: int) -> dict[str, str]:

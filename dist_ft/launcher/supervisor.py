@@ -21,6 +21,8 @@ from dist_ft.launcher.settings import LaunchSettings
 from dist_ft.launcher.watching import Watch
 
 DONE, FAILED, BAD_INPUT, PREEMPTED, REPLANNED = 0, 1, 2, 75, 76
+# Asked to stop, as by SIGTERM, and not all ranks ended well: what was saved before is all there is.
+STOPPED = 128 + signal.SIGTERM
 ATTEMPT, FAILURE = "DIST_FT_ATTEMPT", "DIST_FT_FAILURE"
 # What a rank ends with that was asked to stop a second time; see `train.signals`.
 AT_ONCE = {128 + number for number in STOPPING}
@@ -131,7 +133,7 @@ class Supervisor:
                 if self._asked:
                     # The signal came to the rank itself, before it listened: nothing is wrong, and
                     # what is saved is all there is. A smaller plan can wait, too.
-                    return PREEMPTED if failure.stopped or failure.replanned else FAILED
+                    return PREEMPTED if failure.stopped or failure.replanned else STOPPED
                 if _same_way(failure, last):
                     self._say("failed twice in the same way: not started again")
                     return FAILED
@@ -177,7 +179,7 @@ class Supervisor:
                 failure = self._find_hang(attempt, running)
             if failure is None and self._asked and now - self._asked_at > self._settings.grace_s:
                 self._say(f"the ranks did not end within {self._settings.grace_s:g} s: killed")
-                return FAILED, None
+                return STOPPED, None
             if failure is not None:
                 self._wait(attempt, seconds=_LAST_WORDS_S)
                 return self._verdict(attempt, self._first_failure(attempt) or failure)

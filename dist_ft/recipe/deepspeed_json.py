@@ -73,11 +73,7 @@ def _contradictions(draft: Draft, *, recipe: Recipe, config: Mapping[str, Any]) 
             rule = f"{key} must agree with {recipe_key} ({show_value(ours)})"
             yield f"{rule}, got {show_value(theirs)}: remove {key} from the file"
     yield from _accumulation(draft, recipe=recipe, theirs=config.get("gradient_accumulation_steps"))
-    if _at(config, "zero_optimization.offload_param.device") not in (None, "none") and (
-        recipe.engine.zero_stage != 3 and _sure(draft, "engine.zero_stage")
-    ):
-        rule = "zero_optimization.offload_param needs engine.zero_stage 3"
-        yield f"{rule}, got {recipe.engine.zero_stage}: remove it or raise the stage"
+    yield from _partitions(draft, recipe=recipe, config=config)
     for key, rule in _OWNED.items():
         if config.get(key) not in (None, _AUTO, {}):
             kind = _at(config, f"{key}.type")
@@ -86,6 +82,23 @@ def _contradictions(draft: Draft, *, recipe: Recipe, config: Mapping[str, Any]) 
         section = config.get(key)
         if section and (not isinstance(section, dict) or section.get("enabled", True)):
             yield f"{key} is not known to the recipe, got it enabled: remove {key} from the file"
+
+
+def _partitions(draft: Draft, *, recipe: Recipe, config: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what the stage and the turns of a step do not go with."""
+    if _at(config, "zero_optimization.offload_param.device") not in (None, "none") and (
+        recipe.engine.zero_stage != 3 and _sure(draft, "engine.zero_stage")
+    ):
+        rule = "zero_optimization.offload_param needs engine.zero_stage 3"
+        yield f"{rule}, got {recipe.engine.zero_stage}: remove it or raise the stage"
+    if _at(config, "zero_optimization.overlap_comm") is True and recipe.engine.zero_stage == 1:
+        turns = recipe.mixture.tasks_per_step
+        if turns > 1 and _sure(draft, "engine.zero_stage") and draft.is_sure("mixture"):
+            yield (
+                "zero_optimization.overlap_comm in stage 1 adds up what the last pass of a step "
+                f"reaches only, got true with mixture.tasks_per_step={turns}, so that the heads of "
+                "other turns would differ between ranks: set it to false, or engine.zero_stage to 2"
+            )
 
 
 def _pairs(recipe: Recipe, config: Mapping[str, Any]) -> Iterator[tuple[str, Any, str, Any]]:

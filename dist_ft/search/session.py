@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from dist_ft import dist
 from dist_ft.config import Recipe
-from dist_ft.heartbeat import noting_errors
+from dist_ft.heartbeat import Heartbeat, noting_errors
 from dist_ft.recipe.evaluation_checks import check_ranking
 from dist_ft.recipe.ranks import check_ranks
 from dist_ft.search.candidates import Outcome
@@ -40,7 +40,7 @@ def run_session(
     """
     check_ranking(recipe)
     import_optuna()  # on every rank, so that all of them end if it is missing
-    stop = StopRequest()
+    stop, heartbeat = StopRequest(), Heartbeat.of_this_rank()
     with stop.listening():
         world = dist.world_from_environment()
         check_ranks(recipe, world.world_size)
@@ -52,7 +52,8 @@ def run_session(
             join_timeout_s=recipe.engine.join_timeout_s,
         )
         with group as device, noting_errors():
-            place = Place(world, device, stop_signal=lambda: stop.signal)
+            place = Place(world, device, lambda: stop.signal, heartbeat)
+            place.between_runs()
             try:
                 return search(seen, place, console)
             except PreemptedError:

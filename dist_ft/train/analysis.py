@@ -52,16 +52,15 @@ class _Seen:
         """Add the choices of a micro-batch."""
         for choice in choices:
             probabilities = choice.logits.float().softmax(-1)
-            labels = choice.labels.to(probabilities.device)  # an evaluation's stay on the host
             best, prediction = probabilities.max(-1)
             self.confidence.append(best.cpu())
-            self.correct.append((prediction == labels).float().cpu())
-            if len(choices) == 1 and len(labels) == len(batch.rows):
-                right = probabilities.gather(1, labels[:, None])[:, 0]
+            self.correct.append((prediction == choice.labels).float().cpu())
+            if len(choices) == 1 and len(choice.labels) == len(batch.rows):
+                right = probabilities.gather(1, choice.labels[:, None])[:, 0]
                 losses = (-right.clamp_min(1e-30).log()).tolist()
                 self.losses += zip(losses, batch.rows.tolist(), strict=True)
                 self.predictions += prediction.tolist()
-                self.references += labels.tolist()
+                self.references += choice.labels.tolist()
                 self.classes = choice.logits.shape[-1]
 
 
@@ -169,9 +168,10 @@ def _task(parts: Parts, data: EvalData, forward: Forward) -> dict[str, Any]:
     """Return what is known of a task's predictions; parts that make no sense for it are absent."""
     seen = _Seen()
     for batch in _batches(data, size=data.micro_batch_size):
-        _, outputs = forward(data.task.name, batch)
+        loss, outputs = forward(data.task.name, batch)
         if batch.loss_weight > 0:
-            seen.add(data.task.choices(outputs, batch.targets), batch)
+            targets = on_device(batch.targets, loss.device)
+            seen.add(data.task.choices(outputs, targets), batch)
     body: dict[str, Any] = {}
     if seen.confidence:
         confidence = torch.cat(seen.confidence).double().numpy()

@@ -172,6 +172,7 @@ def _recorder(recipe: Recipe, *, folder: RunFolder, world: dist.World) -> Record
         folder=folder.root,
         name=recipe.name,
         recipe=recipe.model_dump(mode="json"),
+        goes_on=folder.metrics.exists(),
     )
     return Recorder(folder.metrics, trackers=trackers)
 

@@ -9,12 +9,14 @@ in it is pickled.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,8 @@ from dist_ft.train.checkpoint_names import MANIFEST, checkpoints_by_step
 from dist_ft.train.file_mode import follow_umask
 from dist_ft.train.retention import Kept, Retention, worst_if_nan
 
+# Files of a checkpoint that are read at once to be verified.
+_READERS = 8
 FORMAT_VERSION = 1
 TRAINER = "trainer.json"
 _REPLACED = ".old-"
@@ -218,9 +222,7 @@ def verify_checkpoint(folder: Path) -> str | None:
     except (OSError, ValueError) as error:
         return f"its manifest cannot be read ({error})"
     try:
-        return _manifest_damage(manifest, folder) or next(
-            (d for entry in manifest["files"] if (d := _file_damage(folder, entry))), None
-        )
+        return _manifest_damage(manifest, folder) or _files_damage(folder, manifest["files"])
     except (AttributeError, KeyError, TypeError) as error:
         return f"its manifest is damaged ({type(error).__name__}: {error})"
     except OSError as error:  # of a disk that fails: an older checkpoint may be whole
@@ -242,6 +244,16 @@ def _manifest_damage(manifest: dict[str, Any], folder: Path) -> str | None:
         )
     said = "" if not unknown else f" and says {', '.join(sorted(unknown))}"
     return f"its manifest is damaged: it has format version {version}{said}"
+
+
+def _files_damage(folder: Path, entries: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return what is wrong with the first file that is damaged.
+
+    Several at once: all ranks wait for the answer, and one stream of a network disk is slow.
+    """
+    with ThreadPoolExecutor(max_workers=_READERS, thread_name_prefix="dist_ft-verify") as threads:
+        found = threads.map(functools.partial(_file_damage, folder), entries)
+        return next((damage for damage in found if damage), None)
 
 
 def _file_damage(folder: Path, entry: Mapping[str, Any]) -> str | None:

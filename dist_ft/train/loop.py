@@ -220,8 +220,20 @@ def plan_of(run: Run, batch: StepBatch, phase: Phase) -> StepPlan:
 
 
 def enter_phase(run: Run, phase: Phase) -> None:
-    """Train the phase's layer groups from now on and tell the callbacks."""
-    report = run.engine.set_trainable(phase.trainable)
+    """Train the phase's layer groups from now on and tell the callbacks.
+
+    Raises:
+        RuntimeError: If the change has no memory: smaller micro-batches would not help it.
+    """
+    try:
+        report = run.engine.set_trainable(phase.trainable)
+    except torch.OutOfMemoryError as error:
+        why = str(error).splitlines()[0]
+        raise RuntimeError(
+            f"step {run.progress.step}: no memory to change to phase {phase.index} ({why}), for "
+            "which weights and optimizer state lie there twice: raise engine.zero_stage, set "
+            "engine.offload_optimizer: true, or freezing.switch: in_place"
+        ) from error
     kept = run.progress.thawed_at
     run.progress.thawed_at = {g: kept.get(g, run.progress.step) for g in phase.trainable}
     run.progress.phase = phase.index

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dist_ft.data.manifest import write_durably
+
 if TYPE_CHECKING:
     from dist_ft import dist
 
@@ -120,9 +122,9 @@ class RunFolder:
 
     def write_json(self, name: str, body: Mapping[str, Any]) -> None:
         """Write a JSON file into the folder, whole or not at all: any moment may be the last."""
-        temporary = self.root / f".{name}.tmp"
-        temporary.write_text(json.dumps(body, indent=1, default=str) + "\n")
-        temporary.replace(self.root / name)
+        content, path = json.dumps(body, indent=1, default=str) + "\n", self.root / name
+        if not path.is_file() or path.read_bytes() != content.encode():
+            write_durably(path, content=content)
 
     def add_to_environment(self, more: Mapping[str, Any]) -> None:
         """Add keys to ``env.json``; without one, as when a run is only measured, do nothing."""

@@ -6,14 +6,16 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from dist_ft import dist
 from dist_ft.config import Recipe
 from dist_ft.config_evaluation import EvaluationConfig
+from dist_ft.heartbeat import Heartbeat
 from dist_ft.train.adapt import mean_score
+from dist_ft.train.beats import make_beat
 from dist_ft.train.best import Decision
 from dist_ft.train.build import make_run
 from dist_ft.train.callbacks import Evaluate
@@ -44,11 +46,17 @@ class Place:
         world: This rank's place; the process group must be up.
         device: This rank's device.
         stop_signal: Returns the signal that asked this rank to stop, or 0.
+        heartbeat: Tells the launcher that this rank is alive.
     """
 
     world: dist.World
     device: torch.device
     stop_signal: Callable[[], int] = lambda: 0
+    heartbeat: Heartbeat = field(default_factory=lambda: Heartbeat(None))
+
+    def between_runs(self) -> None:
+        """Say that this rank prepares a run or compares runs, for as long as that takes."""
+        self.heartbeat.beat("between runs", step=0, phase=-1, timeout_s=math.inf)
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,7 @@ def train_until(recipe: Recipe, *, step: int, place: Place) -> Segment:
 
     with ExitStack() as at_end:
         at_end.callback(lock.release)
+        at_end.callback(place.between_runs)
         dist.on_main(open_folder)
         recorder = Recorder(folder.metrics if place.world.is_main else None)
         at_end.callback(recorder.close)
@@ -126,6 +135,8 @@ def _make(
     run = make_run(memory.resume(recipe), parts, folder=folder, world=place.world,
                    device=place.device, console=console, recorder=recorder)  # fmt: skip
     run.replan = memory.replan
+    run.beat = make_beat(recipe, run, place.heartbeat)
+    run.beat("start")
     restore(run, folder=folder, recorder=recorder, console=console)
     run.stop_signal = place.stop_signal
     return run, memory

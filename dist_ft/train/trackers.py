@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_ft.train.recorder import Tracker
+
+log = logging.getLogger("dist_ft")
 
 # What is the same for all tasks of a step, and what names a step instead of measuring it.
 _SHARED = ("lr", "tokens", "tokens_per_s", "trainable_params", "peak_rss_bytes")
@@ -53,7 +56,12 @@ def _numbers(event: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def make_trackers(
-    wanted: Sequence[str] | None, *, folder: Path, name: str, recipe: Mapping[str, Any]
+    wanted: Sequence[str] | None,
+    *,
+    folder: Path,
+    name: str,
+    recipe: Mapping[str, Any],
+    goes_on: bool = False,
 ) -> list[Tracker]:
     """Return the trackers of a run; called on rank 0 only.
 
@@ -62,6 +70,8 @@ def make_trackers(
         folder: The run's folder; everything is written below it.
         name: Of the run.
         recipe: Resolved, shown by trackers that have a place for it.
+        goes_on: Whether a run goes on that has had its trackers: one whose server is away now is
+            left out, and does not keep the run from going on.
 
     Raises:
         RuntimeError: If one that was asked for is not installed.
@@ -81,7 +91,16 @@ def make_trackers(
         "mlflow": MlFlow,
         "trackio": Trackio,
     }
-    return [makers[tracker](folder, name=name, recipe=recipe) for tracker in wanted]
+    made: list[Tracker] = []
+    for tracker in wanted:
+        try:
+            made.append(makers[tracker](folder, name=name, recipe=recipe))
+        except Exception as error:
+            if not goes_on:
+                raise
+            kind = type(error).__name__
+            log.error("%s is left out, it can't be opened: %s: %s", tracker, kind, error)
+    return made
 
 
 class TensorBoard:

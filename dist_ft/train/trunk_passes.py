@@ -6,6 +6,7 @@ import json
 import platform
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -123,8 +124,7 @@ def _measure(
 ) -> None:
     """Let the first steps decide whether the cache is used, or the run's own earlier decision."""
     path = folder.root / DECISION
-    known = json.loads(path.read_text()) if dist.rank() == 0 and path.exists() else None
-    known = dist.broadcast_object(known)
+    known = dist.broadcast_object(_decided(path) if dist.rank() == 0 else None)
     if known is not None:
         passes.decision = CacheDecision(**known)
         return
@@ -143,6 +143,14 @@ def _measure(
 
     passes.probe = CacheProbe(sum(visits.values()) / len(visits))
     passes.tell = tell
+
+
+def _decided(path: Path) -> dict[str, Any] | None:
+    """Return the run's earlier decision, if it has one that can be read."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _figures(decision: CacheDecision) -> str:

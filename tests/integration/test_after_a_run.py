@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import functools
 import html
 import html.parser
 import importlib
@@ -16,6 +17,7 @@ import time
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -29,7 +31,7 @@ from dist_ft.report.page import report_folder
 from dist_ft.report.raster import png_of
 from dist_ft.report.record import read_run
 from dist_ft.report.svg import Axes, Line, line_plot, ticks
-from dist_ft.train import ending, finished
+from dist_ft.train import ending, finished, trackers
 from dist_ft.train.recorder import Recorder
 from dist_ft.train.trackers import make_trackers, numbers
 from dist_ft.watch import Follower, dashboard, sparkline, watch
@@ -455,12 +457,24 @@ def test_a_tracker_that_is_not_there_is_named(tmp_path: Path) -> None:
         load_recipe(path, overrides=["logging.trackers=[tensorbord]"])
 
 
+def test_a_tracker_whose_server_is_away_keeps_no_run_from_going_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trackers, "TensorBoard", Mock(side_effect=OSError("no server")))
+    make = functools.partial(
+        make_trackers, ["tensorboard"], folder=tmp_path, name="tiny", recipe={}
+    )
+    with pytest.raises(OSError, match="no server"):
+        make()
+    assert make(goes_on=True) == []
+
+
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow", "trackio"])
 def test_a_tracker_takes_a_whole_run(name: str, run: Path, tmp_path: Path) -> None:
     if importlib.util.find_spec(name) is None:
         pytest.skip(f"the extra [{name}] is not installed")
-    trackers = make_trackers([name], folder=tmp_path, name="tiny", recipe={"model": {"path": "m"}})
-    recorder = Recorder(tmp_path / "metrics.jsonl", trackers=trackers)
+    made = make_trackers([name], folder=tmp_path, name="tiny", recipe={"model": {"path": "m"}})
+    recorder = Recorder(tmp_path / "metrics.jsonl", trackers=made)
     for event in read_run(run).events:
         fields = {k: v for k, v in event.items() if k not in ("event", "step", "time_s")}
         recorder.event(event["event"], step=event["step"], **fields)

@@ -1,7 +1,9 @@
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -180,6 +182,17 @@ def test_errors_are_lines_and_codes(
     assert capsys.readouterr().err == line + "\n"
     assert cli.main(["train", "quickstart", "--debug"]) == code
     assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ESTALE, 1), (errno.EIO, 1), (errno.ENOENT, 2)])
+def test_a_disk_that_is_away_is_no_bad_recipe(
+    number: int, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launcher starts ranks again that have failed, and none whose input is bad."""
+    error = ValueError("shard x can't be read")
+    error.__cause__ = OSError(number, os.strerror(number))
+    monkeypatch.setattr(cli, "_load", Mock(side_effect=error))
+    assert cli.main(["train", "quickstart"]) == code
 
 
 def test_an_unexpected_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

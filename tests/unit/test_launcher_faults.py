@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from dist_ft.engine.ds_setup import choose_accelerator
 from dist_ft.heartbeat import Heartbeat, show_stacks_when_asked
-from dist_ft.launcher import output
+from dist_ft.launcher import output, settings
 from dist_ft.launcher.processes import fork_rank, run_rank
 from dist_ft.launcher.settings import LaunchSettings, count_gpus
 from dist_ft.launcher.supervisor import Failure, Supervisor
@@ -97,8 +98,8 @@ def test_a_new_program_holds_early_signals_back_as_well() -> None:
     [
         (lambda: os.kill(os.getpid(), signal.SIGTERM), 75),  # before it listened
         (lambda: os._exit(76), 75),  # wants a smaller plan, when the run goes on
-        (lambda: os.kill(os.getpid(), signal.SIGSEGV), 1),
-        (lambda: os._exit(1), 1),
+        (lambda: os.kill(os.getpid(), signal.SIGSEGV), 143),
+        (lambda: os._exit(1), 143),
     ],
     ids=["signal", "replan", "crash", "error"],
 )
@@ -118,6 +119,21 @@ def test_ranks_that_end_after_a_request_to_stop_have_failed_only_if_something_is
     start = fork_rank(main, listens=False)  # as a rank that was signalled before it held it back
     assert Supervisor(settings, start=lambda _: start, say=said.append).run() == code
     assert "not started again: a stop was asked for" in said[0]
+
+
+def test_ranks_that_do_not_save_in_time_were_asked_to_stop() -> None:
+    launcher = os.getpid()
+
+    def main() -> int:
+        os.kill(launcher, signal.SIGTERM)
+        while True:
+            time.sleep(0.1)
+
+    settings = LaunchSettings(ranks=1, max_restarts=0, grace_s=0.5)
+    said: list[str] = []
+    # Slurm's script requeues a job for it, and none that has failed.
+    assert Supervisor(settings, start=lambda _: fork_rank(main), say=said.append).run() == 143
+    assert said == ["the ranks did not end within 0.5 s: killed"]
 
 
 def test_the_record_of_a_failure_has_what_it_had() -> None:
@@ -286,3 +302,31 @@ def test_visible_gpus_are_counted_as_cuda_does(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert count_gpus() == gpus
+
+
+def test_gpus_are_found_without_their_tool(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in a container, where ranks would run on CPUs beside GPUs that torch finds."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(settings.shutil, "which", lambda _: None)
+    monkeypatch.setattr(settings, "Path", lambda path: tmp_path / path.lstrip("/"))
+    (tmp_path / "dev").mkdir()
+    assert count_gpus() == 0
+    for number, gpu in enumerate(("0", "4711", "4712")):  # the first one is the CPU
+        node = tmp_path / f"sys/class/kfd/kfd/topology/nodes/{number}"
+        node.mkdir(parents=True)
+        (node / "gpu_id").write_text(f"{gpu}\n")
+    assert count_gpus() == 2
+    for name in ("nvidia0", "nvidia1", "nvidia2", "nvidiactl", "nvidia-uvm"):
+        (tmp_path / "dev" / name).touch()
+    assert count_gpus() == 3
+
+
+def test_deepspeed_on_another_device_than_torch_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with pytest.raises(ValueError, match=r"DS_ACCELERATOR: .* got cpu where torch finds a GPU"):
+        choose_accelerator()
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    choose_accelerator()

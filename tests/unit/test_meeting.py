@@ -6,12 +6,15 @@ import socket
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYetError
+from unittest import mock
 
 import pytest
+import torch
 from torch._C._distributed_c10d import TCPStore
 
 from dist_ft import dist
 from dist_ft.dist import World
+from tests.helpers.run_distributed import run_distributed
 
 
 @pytest.fixture
@@ -51,3 +54,25 @@ def test_two_ranks_of_one_number_are_told(pool: ThreadPoolExecutor) -> None:
         come(pool, 1, within_s=1).result(timeout=30)
     assert time.monotonic() - began < 10
     assert len(stores) == 2
+
+
+def _in_a_group_for_gpus() -> None:
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    world = dist.World(rank, rank, world_size)
+    # gloo stands in for NCCL, which has no backend for numbers of the host.
+    with (
+        mock.patch.object(torch.distributed, "get_backend_config", return_value="cuda:nccl"),
+        mock.patch.object(
+            torch.distributed, "all_reduce", wraps=torch.distributed.all_reduce
+        ) as sums,
+        dist.process_group(world, timeout_s=60, join_timeout_s=60),
+    ):
+        assert dist.all_reduce_max([rank]) == [world_size - 1]
+        assert dist.all_reduce_sum([1.0]) == [world_size]
+        groups = [call.kwargs["group"] for call in sums.call_args_list]
+    assert all(group is not None for group in groups)
+    assert dist.all_reduce_max([rank]) == [world_size - 1]
+
+
+def test_a_callers_group_for_gpus_is_no_obstacle() -> None:
+    run_distributed(_in_a_group_for_gpus, world_size=2)

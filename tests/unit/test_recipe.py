@@ -42,6 +42,8 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "spans.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"num_hidden_layers": 6}')
+    overlap = {"zero_optimization": {"overlap_comm": True}}
+    (tmp_path / "overlap.json").write_text(json.dumps(overlap))
     (tmp_path / "model" / "model.safetensors").touch()
     return tmp_path
 
@@ -412,6 +414,15 @@ GOLDEN: dict[str, tuple[list[str], list[str]]] = {
             "engine.offload_optimizer: DeepSpeed keeps the gradients of offloaded parameters from "
             "the last pass of a step only, got true with mixture.tasks_per_step=2: set that to 1, "
             "zero_stage to 1 or this to false"
+        ],
+    ),
+    "overlap in stage 1 with several turns": (
+        ["engine.deepspeed=overlap.json", "engine.zero_stage=1", "mixture.tasks_per_step=2"],
+        [
+            "engine.deepspeed: overlap.json: zero_optimization.overlap_comm in stage 1 adds up "
+            "what the last pass of a step reaches only, got true with mixture.tasks_per_step=2, "
+            "so that the heads of other turns would differ between ranks: set it to false, or "
+            "engine.zero_stage to 2"
         ],
     ),
     "offload without partitions": (

@@ -158,7 +158,7 @@ def test_entities_of_any_tags_stay_whole(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_generation_is_scored_where_its_logits_are() -> None:
+def test_answers_are_scored_where_their_logits_are() -> None:
     """An evaluation's targets stay on the host."""
     task: Any = build_task({"name": "t", "type": "generation"})
     targets = {"labels": torch.tensor([[1, 2, 3]])}
