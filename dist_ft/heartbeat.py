@@ -29,7 +29,7 @@ STACKS_SIGNAL = signal.SIGUSR2
 # What a network file system answers while its server is away, and a disk that begins to fail.
 _PASSING = {
     errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH,
-    errno.ENETDOWN, errno.ENETUNREACH, errno.ENOTCONN, errno.ESHUTDOWN, errno.EREMOTEIO,
+    errno.ENETDOWN, errno.ENETUNREACH, errno.ENOTCONN, errno.ESHUTDOWN,
 }  # fmt: skip
 
 

@@ -43,8 +43,9 @@ from dist_ft.data.shards import TARGET_BYTES, ShardedDataset, ShardWriter
 __all__ = ["PrepareSpec", "PreparedSplit", "RowFunctions", "SplitPlan", "prepare_split",
            "split_inputs"]  # fmt: skip
 
-# Any change of what rows come out needs a new version: older folders are then not used again.
-PREPARE_VERSION = 3
+# A change of the rows of all tasks needs a new version: older folders are then not used again. What
+# a task makes of its rows has a version of its own, `encoding_version`.
+PREPARE_VERSION = 2
 _PROGRESS_NAME = "progress.json"
 
 _LOG = logging.getLogger(__name__)

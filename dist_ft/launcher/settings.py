@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import shutil
 import socket
@@ -125,7 +126,15 @@ def count_gpus() -> int:
 
 
 def _count_amd() -> int:
-    """Return the GPUs among the nodes that AMD's driver lists; a CPU's has the id 0."""
+    """Return the GPUs among the nodes that AMD's driver lists, if torch is built for them.
+
+    A CPU's node has the id 0.
+    """
+    if "rocm" not in importlib.metadata.version("torch"):
+        return 0
+    for name in ("HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"):
+        if (visible := os.environ.get(name)) is not None:
+            return sum(1 for _ in takewhile(_names_a_gpu, visible.split(",")))
     nodes = Path("/sys/class/kfd/kfd/topology/nodes")
     count = 0
     for file in nodes.glob("*/gpu_id"):

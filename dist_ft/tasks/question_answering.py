@@ -73,6 +73,8 @@ class QuestionAnswering(NoGeneration):
     type = "question_answering"
     auto_class = "AutoModelForQuestionAnswering"
     needs_scan = False
+    # 2: answers with white space around them, or without an accent of the context, have a place.
+    encoding_version = 2
 
     def __post_init__(self) -> None:
         room = self.max_length - self._question_tokens - _SPECIAL_TOKENS

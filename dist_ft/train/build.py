@@ -28,7 +28,7 @@ from dist_ft.train.best import Decision, TrackBest
 from dist_ft.train.callbacks import Checkpoint, Evaluate
 from dist_ft.train.console import Console
 from dist_ft.train.deciders import deciders
-from dist_ft.train.ending import finish, freed, train_to_end
+from dist_ft.train.ending import closing_trackers, finish, freed, train_to_end
 from dist_ft.train.engines import make_engine
 from dist_ft.train.environment import environment
 from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
@@ -111,7 +111,7 @@ def _train(recipe: Recipe, *, resume: bool, stop: StopRequest, extensions: Exten
         _open_folder(folder, recipe, parts, lock=lock, resume=resume, device=device)
         at_end.enter_context(folder.logging_to_file(world))
         recorder = _recorder(recipe, folder=folder, world=world)
-        at_end.callback(recorder.close)  # a tracker that stays open would take the next run's
+        at_end.push(closing_trackers(recorder, alone=world.world_size == 1))
         at_end.callback(console.stop)
         memory = fit_memory(recipe, parts, folder=folder, recorder=recorder, console=console)
         if resume:
@@ -153,8 +153,10 @@ def _open_folder(
     device: torch.device,
 ) -> None:
     def open_folder() -> None:
-        folder.start(recipe.model_dump(mode="json"), resume=resume)
+        resolved = recipe.model_dump(mode="json")
+        folder.start(resolved, resume=resume)
         keep_data(folder, recipe, parts.tasks)
+        folder.goes_on(resolved)
         folder.write_json("env.json", environment(dist.world_from_environment(), device))
 
     # Every rank must hear of what is wrong, or the others would wait in their first collective.

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import itertools
 import json
+import logging
 import os
 import shutil
 from collections import defaultdict
@@ -31,6 +32,8 @@ from dist_ft import dist
 from dist_ft.train.checkpoint_names import MANIFEST, checkpoints_by_step
 from dist_ft.train.file_mode import follow_umask
 from dist_ft.train.retention import Kept, Retention, worst_if_nan
+
+log = logging.getLogger("dist_ft")
 
 # Files of a checkpoint that are read at once to be verified.
 _READERS = 8
@@ -109,12 +112,11 @@ def _undo(replaced: Path, error: OSError) -> str:
 def remove_old(root: Path, *, step: int, retention: Retention) -> None:
     """Remove what retention does not keep, now that the checkpoint of `step` exists.
 
-    Raises:
-        OSError: If one can't be read just now: it might be one that stays, so nothing is removed.
+    One that can't be read just now might be one that stays, so it does.
     """
     folders = checkpoints_by_step(root)
-    whole = known_checkpoints(root)
-    keep = retention.keeps(whole, newest=step)
+    whole, unread = _look(root)
+    keep = retention.keeps(whole, newest=step) | unread
     for at, folder in folders:
         if at not in keep:
             # Without its manifest a folder is no checkpoint, even if removing it is cut short.
@@ -123,14 +125,23 @@ def remove_old(root: Path, *, step: int, retention: Retention) -> None:
 
 
 def known_checkpoints(root: Path) -> list[Kept]:
-    """Return what retention knows of the checkpoints that are there.
+    """Return what retention knows of the checkpoints that are there and can be read."""
+    return _look(root)[0]
 
-    Raises:
-        OSError: If one can't be read, which says nothing of what is in it.
-    """
-    return [
-        kept for step, path in checkpoints_by_step(root) if (kept := _kept(step, path)) is not None
-    ]
+
+def _look(root: Path) -> tuple[list[Kept], set[int]]:
+    """Return the checkpoints that are there, and the steps of those that can't be read."""
+    known: list[Kept] = []
+    unread: set[int] = set()
+    for step, folder in checkpoints_by_step(root):
+        try:
+            kept = _kept(step, folder)
+        except OSError as error:  # which says nothing of what is in it
+            log.warning("%s cannot be read and is left alone: %s", folder.name, error)
+            unread.add(step)
+            continue
+        known += [] if kept is None else [kept]
+    return known, unread
 
 
 def _kept(step: int, folder: Path) -> Kept | None:

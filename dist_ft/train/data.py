@@ -186,19 +186,35 @@ def task_spec(
             encode=encode,
             rows_at_once=BATCH_ROWS if config.takes == "text" else _MEDIA_AT_ONCE,
             named_columns=_named_columns(config),
-            # A program's own task need not have it; a scan looks for what a check would need.
-            check=None if task.needs_scan else getattr(task, "check_row", None),
+            check=_check(task) if config.on_error == "skip" else None,
         ),
         tokenizer=tokenizer_fingerprint(tokenizer),
         arguments={
             **config.model_dump(mode="json", exclude=NOT_IN_FEATURES),
             "labels": None if task.needs_scan else task.config_updates().get("label2id"),
+            **_encoding(task),
             **own,
         },
         on_error=config.on_error,
         # Only training rows are augmented, so only theirs are kept.
         raw_columns=raw_columns(config) if split == "train" else (),
     )
+
+
+def _encoding(task: Task) -> dict[str, int]:
+    """Return the version of what a task makes of its rows, if it is not the first one."""
+    version = getattr(task, "encoding_version", 1)
+    return {"encoding": version} if version > 1 else {}
+
+
+def _check(task: Task) -> Callable[[dict[str, Any]], None] | None:
+    """Return what refuses a row that `encode` would refuse, if that is known before.
+
+    A scan looks for what a check would need, and a program's own `encode` may take other rows.
+    """
+    check = getattr(task, "check_row", None)
+    encodes = next(c for c in type(task).__mro__ if "encode" in vars(c))
+    return check if not task.needs_scan and encodes.__module__.startswith("dist_ft.") else None
 
 
 def _named_columns(config: TaskConfig) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,6 +39,21 @@ def train_to_end(run: Run, memory: FitMemory) -> None:
         raise
 
 
+def closing_trackers(recorder: Recorder, *, alone: bool) -> Callable[..., None]:
+    """Return what an ExitStack closes a run's trackers with, and tells them of an error.
+
+    A tracker that stays open takes the figures of the next run of its process. Of several ranks a
+    failed one must leave first: a server that does not answer would keep the others waiting, and
+    their processes' own ends tell the trackers.
+    """
+
+    def close(kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or alone:
+            recorder.close(failed=kind is not None)
+
+    return close
+
+
 @contextmanager
 def freed(run: Run, *, alone: bool) -> Iterator[None]:
     """Close what saves the run at the end of the block, and free its engine.
@@ -56,7 +71,7 @@ def freed(run: Run, *, alone: bool) -> Iterator[None]:
         if alone:
             try:
                 run.engine.close()
-            except RuntimeError:  # what has ended the run is what is told
+            except Exception:
                 log.exception("the engine of a run that has ended could not be freed")
 
 

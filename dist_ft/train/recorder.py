@@ -24,8 +24,8 @@ class Tracker(Protocol):
         """Take one event, as it stands in ``metrics.jsonl``."""
         ...
 
-    def close(self) -> None:
-        """Send what was not sent yet."""
+    def close(self, *, failed: bool = False) -> None:
+        """Send what was not sent yet, and say whether the run has failed."""
         ...
 
 
@@ -77,12 +77,12 @@ class Recorder:
                 )
                 self._trackers = [other for other in self._trackers if other is not tracker]
 
-    def close(self) -> None:
-        """Close the file and the trackers."""
+    def close(self, *, failed: bool = False) -> None:
+        """Close the file and the trackers, and tell those whether the run has failed."""
         if self._file is not None:
             self._file.close()
             self._file = None
-        self._show(lambda tracker: tracker.close())
+        self._show(lambda tracker: tracker.close(failed=failed))
         self._trackers = ()
 
 

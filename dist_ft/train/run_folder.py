@@ -79,19 +79,24 @@ class RunFolder:
         return json.loads(self.recipe.read_text())
 
     def start(self, recipe: Mapping[str, Any], *, resume: bool) -> None:
-        """Make the folder, or check that the run in it may go on with `recipe`, and keep that.
-
-        What may change at a resume, such as how scores decide, holds from then on for who reads
-        the folder, too.
+        """Make the folder, or check that the run in it may go on with `recipe`.
 
         Raises:
             ValueError: If a run is there and is not to be resumed, or its recipe differs in what
                 is computed.
         """
         self.check(recipe, resume=resume)
-        self.root.mkdir(parents=True, exist_ok=True)
-        if not self.recipe.is_file() or self.read_recipe() != recipe:
+        if not self.recipe.is_file():
+            self.root.mkdir(parents=True, exist_ok=True)
             self.write_json(self.recipe.name, recipe)
+
+    def goes_on(self, recipe: Mapping[str, Any]) -> None:
+        """Keep the recipe that nothing refuses any more.
+
+        What may change at a resume, such as how scores decide, holds from then on for whoever
+        reads the folder, too.
+        """
+        self.write_json(self.recipe.name, recipe)
 
     def check(self, recipe: Mapping[str, Any], *, resume: bool) -> None:
         """Check that a run with `recipe` may be started or go on here.

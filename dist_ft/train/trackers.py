@@ -127,8 +127,9 @@ class TensorBoard:
                 self._event(wall_time=time.time(), step=event["step"], summary=summary)
             )
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Write what is buffered."""
+        del failed  # its files have no place for it
         self._writer.close()
 
 
@@ -153,9 +154,9 @@ class WeightsAndBiases:
         if values := numbers(event):
             self._run.log({**values, "step": event["step"]})
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Finish the run."""
-        self._run.finish()
+        self._run.finish(exit_code=int(failed))
 
 
 class MlFlow:
@@ -184,9 +185,9 @@ class MlFlow:
         if metrics:
             self._client.log_batch(self._run, metrics=metrics)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """End the run."""
-        self._client.set_terminated(self._run)
+        self._client.set_terminated(self._run, status="FAILED" if failed else "FINISHED")
 
 
 class Trackio:
@@ -203,6 +204,7 @@ class Trackio:
         if values := numbers(event):
             self._trackio.log(values, step=event["step"])
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         """Finish the run."""
+        del failed  # it knows no other end
         self._trackio.finish()

@@ -140,7 +140,8 @@ class _FullTracker:
             raise OSError(errno.ENOSPC, "no space left on device")
         self.shown.append(event["step"])
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
+        del failed
         raise OSError(errno.ENOSPC, "no space left on device")
 
 

@@ -150,7 +150,7 @@ def _fails(folder: Path) -> None:
         dist_ft.fine_tune("tickets.yaml", overrides=["name=broken"], regularizers={"kind": broken})
     parameters = [o for o in gc.get_objects() if isinstance(o, torch.nn.Parameter)]
     assert caught.tb is not None
-    tracker.close.assert_called_once()
+    tracker.close.assert_called_once_with(failed=True)
     assert parameters
     assert not any(p.numel() for p in parameters)
 

@@ -165,10 +165,12 @@ def test_a_resume_keeps_the_recipe_that_holds_from_then_on(tmp_path: Path) -> No
     folder.start(recipe, resume=False)
     changed = {**recipe, "evaluation": {**recipe["evaluation"], "decide_by": "mean"}}
     folder.start(changed, resume=True)
+    assert folder.read_recipe() == recipe  # something else may refuse it still
+    folder.goes_on(changed)
     assert folder.read_recipe() == changed
 
 
-def test_nothing_is_removed_while_a_checkpoint_cannot_be_read(
+def test_a_checkpoint_that_cannot_be_read_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for step in (2, 4, 6):
@@ -185,9 +187,8 @@ def test_nothing_is_removed_while_a_checkpoint_cannot_be_read(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_text", failing)
-        with pytest.raises(OSError, match="gone for a while"):
-            remove_old(tmp_path, step=6, retention=retention)
-    assert len(list(tmp_path.iterdir())) == 3
+        remove_old(tmp_path, step=6, retention=retention)
+    assert {p.name for p in tmp_path.iterdir()} == {"step-00000002", "step-00000006"}
     remove_old(tmp_path, step=6, retention=retention)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000006"]
 

@@ -311,11 +311,18 @@ def test_gpus_are_found_without_their_tool(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(settings, "Path", lambda path: tmp_path / path.lstrip("/"))
     (tmp_path / "dev").mkdir()
     assert count_gpus() == 0
+    version = "2.13.0+rocm6.4"
+    monkeypatch.setattr(settings.importlib.metadata, "version", lambda _: version)
     for number, gpu in enumerate(("0", "4711", "4712")):  # the first one is the CPU
         node = tmp_path / f"sys/class/kfd/kfd/topology/nodes/{number}"
         node.mkdir(parents=True)
         (node / "gpu_id").write_text(f"{gpu}\n")
     assert count_gpus() == 2
+    with monkeypatch.context() as patch:
+        patch.setenv("ROCR_VISIBLE_DEVICES", "1")
+        assert count_gpus() == 1
+    version = "2.13.0+cpu"  # on a desktop with a GPU that torch can't use
+    assert count_gpus() == 0
     for name in ("nvidia0", "nvidia1", "nvidia2", "nvidiactl", "nvidia-uvm"):
         (tmp_path / "dev" / name).touch()
     assert count_gpus() == 3

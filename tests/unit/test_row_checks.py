@@ -15,7 +15,7 @@ from dist_ft.config_tasks import (
     TextClassificationConfig,
     TokenClassificationConfig,
 )
-from dist_ft.data.prepare import PREPARE_VERSION, prepare_split
+from dist_ft.data.prepare import prepare_split
 from dist_ft.data.shards import ShardedDataset
 from dist_ft.tasks import build_task
 from dist_ft.tasks.text_classification import TextClassification
@@ -26,8 +26,14 @@ from tests.helpers.batches import numbered
 from tests.helpers.tiny_tokenizers import wordpiece
 
 TOKENIZER = wordpiece()
-# Of what the tasks below make of the rows below: of another, older shards must not be used again.
-GOLDEN = {"version": 3, "digest": "656c47cc97cc2969"}
+# Version and digest of what tasks make of the rows below: shards of another are not used again.
+GOLDEN = {
+    "text": (1, "ee64385271cfd982"),
+    "tags": (1, "b5c88edf7a15d2da"),
+    "answers": (2, "5de18a47a90829ff"),
+    "causal": (1, "9c7226005c48cbb9"),
+    "seq2seq": (1, "8ff1dcdd7fc0cdb6"),
+}
 TEXTS = [{"text": " Who wrote it? ", "label": "b"}, {"text": "Ada", "label": "a"}]
 TAGGED = [{"tokens": ["Ada", "wrote", "it"], "tags": ["B-PER", "O", "O"]}]
 ASKED = [
@@ -42,30 +48,26 @@ ASKED = [
 SAID = [{"prompt": "who wrote it ?", "response": "Ada wrote it"}]
 
 
-def encoded() -> list[dict[str, Any]]:
-    made = [
-        ({"type": "text_classification", "labels": ["a", "b"], "max_length": 8}, TEXTS),
-        ({"type": "token_classification", "labels": ["O", "B-PER"]}, TAGGED),
-        ({"type": "question_answering", "max_length": 20, "doc_stride": 4}, ASKED),
-        ({"type": "generation", "max_length": 16, "max_target_length": 8}, SAID),
-        ({"type": "generation", "style": "seq2seq", "max_target_length": 8}, SAID),
-    ]
-    return [
-        feature
-        for settings, rows in made
-        for feature in build_task({"name": "t", **settings}).encode(
-            numbered(rows), tokenizer=TOKENIZER
-        )
-    ]
+MADE: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "text": (
+        {"type": "text_classification", "labels": ["a", "b"], "max_length": 8}, TEXTS,
+    ),
+    "tags": ({"type": "token_classification", "labels": ["O", "B-PER"]}, TAGGED),
+    "answers": ({"type": "question_answering", "max_length": 20, "doc_stride": 4}, ASKED),
+    "causal": ({"type": "generation", "max_length": 16, "max_target_length": 8}, SAID),
+    "seq2seq": ({"type": "generation", "style": "seq2seq", "max_target_length": 8}, SAID),
+}  # fmt: skip
 
 
 def test_what_rows_become_has_a_version() -> None:
-    text = json.dumps(encoded(), sort_keys=True, default=lambda value: value.tolist())
-    found = {
-        "version": PREPARE_VERSION,
-        "digest": hashlib.blake2b(text.encode(), digest_size=8).hexdigest(),
-    }
-    assert found == GOLDEN, "rows are encoded otherwise: raise PREPARE_VERSION, too"
+    found: dict[str, tuple[int, str]] = {}
+    for name, (settings, rows) in MADE.items():
+        task = build_task({"name": "t", **settings})
+        features = task.encode(numbered(rows), tokenizer=TOKENIZER)
+        text = json.dumps(features, sort_keys=True, default=lambda value: value.tolist())
+        digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        found[name] = (getattr(task, "encoding_version", 1), digest)
+    assert found == GOLDEN, "rows are encoded otherwise: raise the task's encoding_version, too"
 
 
 def data_of(folder: Path, rows: list[dict[str, Any]]) -> DataConfig:
@@ -92,6 +94,29 @@ def test_a_row_that_is_refused_hides_none_of_its_text(tmp_path: Path) -> None:
     assert found.manifest.selection["duplicates"] == 0
     kept = selected_rows(config, task, tokenizer=TOKENIZER, split="train")
     assert [row["label"] for row in kept] == ["a", "b"]
+
+
+def test_a_programs_own_encoding_is_not_checked_by_ours(tmp_path: Path) -> None:
+    class Own(TextClassification):
+        def encode(self, rows: Any, *, tokenizer: Any) -> Any:
+            return super().encode([{**row, "label": "a"} for row in rows], tokenizer=tokenizer)
+
+    config = TextClassificationConfig(
+        type="text_classification", name="t", on_error="skip",
+        data=data_of(tmp_path, [{"text": "hello", "label": "??"}]), labels=["a", "b"],
+    )  # fmt: skip
+    for kind, rows in ((Own, 1), (TextClassification, 0)):
+        task = kind(name="t", labels=["a", "b"])
+        spec = task_spec(config, task, tokenizer=TOKENIZER, own={}, split="train")
+        assert len(list(spec.raw_rows("train"))) == rows
+
+
+def test_the_version_of_an_encoding_is_part_of_what_rows_depend_on(tmp_path: Path) -> None:
+    config = QuestionAnsweringConfig(
+        type="question_answering", name="t", data=data_of(tmp_path, ASKED)
+    )
+    spec = task_spec(config, build_task(config.arguments()), tokenizer=TOKENIZER, own={})
+    assert spec.arguments["encoding"] == 2
 
 
 @pytest.mark.parametrize(
