@@ -79,36 +79,53 @@ def watch(run: Path, *, once: bool = False, interval_s: float = 1.0) -> None:
         raise ValueError(f"{run} holds no run (no recipe.json): name a folder that train has made")
     follower, console = Follower(run / "metrics.jsonl"), Console()
     if once or not console.is_terminal:
-        console.print(dashboard(run.name, follower.refresh(), silent_s=follower.silent_s()))
+        events = follower.refresh()
+        shown = dashboard(
+            run.name, events, everything=follower.events, silent_s=follower.silent_s()
+        )
+        console.print(shown)
         return
     events = follower.refresh()
-    with Live(dashboard(run.name, events), console=console, auto_refresh=False) as live:
+    first = dashboard(run.name, events, everything=follower.events)
+    with Live(first, console=console, auto_refresh=False) as live:
         try:
             while ending(events) is None:
                 time.sleep(interval_s)
                 events = follower.refresh()
-                shown = dashboard(run.name, events, silent_s=follower.silent_s())
+                shown = dashboard(
+                    run.name, events, everything=follower.events, silent_s=follower.silent_s()
+                )
                 live.update(shown, refresh=True)
         except KeyboardInterrupt:
             return
 
 
-def dashboard(name: str, events: Sequence[Event], *, silent_s: float = 0.0) -> RenderableType:
+def dashboard(
+    name: str,
+    events: Sequence[Event],
+    *,
+    everything: Sequence[Event] = (),
+    silent_s: float = 0.0,
+) -> RenderableType:
     """Return what is shown of a run.
 
     Args:
         name: Of the run.
-        events: All so far.
+        events: All so far of the run as it is now.
+        everything: All so far, also those that a crash undid.
         silent_s: Seconds since the last one.
     """
     if not events:
         return Text(f"{name}: no event yet")
+    counts = set(map(id, events))
+    # What went wrong is told though a resume has undone the steps around it.
+    news = [e for e in everything if id(e) in counts or e["event"] in _FAULTS]
     return Group(
         _head(name, events, silent_s=silent_s),
         _tasks(events),
         _numbers(events),
         _groups(events),
-        _news(events),
+        _news(news or events),
     )
 
 

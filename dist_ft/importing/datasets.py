@@ -46,6 +46,13 @@ def put_tasks(
         if share is not None:
             task["data"]["validation"] = share
     draft.put("tasks", tasks)
+    if len(tasks) > 1:
+        # Other trainers join their rows, so that every row comes as often as any other.
+        draft.put("mixture.policy", "examples_proportional")
+        draft.note(
+            f"{len(tasks)} data sets are as many tasks here, each scored by itself, with a head of "
+            "its own unless the model's is tied: join their files for one"
+        )
 
 
 def axolotl_entries(draft: Draft) -> list[Mapping[str, Any]]:

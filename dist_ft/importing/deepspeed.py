@@ -13,6 +13,13 @@ from dist_ft.importing.values import as_mapping, as_text, as_whole
 from dist_ft.recipe.paths import exists
 
 _ZERO = "deepspeed.zero_optimization"
+# What the trainer's own keys say, too, and what changes nothing that is computed.
+_TOLD_ELSEWHERE = {
+    "zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps", "gradient_clipping", "fp16", "bf16", "bfloat16", "amp",
+    "steps_per_print", "wall_clock_breakdown", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "activation_checkpointing",
+}  # fmt: skip
 
 
 def take_deepspeed(draft: Draft) -> None:
@@ -32,6 +39,8 @@ def take_deepspeed(draft: Draft) -> None:
     # DeepSpeed partitions nothing unless it is told to.
     draft.put("engine.zero_stage", as_whole(zero.get("stage") or 0, f"{_ZERO}.stage"))
     _take_offloads(draft, zero)
+    for key in sorted(body.keys() - _TOLD_ELSEWHERE):
+        draft.note(f"not translated: deepspeed.{key} = {body[key]!r}")
 
 
 def _take_offloads(draft: Draft, zero: Mapping[str, Any]) -> None:

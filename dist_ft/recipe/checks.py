@@ -188,7 +188,10 @@ def _intervals(recipe: Recipe) -> Iterator[tuple[RawPath, Duration]]:
     places: list[tuple[RawPath, Any]] = [
         (("train", "max_duration"), recipe.train.max_duration),
         (("evaluation", "every"), recipe.evaluation.every),
-        (("checkpoint", "every"), recipe.checkpoint.every),
+        *(
+            (("checkpoint", k), getattr(recipe.checkpoint, k))
+            for k in ("every", "keep_every", "ephemeral_every")
+        ),
         (("freezing", "every"), getattr(recipe.freezing, "every", None)),
         (
             ("regularization", "averaging", "every"),

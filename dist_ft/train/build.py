@@ -313,6 +313,7 @@ def _callbacks(
             ),
         ),
         every=interval(recipe.checkpoint.every),
+        keep_every=interval(recipe.checkpoint.keep_every),
         ephemeral_every=interval(recipe.checkpoint.ephemeral_every),
         in_background=recipe.checkpoint.in_background,
         scores=deciding,

@@ -158,6 +158,7 @@ class Checkpoint(Watcher):
     Attributes:
         writer: Writes beside the training.
         every: Steps between checkpoints that retention counts.
+        keep_every: Steps between those that stay for good.
         ephemeral_every: Steps between those that only the next one outlives.
         in_background: Whether training goes on while files are written.
         describe: Returns what else a checkpoint says of the run.
@@ -171,6 +172,7 @@ class Checkpoint(Watcher):
     console: Console
     writer: CheckpointWriter
     every: int | None
+    keep_every: int | None
     ephemeral_every: int | None
     in_background: bool
     describe: Callable[[], dict[str, Any]]
@@ -216,7 +218,8 @@ class Checkpoint(Watcher):
             self._save(run, ephemeral=not regular)
 
     def _is_regular(self, step: int) -> bool:
-        return self._owes_regular or bool(self.every and step % self.every == 0)
+        ends = any(every and step % every == 0 for every in (self.every, self.keep_every))
+        return self._owes_regular or ends
 
     def _save(self, run: Run, *, ephemeral: bool) -> None:
         self.is_due = self._owes_regular = False

@@ -381,9 +381,9 @@ def test_watch_tells_of_faults_and_of_silence(tmp_path: Path) -> None:
         {"event": "straggler", "rank": 1, "host": "node7", **kept},
     ]
 
-    def shown(**how: float) -> str:
+    def shown(silent_s: float = 0.0) -> str:
         console = Console(width=100, record=True, file=io.StringIO())
-        console.print(dashboard("r", found, **how))
+        console.print(dashboard("r", found, silent_s=silent_s))
         return console.export_text()
 
     assert "straggler  rank 1, host node7" in shown()
@@ -419,6 +419,22 @@ def test_report_and_watch_say_alike_how_a_run_ended(copied: Path) -> None:
         console.print(dashboard("r", Follower(copied / "metrics.jsonl").refresh()))
         shown = console.export_text().splitlines()[0]
         assert (read_run(copied).outcome, expected[1] in shown) == (expected[0], True), shown
+
+
+def test_watch_tells_what_went_wrong_though_a_resume_undid_its_step(tmp_path: Path) -> None:
+    record = [
+        {"event": "start", "step": 0, "time_s": 0.0, "total_steps": 9},
+        {"event": "failure", "step": 7, "time_s": 1.0, "rank": 1, "reason": "was killed"},
+        {"event": "resume", "step": 5, "time_s": 2.0, "path": "step-00000005"},
+    ]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(event) + "\n" for event in record))
+    follower = Follower(path)
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(dashboard("r", follower.refresh(), everything=follower.events))
+    shown = console.export_text()
+    assert "failure" in shown
+    assert "was killed" in shown
 
 
 def test_watch_shows_a_run_and_follows_it(run: Path, tmp_path: Path, capsys: Any) -> None:

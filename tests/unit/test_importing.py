@@ -331,6 +331,24 @@ def test_what_deepspeed_moves_to_other_memory_is_noted(tmp_path: Path) -> None:
         assert "deepspeed" not in notes
 
 
+def test_other_sections_of_deepspeed_are_noted(tmp_path: Path) -> None:
+    scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": "auto"}}
+    body = {"zero_optimization": {"stage": 2}, "scheduler": scheduler, "train_batch_size": 8}
+    (tmp_path / "ds.json").write_text(json.dumps(body))
+    _, notes = _import(tmp_path, "deepspeed: ds.json", kind="hf-trainer-args")
+    assert "not translated: deepspeed.scheduler = {'type': 'WarmupLR'" in notes
+    assert "train_batch_size" not in notes
+
+
+def test_several_data_sets_come_as_often_as_their_rows(tmp_path: Path) -> None:
+    text = "datasets: [{path: big, type: alpaca}, {path: small, type: alpaca}]\n"
+    body, notes = _import(tmp_path, text, kind="axolotl")
+    assert [t["name"] for t in body["tasks"]] == ["chat", "chat2"]
+    assert body["mixture"] == {"policy": "examples_proportional"}
+    assert "2 data sets are as many tasks here" in notes
+    assert "mixture" not in _import(tmp_path, _DATA, kind="axolotl")[0]
+
+
 ODD = [True, False, 0, -1, 0.5, 1e300, "auto", "", "a", [], [1], ["a"], {}, {"a": 1}, {"a": None},
        [[]], [{}], "\0", "x" * 5000, 10**400]  # fmt: skip
 KEYS_OF = {

@@ -408,6 +408,13 @@ GOLDEN: dict[str, tuple[list[str], list[str]]] = {
         ["evaluation.every=0step"],
         ["evaluation.every: must be longer than nothing, got '0step': raise it"],
     ),
+    "checkpoints for good at no interval": (
+        ["checkpoint.keep_every=0step", "checkpoint.ephemeral_every=0step"],
+        [
+            "checkpoint.keep_every: must be longer than nothing, got '0step': raise it",
+            "checkpoint.ephemeral_every: must be longer than nothing, got '0step': raise it",
+        ],
+    ),
     "offload with several turns": (
         ["engine.offload_optimizer=true", "engine.zero_stage=2", "mixture.tasks_per_step=2"],
         [

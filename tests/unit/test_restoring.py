@@ -45,7 +45,9 @@ def test_a_run_with_checkpoints_that_can_not_be_read_does_not_start_over(
     ]  # fmt: skip
 
 
-def _saves(refused: set[int], due: set[int]) -> list[tuple[int, bool]]:
+def _saves(
+    refused: set[int], due: set[int], *, every: int | None = 4, keep_every: int | None = None
+) -> list[tuple[int, bool]]:
     """Return step and ephemeral of what 12 steps save: every 4 steps, every 2 in between."""
     about: list[tuple[int, bool]] = []
     writer: Any = SimpleNamespace(
@@ -53,8 +55,8 @@ def _saves(refused: set[int], due: set[int]) -> list[tuple[int, bool]]:
         begin=lambda step, state, trainer: about.append((step, trainer["ephemeral"])),  # noqa: ARG005
     )
     checkpoint = Checkpoint(
-        Recorder(None), CONSOLE, writer, every=4, ephemeral_every=2, in_background=True,
-        describe=dict, scores=lambda _step: {},
+        Recorder(None), CONSOLE, writer, every=every, keep_every=keep_every, ephemeral_every=2,
+        in_background=True, describe=dict, scores=lambda _step: {},
     )  # fmt: skip
     run: Any = SimpleNamespace(
         progress=Progress(),
@@ -83,6 +85,13 @@ def test_no_interval_saves_weights_that_are_in_doubt_and_none_is_forgotten() -> 
     assert _saves({3, 4, 5}, {5}) == [
         (2, True), (5, False), (6, True), (8, False), (10, True), (12, False),
     ]  # fmt: skip
+
+
+def test_what_stays_for_good_is_saved_though_no_other_interval_ends_there() -> None:
+    regular = [step for step, ephemeral in _saves(set(), set(), keep_every=5) if not ephemeral]
+    assert regular == [4, 5, 8, 10, 12]
+    regular = [s for s, short in _saves(set(), set(), every=None, keep_every=5) if not short]
+    assert regular == [5, 10]
 
 
 def test_a_run_goes_back_behind_what_did_not_help() -> None:
