@@ -31,6 +31,7 @@ from benchmarks.ranks import free_port
 from benchmarks.shaped.settings import (
     FREEZING,
     PAIRS,
+    SMALL,
     alone_name,
     model_of,
     name_of,
@@ -235,7 +236,7 @@ def _beside_prototype(
                 bound=bound,
                 direction="at most",
             )
-            for share, bound in zip(PAIRS[1], milliseconds, strict=True)
+            for share, bound in zip(SMALL, milliseconds, strict=True)
         ),
     ]
 

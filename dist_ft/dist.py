@@ -71,8 +71,14 @@ def init_process_group(world: World, *, timeout_s: int, join_timeout_s: int) -> 
 
     Raises:
         RuntimeError: If some never come, naming them.
+        ValueError: If DeepSpeed is told another device than this one: it would move the weights.
     """
     use_cuda = torch.cuda.is_available()
+    if use_cuda and os.environ.get("DS_ACCELERATOR") == "cpu":
+        raise ValueError(
+            "DS_ACCELERATOR: must be the device that torch uses, got cpu where torch finds a GPU: "
+            "unset it, or hide the GPUs (CUDA_VISIBLE_DEVICES='')"
+        )
     if use_cuda:
         torch.cuda.set_device(world.local_rank)
     if not dist.is_initialized():

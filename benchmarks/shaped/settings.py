@@ -21,13 +21,14 @@ FREEZING: dict[str, dict[str, Any]] = {
     "small, half": _EMBEDDINGS,
 }
 # Shares that are compared with each other, and timed in turn for that.
-PAIRS = (("all", "half"), ("small, all", "small, half"))
-_SMALL = "small-model"
+SMALL = ("small, all", "small, half")
+PAIRS = (("all", "half"), SMALL)
+_FOLDER = "small-model"
 
 
 def whole_of(share: str) -> str:
     """Return the share of the same model that trains all of its parameters."""
-    return PAIRS[1][0] if share in PAIRS[1] else PAIRS[0][0]
+    return SMALL[0] if share in SMALL else PAIRS[0][0]
 
 
 def name_of(stage: int, share: str, *, cached: bool) -> str:
@@ -43,7 +44,7 @@ def alone_name(stage: int, share: str) -> str:
 
 def model_of(folder: Path, share: str) -> str:
     """Return the path of the model of a share."""
-    return str(folder / _SMALL) if share in PAIRS[1] else MODEL
+    return str(folder / _FOLDER) if share in SMALL else MODEL
 
 
 def write_small_model(folder: Path) -> None:
@@ -60,5 +61,5 @@ def write_small_model(folder: Path) -> None:
         num_attention_heads=4,
         max_position_embeddings=2048,
     )
-    BertModel(config).save_pretrained(folder / _SMALL)
-    load_tokenizer().save_pretrained(folder / _SMALL)
+    BertModel(config).save_pretrained(folder / _FOLDER)
+    load_tokenizer().save_pretrained(folder / _FOLDER)

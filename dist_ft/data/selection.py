@@ -120,7 +120,7 @@ class RowFunctions:
             feature has input_ids, loss_count, source_row, the task's columns, and, if it lost
             tokens, how many under "truncated_tokens". Raises ValueError for a row it can't encode.
         rows_at_once: rows that are encoded together, so that what they become fits into memory.
-        named_columns: other columns that a source must have, though a row's value may be null.
+        named_columns: columns that a source must have, though a row's value may be null.
         check: raises ValueError for a row that `encode` would refuse, before its keys shadow those
             of a good one.
     """

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dist_ft.data.sources import RawSource
 
 # Keys of a task that name a column of its source.
-_COLUMN_KEYS = {
+_COLUMN_KEYS: dict[str, tuple[str, ...]] = {
     "text_classification": ("text", "text_pair", "label"),
     "token_classification": ("tokens", "tags"),
     "question_answering": ("question", "context", "answers"),
@@ -26,6 +26,14 @@ _COLUMN_KEYS = {
     "generation": ("prompt", "context", "response"),
 }
 _PACKAGE_PREFIX = "package:"
+
+
+def named_columns(task: TaskConfig) -> Iterator[tuple[str, str]]:
+    """Yield a task's keys of columns, and what they name: all must be in a source."""
+    keys = _COLUMN_KEYS[task.type]
+    if getattr(task, "messages", None) is not None:  # in the place of prompt and response
+        keys = ("messages",)
+    yield from ((key, column) for key in keys if (column := getattr(task, key)) is not None)
 
 
 def check_sources(draft: Draft, recipe: Recipe) -> Iterator[Finding]:
@@ -80,12 +88,8 @@ def _check_source(
 def _missing_columns(
     draft: Draft, *, task: TaskConfig, source: RawSource, index: str | int
 ) -> Iterator[Finding]:
-    keys = _COLUMN_KEYS[task.type]
-    if getattr(task, "messages", None) is not None:  # in the place of prompt and response
-        keys = ("messages",)
-    for key in keys:
-        column = getattr(task, key)
-        if column is None or column in source.columns or not draft.is_sure("tasks", index, key):
+    for key, column in named_columns(task):
+        if column in source.columns or not draft.is_sure("tasks", index, key):
             continue
         # In quotes: a blank before or behind a name would not be seen.
         known = ", ".join(map(repr, source.columns))

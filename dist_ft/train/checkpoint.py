@@ -139,8 +139,9 @@ def _look(root: Path) -> tuple[list[Kept], set[int]]:
         except OSError as error:  # which says nothing of what is in it
             log.warning("%s cannot be read and is left alone: %s", folder.name, error)
             unread.add(step)
-            continue
-        known += [] if kept is None else [kept]
+        else:
+            if kept is not None:
+                known.append(kept)
     return known, unread
 
 

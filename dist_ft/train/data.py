@@ -26,6 +26,7 @@ from dist_ft.data.prepare import (
 from dist_ft.data.selection import BATCH_ROWS
 from dist_ft.data.shards import ShardedDataset
 from dist_ft.data.sources import SourceSpec
+from dist_ft.recipe.source_checks import named_columns
 from dist_ft.tasks.base import Task
 from dist_ft.tasks.single_label import LabelScan
 from dist_ft.train.extensions import NO_EXTENSIONS, Extensions
@@ -185,7 +186,7 @@ def task_spec(
             dedupe_key=task.dedupe_key,
             encode=encode,
             rows_at_once=BATCH_ROWS if config.takes == "text" else _MEDIA_AT_ONCE,
-            named_columns=_named_columns(config),
+            named_columns=tuple(column for _, column in named_columns(config)),
             check=_check(task) if config.on_error == "skip" else None,
         ),
         tokenizer=tokenizer_fingerprint(tokenizer),
@@ -212,18 +213,8 @@ def _check(task: Task) -> Callable[[dict[str, Any]], None] | None:
 
     A scan looks for what a check would need, and a program's own `encode` may take other rows.
     """
-    check = getattr(task, "check_row", None)
-    encodes = next(c for c in type(task).__mro__ if "encode" in vars(c))
-    return check if not task.needs_scan and encodes.__module__.startswith("dist_ft.") else None
-
-
-def _named_columns(config: TaskConfig) -> tuple[str, ...]:
-    """Return the columns that the recipe names and a row need not have a value in."""
-    if config.type == "question_answering":
-        return (config.answers,)
-    if config.type == "generation" and config.context is not None:
-        return (config.context,)
-    return ()
+    is_ours = task.encode.__module__.startswith("dist_ft.")
+    return getattr(task, "check_row", None) if is_ours and not task.needs_scan else None
 
 
 def raw_columns(config: TaskConfig) -> tuple[str, ...]:

@@ -63,12 +63,16 @@ def freed(run: Run, *, alone: bool) -> Iterator[None]:
         alone: Whether this process is the only rank: a notebook's, which lives on however a run
             has ended. Those of several end with an error or a stop, and leave no time for it.
     """
+    is_done = False
     try:
         yield
+        is_done = not run.stopped_by
     finally:
         # Before another may write the run's folder, and before its weights are gone.
         checkpoint_of(run).writer.close()
-        if alone:
+        if is_done:
+            run.engine.close()
+        elif alone:
             try:
                 run.engine.close()
             except Exception:
@@ -88,7 +92,5 @@ def finish(run: Run, *, recorder: Recorder, console: Console, folder: Path) -> i
         return PREEMPTED
     run.discard()
     recorder.event("end", step=step)
-    recorder.close()
-    run.engine.close()
     console.end_run(folder, step=step)
     return DONE

@@ -267,6 +267,14 @@ def test_nodes_that_could_not_be_looked_at_are_not_taken_for_sound(
     assert "slurm-start" not in calls(tmp_path)
 
 
+def test_a_job_whose_ranks_did_not_all_save_is_requeued(tmp_path: Path) -> None:
+    # Pre-empted by the step alone: this script was not signalled.
+    code, out = run_job(tmp_path, SRUN="exit 143")
+    assert code == 0, out
+    assert "asked to stop, and not all was saved; requeued" in out
+    assert "scontrol requeue 7" in calls(tmp_path)
+
+
 def test_sound_nodes_train(tmp_path: Path) -> None:
     code, out = run_job(tmp_path, CHECK_NODES="1", SRUN="exit 0")
     assert code == 0, out

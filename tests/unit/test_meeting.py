@@ -76,3 +76,12 @@ def _in_a_group_for_gpus() -> None:
 
 def test_a_callers_group_for_gpus_is_no_obstacle() -> None:
     run_distributed(_in_a_group_for_gpus, world_size=2)
+
+
+def test_deepspeed_on_another_device_than_torch_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with pytest.raises(ValueError, match=r"DS_ACCELERATOR: .* got cpu where torch finds a GPU"):
+        dist.init_process_group(World(0, 0, 1), timeout_s=1, join_timeout_s=1)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from dist_ft.config_data import DataConfig, SourceConfig
 from dist_ft.config_tasks import (
@@ -179,13 +178,3 @@ def test_entities_of_any_tags_stay_whole(
     after = [augmenter.apply(row, seed=0, epoch=0, row=n)[0] for n in range(40)]
     assert all(changed["tokens"][:2] == ["Angela", "Merkel"] for changed in after)
     assert any(len(changed["tokens"]) < 4 for changed in after)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_answers_are_scored_where_their_logits_are() -> None:
-    """An evaluation's targets stay on the host."""
-    task: Any = build_task({"name": "t", "type": "generation"})
-    targets = {"labels": torch.tensor([[1, 2, 3]])}
-    logits, labels = task._aligned({"logits": torch.zeros(1, 3, 5, device="cuda")}, targets)
-    assert logits.device == labels.device
